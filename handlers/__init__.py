@@ -1,0 +1,35 @@
+"""Handlers: one concern each, attached to engine events."""
+
+from hjepa_engine.handlers.damaged_images import DamagedImages
+from hjepa_engine.handlers.data_position import DataPosition
+from hjepa_engine.handlers.early_stopping import EarlyStopping
+from hjepa_engine.handlers.encoder_export import EncoderExport
+from hjepa_engine.handlers.mask_sampler import MaskSampler
+from hjepa_engine.handlers.metric_averager import MetricAverager
+from hjepa_engine.handlers.metrics_logger import MetricsLogger
+from hjepa_engine.handlers.non_finite_guard import NonFiniteGuard
+from hjepa_engine.handlers.optimizer_step import OptimizerStep
+from hjepa_engine.handlers.param_schedule import ParamSchedule
+from hjepa_engine.handlers.progress_bar import ProgressBar
+from hjepa_engine.handlers.step_seed import StepSeed
+from hjepa_engine.handlers.target_encoder_ema import TargetEncoderEMA
+from hjepa_engine.handlers.throughput import Throughput
+from hjepa_engine.handlers.validation import Validation
+
+__all__ = [
+    "DamagedImages",
+    "DataPosition",
+    "EarlyStopping",
+    "EncoderExport",
+    "MaskSampler",
+    "MetricAverager",
+    "MetricsLogger",
+    "NonFiniteGuard",
+    "OptimizerStep",
+    "ParamSchedule",
+    "ProgressBar",
+    "StepSeed",
+    "TargetEncoderEMA",
+    "Throughput",
+    "Validation",
+]

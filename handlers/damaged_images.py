@@ -1,0 +1,59 @@
+"""Count images that could not be read."""
+
+from __future__ import annotations
+
+import logging
+
+from ignite.engine import Events
+
+from hjepa_engine.engine import StepEngine
+from hjepa_engine.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedImages:
+    """Name each damaged image once, and end the run when there are too many.
+
+    Listens to: ``GET_BATCH_COMPLETED``.
+    Reads: ``engine.state.batch["damaged"]``, names of images that were replaced by others.
+    Writes: ``engine.state.metrics["data/damaged"]``, how many there were so far, once there are any.
+
+    Args:
+        max_share: largest share of damaged images among those read, in [0, 1]; judged from 100 images on.
+    """
+
+    def __init__(self, max_share: float = 0.001) -> None:
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"max_share must be from 0 to 1, got {max_share}")
+        self.max_share, self.read, self.damaged = max_share, 0, 0
+        self._named: set[str] = set()
+
+    def attach(self, engine: StepEngine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.count)
+
+    def count(self, engine: StepEngine) -> None:
+        """Look at the newest batch."""
+        batch = engine.state.batch
+        self.read += len(batch["images"])
+        for name in batch.get("damaged", ()):
+            self.damaged += 1
+            if name not in self._named:
+                self._named.add(name)
+                logger.warning("damaged image replaced by another: %s", name)
+        if self.damaged:
+            engine.state.metrics["data/damaged"] = float(self.damaged)
+        if self.read >= 100 and self.damaged > self.max_share * self.read:
+            raise DataError(
+                f"{self.damaged} of {self.read} images are damaged, data.max_damaged allows a share of {self.max_share}; "
+                f"one is {next(iter(self._named))}"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Both counts."""
+        return {"read": self.read, "damaged": self.damaged}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.read, self.damaged = state_dict["read"], state_dict["damaged"]

@@ -1,0 +1,45 @@
+"""Masks for every batch."""
+
+from __future__ import annotations
+
+import ignite.distributed as idist
+from ignite.engine import Events
+
+from hjepa_engine.engine import StepEngine, Trainer, accumulation_window
+from hjepa_engine.masking import MultiBlockMasks
+
+
+class MaskSampler:
+    """Put masks into every batch, keyed by (seed, optimiser step, place in the global batch).
+
+    One large batch, its micro-batches and the ranks that share it all see the same masks. On an evaluator the step is
+    the number of the batch, so that every evaluation of a seed sees the same masks.
+
+    Listens to: ``ITERATION_STARTED``.
+    Reads: ``engine.state.batch["images"]`` (B, C, H, W), ``engine.state.optimizer_step``.
+    Writes: ``engine.state.batch["masks"]``, a :class:`~hjepa_engine.masking.Masks`.
+
+    Args:
+        masks: the sampler of masks.
+        seed: seed of the run.
+        accumulation_steps: micro-batches of an optimiser step.
+    """
+
+    def __init__(self, masks: MultiBlockMasks, seed: int = 0, accumulation_steps: int = 1) -> None:
+        self.masks, self.seed, self.accumulation_steps = masks, seed, accumulation_steps
+
+    def attach(self, engine: StepEngine) -> None:
+        """Attach to a trainer or an evaluator."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self.sample)
+
+    def sample(self, engine: StepEngine) -> None:
+        """Add masks to the batch."""
+        state, size = engine.state, len(engine.state.batch["images"])
+        if isinstance(engine, Trainer):
+            step = state.optimizer_step
+            micro_batch = accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps).place
+        else:
+            step, micro_batch = state.iteration - 1, 0
+        offset = (micro_batch * idist.get_world_size() + idist.get_rank()) * size
+        masks = self.masks.sample(size, self.seed, step, offset)
+        state.batch = {**state.batch, "masks": masks}

@@ -1,0 +1,111 @@
+"""Backward pass, accumulation, clipping and the optimiser's step."""
+
+from __future__ import annotations
+
+from ignite.engine import Events
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from hjepa_engine.engine import Trainer, Window, accumulation_window
+from hjepa_engine.events import TrainEvents
+
+
+class OptimizerStep:
+    """Turn losses into steps of the optimiser, one per window of ``accumulation_steps`` micro-batches.
+
+    The gradient is the mean over the micro-batches that are really in the window; an epoch's last, shorter window is
+    stepped too. Under DDP gradients are exchanged in a window's last micro-batch only. Gradients are unscaled before
+    they are measured and clipped.
+
+    Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``.
+    Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
+    set to drop this update.
+    Writes: ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, in a window's last
+    iteration; ``engine.state.optimizer_step`` and ``skipped_updates``.
+    Fires: ``TrainEvents.GRADIENTS_READY``, then ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by
+    ``skip_update``, or by the scaler because fp16 gradients overflowed).
+
+    Args:
+        optimizer: over the parameters to train.
+        accumulation_steps: micro-batches of a window, at least 1.
+        clip_grad: largest L2 norm of all gradients together; None: no clipping.
+        scaler: for fp16; None: no scaling.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        accumulation_steps: int = 1,
+        clip_grad: float | None = None,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        if clip_grad is not None and clip_grad <= 0:
+            raise ValueError(f"clip_grad must be positive or None, got {clip_grad}")
+        self.optimizer, self.accumulation_steps, self.clip_grad = optimizer, accumulation_steps, clip_grad
+        self.scaler = scaler or GradScaler("cpu", enabled=False)
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer."""
+        engine.state.skip_update, engine.state.skipped_updates = False, 0
+        engine.add_event_handler(Events.ITERATION_STARTED, self.open)
+        engine.add_event_handler(TrainEvents.LOSS_READY, self.step)
+
+    def open(self, engine: Trainer) -> None:
+        """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
+        engine.state.skip_update = False
+        for module in engine.modules.values():
+            if isinstance(module, DistributedDataParallel):
+                module.require_backward_grad_sync = self._window(engine).is_last  # what module.no_sync() sets
+
+    def step(self, engine: Trainer) -> None:
+        """Backward; at the end of the window, step."""
+        window = self._window(engine)
+        self.scaler.scale(engine.state.output["loss"] / window.size).backward()
+        if not window.is_last:
+            return
+        self.scaler.unscale_(self.optimizer)
+        gradients = self._gradients()
+        engine.state.output["grad_norm"] = norm = get_total_norm(gradients)
+        engine.fire_event(TrainEvents.GRADIENTS_READY)
+        if self._apply(engine, norm):
+            engine.state.optimizer_step += 1
+            engine.fire_event(TrainEvents.OPTIMIZER_STEPPED)
+        else:
+            engine.state.skipped_updates += 1
+
+    def _apply(self, engine: Trainer, norm: Tensor) -> bool:
+        """Clip, step and clear; whether the parameters have changed."""
+        skip = engine.state.skip_update
+        if not skip:
+            if self.clip_grad is not None:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                clip_grads_with_norm_(parameters, self.clip_grad, norm)
+            self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return not skip and self.scaler.get_scale() >= scale  # the scale falls only where gradients overflowed
+
+    def _gradients(self) -> list[Tensor]:
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            raise RuntimeError("the loss reaches none of the optimiser's parameters")
+        return grads
+
+    def _window(self, engine: Trainer) -> Window:
+        state = engine.state
+        return accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
+
+    def state_dict(self) -> dict[str, object]:
+        """The scaler's state (empty without fp16); the optimiser has a state of its own."""
+        return {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, object]]) -> None:
+        """Restore what ``state_dict`` returned."""
+        if state_dict["scaler"]:
+            self.scaler.load_state_dict(state_dict["scaler"])

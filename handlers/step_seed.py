@@ -1,0 +1,32 @@
+"""Random numbers of the step: dropout, drop path, random directions."""
+
+from __future__ import annotations
+
+import ignite.distributed as idist
+from ignite.engine import Events
+
+from hjepa_engine.engine import StepEngine
+from hjepa_engine.randomness import seed_everything
+
+
+class StepSeed:
+    """Seed all global generators before every step with the key of (seed, iteration, rank).
+
+    A run that is resumed, or observed by handlers that draw random numbers themselves, then draws the same ones.
+
+    Listens to: ``ITERATION_STARTED``.
+
+    Args:
+        seed: seed of the run.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def attach(self, engine: StepEngine) -> None:
+        """Attach to a trainer or an evaluator."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self.reseed)
+
+    def reseed(self, engine: StepEngine) -> None:
+        """Seed for the coming step."""
+        seed_everything(self.seed, "step", engine.state.iteration, idist.get_rank())

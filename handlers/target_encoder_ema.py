@@ -1,0 +1,61 @@
+"""The target encoder's exponential moving average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hjepa_engine.engine import StepEngine
+from hjepa_engine.events import TrainEvents
+from hjepa_engine.types import unwrap
+
+
+class TargetEncoderEMA:
+    """Move the target encoder towards the context encoder after every optimiser step.
+
+    target = momentum * target + (1 - momentum) * context, for parameters and floating-point buffers; other buffers are
+    copied. ``param_groups[0]["momentum"]`` is what a ``ParamScheduler`` drives. Ranks hold equal weights, so that they
+    agree without talking.
+
+    Listens to: ``TrainEvents.OPTIMIZER_STEPPED``.
+    Writes: ``engine.state.metrics["train/ema_momentum"]`` at the end of a log window.
+
+    Args:
+        context_encoder: the trained encoder.
+        target_encoder: its copy, without gradients.
+        momentum: share of the target that an update keeps, in [0, 1]; 1.0 leaves it as it is.
+    """
+
+    def __init__(self, context_encoder: nn.Module, target_encoder: nn.Module, momentum: float = 0.996) -> None:
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
+        self.context_encoder, self.target_encoder = unwrap(context_encoder), unwrap(target_encoder)
+        self.param_groups: list[dict[str, Any]] = [{"momentum": momentum}]
+
+    def attach(self, engine: StepEngine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(TrainEvents.OPTIMIZER_STEPPED, self.update)
+        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One update with the present momentum."""
+        context, target = self._tensors(self.context_encoder), self._tensors(self.target_encoder)
+        averaged = [name for name, tensor in target.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_(
+            [target[name] for name in averaged],
+            [context[name] for name in averaged],
+            1.0 - self.param_groups[0]["momentum"],
+        )
+        for name in target.keys() - set(averaged):
+            target[name].copy_(context[name])
+
+    def report(self, engine: StepEngine) -> None:
+        """Write the momentum to the metrics."""
+        engine.state.metrics["train/ema_momentum"] = self.param_groups[0]["momentum"]
+
+    @staticmethod
+    def _tensors(module: nn.Module) -> dict[str, Tensor]:
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,107 @@
+"""What recipes share on the command line: options, help, exit codes, the last line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hjepa_engine.config import Config
+from hjepa_engine.config_loading import dump_config, list_options, load_config
+from hjepa_engine.errors import ConfigError, RunError
+
+EXIT_CODES = """\
+exit codes:
+  0 done   2 configuration   3 data   4 no usable weights   5 stopped by a guard   1 anything else, 130 interrupted"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with ``--debug``; what it does not know is left for the configuration."""
+    first, _, rest = (description or "").partition("\n")
+    parser = _Parser(
+        description=f"{first}\n{rest}".strip(),
+        epilog=f"{_options_help()}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] [--KEY VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def read_config(description: str, default: Path, argv: Sequence[str]) -> Config | None:
+    """The configuration that a command line asks for; None where it only asked to see it.
+
+    Args:
+        description: for ``--help``.
+        default: the file that is read without ``--config``.
+        argv: the arguments.
+
+    Raises:
+        ConfigError: one line that says what is wrong.
+    """
+    parser = command_parser(description)
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help=f"YAML file (default: {default.name})"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    known, overrides = parser.parse_known_args(argv)
+    config = load_config(known.config, overrides)
+    if known.print_config:
+        print(dump_config(config), end="")
+        return None
+    return config
+
+
+def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
+    try:
+        body(argv)
+        sys.exit(0)
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(one_line(error), file=sys.stderr)
+        sys.exit(exit_code_of(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The documented exit code of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, RunError) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one sentence; a loader's worker wraps it into a traceback of its own, whose last line it is."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, RunError):
+        return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"unexpected {type(error).__name__}: {lines[0]} (--debug shows where)"
+
+
+def _options_help() -> str:
+    lines = ["configuration keys, in the YAML file or as --KEY VALUE:"]
+    for option in list_options():
+        limits = f", {option.limits}" if option.limits else ""
+        text = f"{option.description} [{option.type}{limits}; default {option.default}]".replace("``", "")
+        lines += [f"  --{option.key}", textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines)

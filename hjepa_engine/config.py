@@ -1,0 +1,413 @@
+"""The configuration: dataclasses are the single place of every default, range and description."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hjepa_engine.errors import ConfigError
+
+Pair = tuple[float, float]
+
+
+def _at(default: Any, **limits: float) -> Any:
+    """A field with limits: ``least`` and ``most`` are allowed values, ``above`` and ``below`` are not."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the hierarchy; level 0 is the finest."""
+
+    pool: int | Literal["image"] = 1
+    """Side of the square of patches whose mean is one target, at least 1; ``image``: the mean of the whole image."""
+    depth: float = _at(1.0, above=0, most=1)
+    """Share of the target encoder's blocks that the features have passed; 1.0 is after the last norm."""
+    weight: float = _at(1.0, least=0)
+    """Factor of this level's loss."""
+
+    def __post_init__(self) -> None:
+        if self.pool != "image" and (isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1):
+            raise ValueError(f"pool must be a positive integer or 'image', got {self.pool!r}")
+        for problem in _limit_problems(self, ""):
+            raise ValueError(problem)
+
+
+@dataclass
+class DataConfig:
+    """Images, augmentation and loading."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder", "imagenet", "fake"] = "digits"
+    """``digits``: scikit-learn's, nothing to download; ``imagenet``: as ``imagefolder``; ``fake``: noise, for timing."""
+    data_path: str | None = None
+    """Where the data set lies or is downloaded to; ``data`` by default. An image folder has ``train/<class>/*`` and
+    ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
+    download: bool = False
+    """Fetch CIFAR or STL-10 if it is not there."""
+    image_size: int = _at(16, least=1)
+    """Height and width of the images in pixels; a multiple of the patch size."""
+    batch_size: int = _at(64, least=1)
+    """Images of a micro-batch over all processes."""
+    num_workers: int = _at(0, least=0)
+    """Loader processes; 0 loads in the main one. Does not change the run."""
+    pin_memory: bool = True
+    """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
+    val_fraction: float = _at(0.2, above=0, below=1)
+    """Share held out where the data set has no validation split of its own."""
+    crop_scale: Pair = _at((0.3, 1.0), above=0, most=1)
+    """Smallest and largest area of the random crop, as a share of the image."""
+    crop_ratio: Pair = _at((0.75, 1.333), above=0)
+    """Smallest and largest width / height of the random crop."""
+    horizontal_flip: float = _at(0.0, least=0, most=1)
+    """Probability of a mirrored image."""
+    color_jitter: float = _at(0.0, least=0, most=1)
+    """Strength of random brightness, contrast, saturation and (a quarter of it) hue."""
+    random_affine: float = _at(0.0, least=0, most=1)
+    """Strength of a random affine map before the crop; at 1: 30 degrees, 20 % shift and scale, 15 degrees shear."""
+    max_damaged: float = _at(0.001, least=0, most=1)
+    """Share of images that may be unreadable and replaced by others before the run stops."""
+    fake_size: int = _at(1024, least=1)
+    """Number of ``fake`` images."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return 1 if self.dataset == "digits" else 3
+
+
+@dataclass
+class PredictorConfig:
+    """The predictor, a narrow vision transformer."""
+
+    width: int = _at(384, least=4)
+    """Width of its tokens, a multiple of 4 and of ``num_heads``."""
+    depth: int = _at(6, least=1)
+    """Blocks that all levels share."""
+    num_heads: int = _at(12, least=1)
+    """Attention heads."""
+    mlp_ratio: float = _at(4.0, above=0)
+    """Hidden width of a block's MLP over ``width``."""
+    level_depth: int = _at(0, least=0)
+    """Blocks that each level has of its own, after the shared ones."""
+
+
+@dataclass
+class EMAConfig:
+    """The target encoder's momentum: the share of it that an update keeps."""
+
+    momentum: float = _at(0.996, least=0, most=1)
+    """At the start (after the warm-up)."""
+    momentum_end: float = _at(1.0, least=0, most=1)
+    """At the last step; half a cosine leads there."""
+    momentum_warmup_epochs: float = _at(0.0, least=0)
+    """Epochs in which it rises linearly from 0 to ``momentum``."""
+
+
+@dataclass
+class ModelConfig:
+    """Encoders, predictor and hierarchy."""
+
+    encoder_type: str = "vit_base_patch16_224"
+    """Any of timm's vision transformers."""
+    patch_size: int | None = _at(None, least=1)
+    """Side of a patch in pixels; the named encoder's own by default."""
+    embed_dim: int | None = _at(None, least=4)
+    """Width of the encoder; its own by default."""
+    depth: int | None = _at(None, least=1)
+    """Blocks of the encoder; its own by default."""
+    num_heads: int | None = _at(None, least=1)
+    """Attention heads of the encoder; its own by default."""
+    pos_embed: Literal["sincos", "learned"] = "sincos"
+    """Fixed sine-cosine positions, or learned ones."""
+    drop_path: float = _at(0.0, least=0, below=1)
+    """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
+    layer_scale: float | None = _at(None, above=0)
+    """Initial value of layer scale; none by default."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    num_hierarchies: int | None = _at(None, least=1, most=16)
+    """Number of levels, which pool 1, 2, 4, ... patches; 3 by default, or as many as there are ``levels``."""
+    levels: list[Level] | None = None
+    """The levels in detail, finest first, instead of the ones that ``num_hierarchies`` makes."""
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+
+@dataclass
+class MaskingConfig:
+    """Multi-block masks (I-JEPA)."""
+
+    num_masks: int = _at(4, least=1)
+    """Target blocks per image."""
+    mask_scale: Pair = _at((0.15, 0.2), above=0, most=1)
+    """Smallest and largest area of a target block, as a share of the patch grid."""
+    aspect_ratio: Pair = _at((0.75, 1.5), above=0)
+    """Smallest and largest height / width of a target block."""
+    context_scale: Pair = _at((0.85, 1.0), above=0, most=1)
+    """Smallest and largest area of the context block, from which the targets are cut out."""
+
+
+@dataclass
+class LossConfig:
+    """The objective."""
+
+    type: str = "smooth_l1"
+    """``smooth_l1``, ``mse``, ``huber``, ``cosine``, or the dotted path of a function (prediction, target) -> loss."""
+    hierarchy_weights: list[float] | None = _at(None, least=0)
+    """One weight per level, finest first; 1 by default. Not together with ``model.levels``, which have their own."""
+    variance_weight: float = _at(0.0, least=0)
+    """Weight of VICReg's variance term on the mean context token of each image."""
+    covariance_weight: float = _at(0.0, least=0)
+    """Weight of VICReg's covariance term on the mean context token of each image."""
+    sigreg_weight: float = _at(0.0, least=0)
+    """Weight of LeJEPA's SIGReg on the mean context token of each image."""
+
+
+@dataclass
+class TrainingConfig:
+    """Optimiser, schedules and precision."""
+
+    epochs: int = _at(100, least=1)
+    """Passes over the data."""
+    max_iters: int | None = _at(None, least=1)
+    """End the run after this many micro-batches, inside an epoch if need be; schedules still span all ``epochs``."""
+    warmup_epochs: float = _at(10.0, least=0)
+    """Linear warm-up of the learning rate from 0, at most ``epochs``."""
+    lr: float = _at(1e-3, above=0)
+    """Learning rate at the end of the warm-up."""
+    min_lr: float = _at(1e-6, least=0)
+    """Learning rate at the last step, at most ``lr``."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate gets from ``lr`` to ``min_lr``; ``constant`` stays at ``lr``."""
+    level_lrs: list[float] | None = _at(None, above=0)
+    """Learning rate of each level's own parameters (head, own blocks), finest first; ``lr`` by default."""
+    weight_decay: float = _at(0.05, least=0)
+    """Weight decay at the start; biases and one-dimensional parameters have none."""
+    weight_decay_end: float | None = _at(None, least=0)
+    """Weight decay at the last step, half a cosine leads there; ``weight_decay`` by default."""
+    optimizer: str = "adamw"
+    """``adamw``, ``sgd``, or the dotted path of a ``torch.optim.Optimizer``."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimiser."""
+    betas: Pair = _at((0.9, 0.95), least=0, below=1)
+    """Of Adam and its like; the first one is SGD's momentum."""
+    clip_grad: float | None = _at(None, above=0)
+    """Largest L2 norm of all gradients; null: not clipped."""
+    accumulation_steps: int = _at(1, least=1)
+    """Micro-batches of an optimiser step."""
+    use_amp: bool = False
+    """Mixed precision."""
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """``auto``: bfloat16 on a CPU and where the GPU has it, else float16 with a gradient scaler."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
+    early_stopping: int | None = _at(None, least=1)
+    """End the run after this many epochs without a better ``val/loss``; null: never."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    enabled: bool = False
+    """Write there too."""
+    project: str = "hjepa"
+    """Project of the run."""
+    entity: str | None = None
+    """User or team; the account's own by default."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """``auto``: offline where there is no API key."""
+
+
+@dataclass
+class TensorboardConfig:
+    """TensorBoard event files."""
+
+    enabled: bool = False
+    """Write them."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written where while a run goes on; ``metrics.jsonl`` always is."""
+
+    experiment_name: str = "hjepa"
+    """Name of the run, and of its folder by default."""
+    log_dir: str | None = None
+    """Folder of TensorBoard's and W&B's files; the run folder by default."""
+    log_frequency: int = _at(50, least=1)
+    """Optimiser steps between two records; an epoch's end writes one too."""
+    progress_bar: bool = True
+    """Show progress on standard error."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+
+
+@dataclass
+class ProbeConfig:
+    """The linear probe that judges the frozen encoder."""
+
+    enabled: bool = True
+    """Judge the encoder at the end of pretraining."""
+    features: Literal["mean", "concat"] = "mean"
+    """What the probe reads: the mean of the patch tokens, or all of them side by side."""
+    labels_per_class: int | None = _at(None, least=1)
+    """Labelled images of each class to learn from; all by default."""
+    epochs: int = _at(100, least=1)
+    """Passes over the features."""
+    batch_size: int = _at(256, least=1)
+    """Features of a step."""
+    lr: float = _at(1e-2, above=0)
+    """Learning rate at the start; half a cosine leads to 0."""
+    weight_decay: float = _at(1e-2, least=0)
+    """Of the linear head (AdamW)."""
+
+
+@dataclass
+class HandlerConfig:
+    """A handler of your own."""
+
+    class_path: str
+    """Dotted path of a class with ``attach(engine)``."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments."""
+
+
+@dataclass
+class Config:
+    """A run. Every value can be given in a YAML file (``--config``) and on the command line (``--training.lr 3e-4``)."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    handlers: list[HandlerConfig] = field(default_factory=list)
+    """Handlers of your own, attached after the others: ``class_path`` and ``init_args`` each."""
+    run_dir: str | None = None
+    """The run folder; ``runs/<logging.experiment_name>`` by default."""
+    seed: int = _at(0, least=0)
+    """Names all random draws; equal seeds give equal runs."""
+    device: str = "auto"
+    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``."""
+
+    def __post_init__(self) -> None:
+        problem = next(_problems(self), None)
+        if problem:
+            raise ConfigError(problem)
+
+
+def resolve_levels(config: Config) -> tuple[Level, ...]:
+    """The levels that ``model`` and ``loss`` ask for."""
+    if config.model.levels is not None:
+        return tuple(config.model.levels)
+    weights = config.loss.hierarchy_weights
+    number = config.model.num_hierarchies or 3
+    return tuple(Level(2**level, weight=1.0 if weights is None else weights[level]) for level in range(number))
+
+
+def _problems(config: Config) -> Iterator[str]:
+    """What is wrong with a configuration, one line each: key, rule, value."""
+    yield from _limit_problems(config, "")
+    for key in (
+        "data.crop_scale",
+        "data.crop_ratio",
+        "masking.mask_scale",
+        "masking.aspect_ratio",
+        "masking.context_scale",
+    ):
+        section, name = key.split(".")
+        low, high = getattr(getattr(config, section), name)
+        if low > high:
+            yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
+    model, loss, training = config.model, config.loss, config.training
+    if model.levels is not None:
+        if not model.levels:
+            yield "model.levels must name at least one level, got []"
+        if model.num_hierarchies not in (None, len(model.levels)):
+            number = len(model.levels)
+            yield f"model.num_hierarchies must be the number of model.levels ({number}), got {model.num_hierarchies}"
+        if loss.hierarchy_weights is not None:
+            yield "loss.hierarchy_weights must be null where model.levels are given: each level has a weight of its own"
+    number = len(model.levels) if model.levels is not None else model.num_hierarchies or 3
+    for key, values in (("loss.hierarchy_weights", loss.hierarchy_weights), ("training.level_lrs", training.level_lrs)):
+        if values is not None and len(values) != number:
+            yield f"{key} must have one value per level ({number}), got {len(values)}"
+    levels = model.levels if model.levels is not None else None
+    weights = [level.weight for level in levels] if levels is not None else loss.hierarchy_weights
+    if weights is not None and not any(weights):
+        yield f"{'model.levels' if levels is not None else 'loss.hierarchy_weights'} must weight at least one level above 0"
+    for key, value in (
+        ("training.warmup_epochs", training.warmup_epochs),
+        ("model.ema.momentum_warmup_epochs", model.ema.momentum_warmup_epochs),
+    ):
+        if value > training.epochs:
+            yield f"{key} must be at most training.epochs ({training.epochs}), got {value}"
+    if training.min_lr > training.lr:
+        yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
+    if model.patch_size is not None and config.data.image_size % model.patch_size:
+        yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
+    predictor = model.predictor
+    if predictor.width % 4 or predictor.width % predictor.num_heads:
+        yield (
+            f"model.predictor.width must be a multiple of 4 and of num_heads ({predictor.num_heads}), got {predictor.width}"
+        )
+    if model.embed_dim is not None and model.embed_dim % 4:
+        yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
+    if not config.logging.experiment_name or "/" in config.logging.experiment_name:
+        yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
+    if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        yield f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}"
+
+
+def _limit_problems(node: Any, prefix: str) -> Iterator[str]:
+    for item in dataclasses.fields(node):
+        key, value = prefix + item.name, getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _limit_problems(value, key + ".")
+        elif item.metadata and value is not None:
+            for number in value if isinstance(value, (list, tuple)) else (value,):
+                if not _within(number, **item.metadata):
+                    yield f"{key} must be {describe_limits(item.metadata)}, got {_shown(value)}"
+                    break
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} must be finite, got {value}"
+
+
+def _within(
+    number: float,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> bool:
+    return (
+        math.isfinite(number)
+        and (least is None or number >= least)
+        and (most is None or number <= most)
+        and (above is None or number > above)
+        and (below is None or number < below)
+    )
+
+
+def describe_limits(limits: Any) -> str:
+    """Limits in words.
+
+    >>> describe_limits({"above": 0, "most": 1}), describe_limits({"least": 1})
+    ('above 0 and at most 1', 'at least 1')
+    """
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    return " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,19 @@
+"""Data sets, keyed augmentation and loaders."""
+
+from hjepa_engine.data.datasets import Source, open_source
+from hjepa_engine.data.features import FeatureBatches, few_labels
+from hjepa_engine.data.loading import KeyedDataset, build_loader, collate, eval_transform, train_transform
+from hjepa_engine.data.sampler import EpochBatchSampler
+
+__all__ = [
+    "EpochBatchSampler",
+    "FeatureBatches",
+    "KeyedDataset",
+    "Source",
+    "build_loader",
+    "collate",
+    "eval_transform",
+    "few_labels",
+    "open_source",
+    "train_transform",
+]

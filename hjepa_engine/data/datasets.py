@@ -1,0 +1,150 @@
+"""Data sets by name: images, labels, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from hjepa_engine.config import DataConfig
+from hjepa_engine.errors import DataError
+from hjepa_engine.randomness import generator
+
+#: ``train``: pretraining, labels unused; ``probe``: labelled images to learn a probe from; ``val``: labelled, held out.
+Split = Literal["train", "probe", "val"]
+
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_STATS = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+class ImageDataset(Protocol):
+    """Pairs of a PIL image and a class number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a data set."""
+
+    images: ImageDataset
+    num_classes: int
+    stats: tuple[tuple[float, ...], tuple[float, ...]]
+    """Mean and standard deviation of each channel, of pixels from 0 to 1."""
+    name_of: Callable[[int], str] = str
+    """What to call sample i in a message: its path where it has one."""
+
+
+class _Arrays:
+    """Images held in memory."""
+
+    def __init__(self, images: Sequence[Any], labels: Sequence[int]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+class _Subset:
+    """Some samples of a data set; unlike torch's, typed for this use."""
+
+    def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[self.indices[index]]
+
+
+def open_source(config: DataConfig, split: Split, seed: int = 0) -> Source:
+    """Open one split of the data set that ``config`` names.
+
+    A data set without a validation split of its own is split by ``val_fraction`` and ``seed``.
+
+    Raises:
+        DataError: files are missing or there are no images.
+    """
+    try:
+        return _OPENERS[config.dataset](config, split, seed)
+    except (FileNotFoundError, RuntimeError) as error:  # torchvision raises both where files are missing
+        reason = str(error).splitlines()[0]
+        hint = "" if config.download or config.dataset not in _DOWNLOADABLE else "; --data.download true fetches it"
+        raise DataError(f"data.dataset {config.dataset} in {_root(config)}: {reason}{hint}") from error
+
+
+def _root(config: DataConfig) -> Path:
+    return Path(config.data_path or "data")
+
+
+def _held_out(images: ImageDataset, split: Split, fraction: float, seed: int) -> tuple[_Subset, Sequence[int]]:
+    order = torch.randperm(len(images), generator=generator(seed, "validation split")).tolist()
+    held = max(1, round(fraction * len(images)))
+    indices = sorted(order[:held] if split == "val" else order[held:])
+    return _Subset(images, indices), indices
+
+
+def _digits(config: DataConfig, split: Split, seed: int) -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = _Arrays((digits.images * (255 / 16)).astype(np.uint8), digits.target)
+    subset, _ = _held_out(images, split, config.val_fraction, seed)
+    return Source(subset, 10, ((0.305,), (0.376,)))
+
+
+def _cifar(cls: type[Any], num_classes: int) -> Callable[[DataConfig, Split, int], Source]:
+    def opener(config: DataConfig, split: Split, seed: int) -> Source:
+        images = cls(_root(config), train=split != "val", download=config.download)
+        return Source(images, num_classes, CIFAR_STATS)
+
+    return opener
+
+
+def _stl10(config: DataConfig, split: Split, seed: int) -> Source:
+    name = {"train": "train+unlabeled", "probe": "train", "val": "test"}[split]
+    return Source(datasets.STL10(_root(config), name, download=config.download), 10, IMAGENET_STATS)
+
+
+def _folder(config: DataConfig, split: Split, seed: int) -> Source:
+    """Images as ``<data_path>/train/<class>/*`` and ``<data_path>/{val,test}/<class>/*``, or ``<data_path>/<class>/*``."""
+    root = _root(config)
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    where = (held_out if held_out and split == "val" else root / "train") if (root / "train").is_dir() else root
+    folder = datasets.ImageFolder(str(where))
+    images: ImageDataset = folder
+    indices: Sequence[int] = range(len(folder))
+    if held_out is None:
+        images, indices = _held_out(folder, split, config.val_fraction, seed)
+    stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
+    return Source(images, len(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
+
+
+def _fake(config: DataConfig, split: Split, seed: int) -> Source:
+    shape = (3, config.image_size, config.image_size)
+    offset = {"train": 0, "probe": 0, "val": config.fake_size}[split]
+    return Source(datasets.FakeData(config.fake_size, shape, 10, random_offset=offset), 10, IMAGENET_STATS)
+
+
+_DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
+_OPENERS: dict[str, Callable[[DataConfig, Split, int], Source]] = {
+    "digits": _digits,
+    "cifar10": _cifar(datasets.CIFAR10, 10),
+    "cifar100": _cifar(datasets.CIFAR100, 100),
+    "stl10": _stl10,
+    "imagefolder": _folder,
+    "imagenet": _folder,
+    "fake": _fake,
+}

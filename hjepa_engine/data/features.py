@@ -1,0 +1,43 @@
+"""Frozen features in memory, in keyed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hjepa_engine.data.sampler import EpochBatchSampler
+from hjepa_engine.randomness import generator
+
+
+class FeatureBatches:
+    """Batches of ``features`` (B, F) and ``labels`` (B,) out of two tensors.
+
+    Args:
+        features: (samples, F).
+        labels: (samples,).
+        batch_size: B; the last batch of an epoch may be smaller.
+        seed: names the order.
+        shuffle: another order in every epoch.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
+        self.features, self.labels = features, labels
+        self.sampler = EpochBatchSampler(len(features), batch_size, seed, shuffle, drop_last=False)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for keys in self.sampler:
+            idx = torch.tensor([index for _, index in keys])
+            yield {"features": self.features[idx], "labels": self.labels[idx]}
+
+
+def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
+    """Indices (n,) of ``per_class`` samples of each class (all, where there are fewer), drawn by ``seed``."""
+    order = torch.randperm(len(labels), generator=generator(seed, "few labels"))
+    chosen = [order[labels[order] == label][:per_class] for label in torch.unique(labels)]
+    return torch.cat(chosen).sort().values

@@ -1,0 +1,155 @@
+"""Samples and batches: keyed augmentation, damaged images, loaders."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+
+from hjepa_engine.config import DataConfig
+from hjepa_engine.data.datasets import Source
+from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
+from hjepa_engine.errors import DataError
+from hjepa_engine.randomness import key, seed_everything
+
+_SUBSTITUTES = 8
+
+
+class KeyedDataset(Dataset[dict[str, Any]]):
+    """Samples by (epoch, index): augmentation is a function of (seed, epoch, index) and of nothing else.
+
+    An image that cannot be read is replaced by another one, chosen by the same key, and its name is reported in the
+    sample's ``damaged``.
+
+    Args:
+        source: images and labels.
+        transform: from a PIL image to a tensor (C, H, W); may draw from any global generator.
+        seed: seed of the run.
+    """
+
+    def __init__(self, source: Source, transform: Any, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source.images)
+
+    def __getitem__(self, sample: SampleKey) -> dict[str, Any]:
+        """``image`` (C, H, W), ``label`` and ``damaged``, names of the images that could not be read."""
+        epoch, wanted = sample
+        damaged: list[str] = []
+        for attempt in range(_SUBSTITUTES):
+            index = wanted if attempt == 0 else key(self.seed, "substitute", epoch, wanted, attempt) % len(self)
+            seed_everything(self.seed, "sample", epoch, wanted)
+            try:
+                image, label = self.source.images[index]
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+                damaged.append(f"{self.source.name_of(index)}: {error}")
+                continue
+            return {"image": self.transform(image), "label": label, "damaged": damaged}
+        raise DataError(f"{_SUBSTITUTES} images in a row could not be read, the last {damaged[-1]}")
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """``images`` (B, C, H, W), ``labels`` (B,) and ``damaged``, a list of names."""
+    return {
+        "images": default_collate([sample["image"] for sample in samples]),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "damaged": [name for sample in samples for name in sample["damaged"]],
+    }
+
+
+def train_transform(config: DataConfig, source: Source) -> v2.Compose:
+    """Random affine map, resized crop, flip and colour jitter, each as far as ``config`` asks for it."""
+    size = config.image_size
+    steps: list[Any] = []
+    if config.random_affine:
+        steps += [v2.Resize((size, size), antialias=True), v2.RandomAffine(**_affine(config.random_affine))]
+    steps.append(v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), ratio=tuple(config.crop_ratio)))
+    if config.horizontal_flip:
+        steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+    if config.color_jitter:
+        strength = config.color_jitter
+        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4 if config.in_chans == 3 else 0))
+    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps, *_normalise(source)])
+
+
+def eval_transform(config: DataConfig, source: Source) -> v2.Compose:
+    """Resize the shorter side, cut the middle out."""
+    size = config.image_size
+    steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size), *_normalise(source)]
+    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps])
+
+
+def _affine(strength: float) -> dict[str, Any]:
+    return {
+        "degrees": 30 * strength,
+        "translate": (0.2 * strength, 0.2 * strength),
+        "scale": (1 - 0.2 * strength, 1 + 0.2 * strength),
+        "shear": 15 * strength,
+    }
+
+
+def _normalise(source: Source) -> list[Any]:
+    mean, std = source.stats
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+
+
+class _Channels(torch.nn.Module):
+    """Grey images to three channels, so that a folder may mix them; transparency is dropped."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        colours = image[:-1] if image.shape[0] in (2, 4) else image
+        return colours.expand(self.channels, -1, -1) if colours.shape[0] == 1 else colours
+
+
+def build_loader(
+    config: DataConfig, source: Source, seed: int, train: bool, alone: bool = False
+) -> tuple[DataLoader[dict[str, Any]], EpochBatchSampler]:
+    """A loader of batches and the sampler that says where it starts.
+
+    Args:
+        config: of the data.
+        source: the split to load.
+        seed: seed of the run.
+        train: augmented and shuffled, without the samples behind the last full batch; else all of them, in order.
+        alone: every process reads all of the data instead of its share.
+
+    Raises:
+        DataError: the data set has less than one batch.
+    """
+    batch_size = config.batch_size
+    rank, world = (0, 1) if alone else (idist.get_rank(), idist.get_world_size())
+    if len(source.images) < (batch_size if train else world):
+        raise DataError(f"data.batch_size must be at most the {len(source.images)} images there are, got {batch_size}")
+    sampler = EpochBatchSampler(
+        len(source.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
+    )
+    transform = train_transform(config, source) if train else eval_transform(config, source)
+    loader = DataLoader(
+        KeyedDataset(source, transform, seed),
+        batch_sampler=sampler,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        pin_memory=config.pin_memory and torch.cuda.is_available(),
+        persistent_workers=config.num_workers > 0,
+        worker_init_fn=_init_worker,
+        # Without one of its own, a loader draws from the global generator at every pass.
+        generator=torch.Generator(),
+    )
+    return loader, sampler
+
+
+def _init_worker(worker: int) -> None:
+    """One thread each; leave signals to the main process, which finishes its step first."""
+    torch.set_num_threads(1)
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,234 @@
+"""The engine: Ignite's ``Engine`` around a pure step, with the phases of an iteration as events."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from hjepa_engine.events import EVENT_TO_ATTR, TrainEvents
+from hjepa_engine.types import Batch, Outputs, Step
+
+
+class Metrics(dict[str, float]):
+    """Floats by name, as ``engine.state.metrics``, that also know which of them were written since a given moment.
+
+    >>> metrics = Metrics()
+    >>> metrics["train/loss"] = 0.5
+    >>> fresh, now = metrics.since(0)
+    >>> metrics["val/loss"] = 0.4
+    >>> metrics.since(now)[0]
+    {'val/loss': 0.4}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock = 0
+        self._written: dict[str, int] = {}
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self._clock += 1
+        self._written[name] = self._clock
+        super().__setitem__(name, value)
+
+    def update(self, *args: Any, **kwargs: float) -> None:
+        """As ``dict.update``; every key counts as written."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def since(self, moment: int) -> tuple[dict[str, float], int]:
+        """What was written after ``moment`` (0: ever), and the present moment."""
+        return {name: self[name] for name in self if self._written[name] > moment}, self._clock
+
+
+class Window(NamedTuple):
+    """Place of an iteration in its accumulation window."""
+
+    place: int
+    """Number of the micro-batch within the window, from 0."""
+    size: int
+    """Micro-batches in the window; the last of an epoch or run may have fewer than the others."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the window ends with this micro-batch."""
+        return self.place == self.size - 1
+
+
+def accumulation_window(
+    iteration: int, epoch_length: int, accumulation_steps: int, max_iters: int | None = None
+) -> Window:
+    """Which window ``iteration`` (from 1) belongs to; windows start anew with every epoch.
+
+    >>> [accumulation_window(i, epoch_length=5, accumulation_steps=2) for i in (1, 2, 5)]
+    [Window(place=0, size=2), Window(place=1, size=2), Window(place=0, size=1)]
+    """
+    position = (iteration - 1) % epoch_length
+    end = epoch_length if max_iters is None else min(epoch_length, position + 1 + max_iters - iteration)
+    place = position % accumulation_steps
+    return Window(place, min(accumulation_steps, end - (position - place)))
+
+
+class StepEngine(Engine):
+    """Ignite's ``Engine`` that runs a :class:`~hjepa_engine.types.Step` on a device, under autocast if asked to.
+
+    ``engine.modules`` and ``engine.device`` are there for handlers.
+    """
+
+    state: Any  # Ignite's State, with the attributes that events and handlers add
+
+    def __init__(
+        self, step: Step, modules: nn.ModuleDict, device: torch.device | str, amp_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(self._process)
+        self.step, self.modules = step, modules
+        self.device, self.amp_dtype = torch.device(device), amp_dtype
+        self.state.metrics = Metrics()
+
+    def _process(self, engine: Engine, batch: Batch) -> Outputs:
+        raise NotImplementedError  # pragma: no cover
+
+    def _run_step(self, batch: Batch) -> Outputs:
+        batch = self.state.batch = move_to(batch, self.device)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return self.step(self.modules, batch)
+
+
+class Trainer(StepEngine):
+    """See :func:`create_trainer`."""
+
+    def __init__(
+        self,
+        step: Step,
+        modules: nn.ModuleDict,
+        device: torch.device | str = "cpu",
+        amp_dtype: torch.dtype | None = None,
+        log_frequency: int = 50,
+    ) -> None:
+        if log_frequency < 1:
+            raise ValueError(f"log_frequency must be at least 1, got {log_frequency}")
+        super().__init__(step, modules, device, amp_dtype)
+        self.log_frequency = log_frequency
+        self.register_events(*TrainEvents, event_to_attr=EVENT_TO_ATTR)
+        self.state.optimizer_step = 0
+        self.state_dict_user_keys.append("optimizer_step")
+        self._stepped = False
+        self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
+
+    def _process(self, engine: Engine, batch: Batch) -> Outputs:
+        self._stepped = False
+        self.state.output = self._run_step(batch)
+        self._fire_event(TrainEvents.LOSS_READY)
+        # A live loss would keep the graph, and with it all activations, until the next iteration has replaced it.
+        return detach(self.state.output)
+
+    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
+        """Fire ``event_name``, then what always comes last: order must not depend on who attached first."""
+        super()._fire_event(event_name, *event_args, **event_kwargs)
+        if event_name == TrainEvents.OPTIMIZER_STEPPED:
+            self._stepped = True
+        elif event_name == Events.ITERATION_COMPLETED:
+            if self._log_window_ends():
+                super()._fire_event(TrainEvents.WINDOW_COMPLETED)
+                super()._fire_event(TrainEvents.METRICS_READY)
+            super()._fire_event(TrainEvents.ITERATION_COMMITTED)
+        elif event_name == Events.EPOCH_COMPLETED:
+            super()._fire_event(TrainEvents.EPOCH_COMMITTED)
+
+    def _log_window_ends(self) -> bool:
+        state = self.state
+        if self._stepped and state.optimizer_step % self.log_frequency == 0:
+            return True
+        return state.iteration == state.max_iters or state.iteration % (state.epoch_length or 1) == 0
+
+
+class Evaluator(StepEngine):
+    """See :func:`create_evaluator`."""
+
+    def __init__(
+        self,
+        step: Step,
+        modules: nn.ModuleDict,
+        device: torch.device | str = "cpu",
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(step, modules, device, amp_dtype)
+        self._was_training = False
+        self.add_event_handler(Events.STARTED, self._enter)
+        self.add_event_handler(Events.COMPLETED, self._leave)
+
+    def _process(self, engine: Engine, batch: Batch) -> Outputs:
+        with torch.no_grad():
+            return self._run_step(batch)
+
+    def _enter(self) -> None:
+        self.state.metrics = Metrics()
+        self._was_training = self.modules.training
+        self.modules.eval()
+
+    def _leave(self) -> None:
+        self.modules.train(self._was_training)
+
+
+def create_trainer(
+    step: Step,
+    modules: nn.ModuleDict,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+    log_frequency: int = 50,
+) -> Trainer:
+    """A trainer: an Ignite ``Engine`` that runs ``step`` on every batch and fires :class:`TrainEvents` around it.
+
+    It computes losses and nothing else: attach :class:`~hjepa_engine.handlers.OptimizerStep` and whatever you need.
+
+    Args:
+        step: from modules and a batch to a dict of tensors with ``loss``.
+        modules: what the step works on, also ``trainer.modules``; put into training mode at every epoch's start.
+        device: where batches are moved to; modules must be there already.
+        amp_dtype: run the step under autocast with ``torch.bfloat16`` or ``torch.float16``; None: float32.
+        log_frequency: optimiser steps of a log window. The epoch's and the run's last iteration end one too.
+    """
+    return Trainer(step, modules, device, amp_dtype, log_frequency)
+
+
+def create_evaluator(
+    step: Step,
+    modules: nn.ModuleDict,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+) -> Evaluator:
+    """An evaluator: the same step without gradients, modules in evaluation mode while it runs, no weights changed.
+
+    Args:
+        step: as for :func:`create_trainer`.
+        modules: as for :func:`create_trainer`; their mode is restored when the run is over.
+        device: as for :func:`create_trainer`.
+        amp_dtype: as for :func:`create_trainer`.
+    """
+    return Evaluator(step, modules, device, amp_dtype)
+
+
+def move_to(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in its dicts, lists and tuples on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: move_to(item, device) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move_to(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(move_to(item, device) for item in value)
+    return value
+
+
+def detach(outputs: Outputs) -> Outputs:
+    """``outputs`` with every tensor, in lists too, cut from its graph."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return [cut(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cut(value) for name, value in outputs.items()}

@@ -1,0 +1,33 @@
+"""Errors that end a run with one line and a documented exit code."""
+
+from __future__ import annotations
+
+
+class RunError(Exception):
+    """A run cannot go on; the message is one line that says what, where and what is allowed."""
+
+    exit_code = 1
+
+
+class ConfigError(RunError, ValueError):
+    """The configuration is wrong: exit code 2, before anything is created."""
+
+    exit_code = 2
+
+
+class DataError(RunError):
+    """The data is missing, empty or damaged: exit code 3."""
+
+    exit_code = 3
+
+
+class ExportError(RunError):
+    """A run folder holds no usable weights: exit code 4."""
+
+    exit_code = 4
+
+
+class GuardStop(RunError):
+    """A guard has ended the run (non-finite loss): exit code 5."""
+
+    exit_code = 5

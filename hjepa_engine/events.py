@@ -1,0 +1,42 @@
+"""The phases of a training iteration, as events."""
+
+from __future__ import annotations
+
+from ignite.engine import EventEnum
+
+
+class TrainEvents(EventEnum):
+    """What a trainer fires besides Ignite's own events; docs/architecture.md has the whole timeline.
+
+    Filters count the number in brackets: ``TrainEvents.OPTIMIZER_STEPPED(every=50)`` runs at optimiser steps 50, 100, ...
+    """
+
+    LOSS_READY = "loss_ready"
+    """The step has run, ``state.output`` still has its graph: backward. [iteration]"""
+    GRADIENTS_READY = "gradients_ready"
+    """The accumulation window is complete, gradients are unscaled and not yet clipped. [optimizer_step]"""
+    OPTIMIZER_STEPPED = "optimizer_stepped"
+    """Parameters have changed; never fired for a skipped update. [optimizer_step]"""
+    WINDOW_COMPLETED = "window_completed"
+    """A log window has ended: handlers write its floats to ``state.metrics``. [optimizer_step]"""
+    METRICS_READY = "metrics_ready"
+    """The floats of the log window are complete: loggers and progress bars read them. [optimizer_step]"""
+    ITERATION_COMMITTED = "iteration_committed"
+    """Last of an iteration, after every handler of ``ITERATION_COMPLETED``: checkpoints, stop requests. [iteration]"""
+    VALIDATION_COMPLETED = "validation_completed"
+    """``state.metrics`` has fresh ``val/`` values, within ``EPOCH_COMPLETED``. [epoch]"""
+    EPOCH_COMMITTED = "epoch_committed"
+    """Last of an epoch, after every handler of ``EPOCH_COMPLETED``: summaries, checkpoints. [epoch]"""
+
+
+#: The counter of ``engine.state`` that an event's filters look at.
+EVENT_TO_ATTR = {
+    TrainEvents.LOSS_READY: "iteration",
+    TrainEvents.GRADIENTS_READY: "optimizer_step",
+    TrainEvents.OPTIMIZER_STEPPED: "optimizer_step",
+    TrainEvents.WINDOW_COMPLETED: "optimizer_step",
+    TrainEvents.METRICS_READY: "optimizer_step",
+    TrainEvents.ITERATION_COMMITTED: "iteration",
+    TrainEvents.VALIDATION_COMPLETED: "epoch",
+    TrainEvents.EPOCH_COMMITTED: "epoch",
+}

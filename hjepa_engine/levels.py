@@ -1,0 +1,58 @@
+"""Levels of the hierarchy: what is predicted at each, pooled from the target encoder's patch tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hjepa_engine.config import Level
+from hjepa_engine.masking import Masks
+
+
+def take_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
+    """Tokens (B, N, D) at ``idx`` (B, ...): (B, ..., D)."""
+    flat = idx.flatten(1)
+    picked = tokens.gather(1, flat.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    return picked.view(*idx.shape, tokens.shape[-1])
+
+
+def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
+    """What ``level`` predicts of the patch features (B, N, D), before it is normalised.
+
+    Returns:
+        (B, M, cells, D), the means of the cells of each target block, row by row; a cell that the block's edge cuts
+        is the mean of the patches it holds. For ``pool: image``, (B, 1, 1, D), the mean of all patches.
+    """
+    if level.pool == "image":
+        return features.mean(dim=1)[:, None, None]
+    tokens = take_tokens(features, masks.target_idx)
+    if level.pool == 1:
+        return tokens
+    batch, blocks, _, dim = tokens.shape
+    maps = tokens.view(batch * blocks, *masks.block, dim).permute(0, 3, 1, 2)
+    cells = F.avg_pool2d(maps, level.pool, ceil_mode=True, count_include_pad=False)
+    return cells.flatten(2).transpose(1, 2).reshape(batch, blocks, -1, dim)
+
+
+def cell_extents(length: int, pool: int) -> list[tuple[int, int]]:
+    """(start, size) of the cells that ``pool`` cuts ``length`` patches into; the last may be smaller.
+
+    >>> cell_extents(5, 2)
+    [(0, 2), (2, 2), (4, 1)]
+    """
+    return [(start, min(pool, length - start)) for start in range(0, length, pool)]
+
+
+def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:
+    """Mean row and column of each cell's patches, doubled (so that they are integers).
+
+    Returns:
+        Rows (B, M, cells down) and columns (B, M, cells across), from 0 to 2 H - 2 and 2 W - 2.
+    """
+    corner = masks.target_idx[:, :, :1]
+    offsets = [
+        torch.tensor([2 * start + size - 1 for start, size in cell_extents(length, pool)], device=corner.device)
+        for length in masks.block
+    ]
+    return 2 * (corner // grid_width) + offsets[0], 2 * (corner % grid_width) + offsets[1]

@@ -1,0 +1,71 @@
+"""Prediction losses and the optional regularisers of the encoder's tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hjepa_engine.types import LossFunction
+
+
+def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean of x^2 / 2 where |x| < 1 and |x| - 1/2 elsewhere, x the difference (I-JEPA's)."""
+    return F.smooth_l1_loss(prediction, target)
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference."""
+    return F.mse_loss(prediction, target)
+
+
+def huber(prediction: Tensor, target: Tensor, delta: float = 0.5) -> Tensor:
+    """Mean of x^2 / 2 where |x| < delta and delta (|x| - delta / 2) elsewhere; with delta 1 it is ``smooth_l1``."""
+    return F.huber_loss(prediction, target, delta=delta)
+
+
+def cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """One minus the cosine similarity over D, mean over the rest: from 0 (same direction) to 2."""
+    return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+
+
+#: Losses by name; ``loss.type`` also takes the dotted path of any :class:`~hjepa_engine.types.LossFunction`.
+LOSSES: dict[str, LossFunction] = {
+    "smooth_l1": smooth_l1,
+    "mse": mse,
+    "huber": huber,
+    "cosine": cosine,
+}
+
+
+def variance(tokens: Tensor, eps: float = 1e-4) -> Tensor:
+    """How far the standard deviation of each dimension of ``tokens`` (..., D) is below 1 (VICReg, arXiv:2105.04906)."""
+    samples = tokens.float().flatten(0, -2)
+    return F.relu(1 - (samples.var(dim=0) + eps).sqrt()).mean()
+
+
+def covariance(tokens: Tensor) -> Tensor:
+    """Sum of the squared off-diagonal covariances of ``tokens`` (..., D), over D (VICReg, arXiv:2105.04906)."""
+    samples = tokens.float().flatten(0, -2)
+    matrix = torch.cov(samples.T)
+    return (matrix.square().sum() - matrix.diagonal().square().sum()) / samples.shape[1]
+
+
+def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tensor:
+    """Distance of ``tokens`` (..., D) from an isotropic normal distribution (SIGReg, LeJEPA, arXiv:2511.08544).
+
+    Mean over random directions of the Epps-Pulley statistic: the squared distance of the empirical characteristic
+    function from exp(-t^2 / 2), weighted by exp(-t^2 / 2), integrated over t from -5 to 5 (trapezoids), times the
+    number of samples. Directions come from torch's global generator, which the run seeds at every step.
+    """
+    samples = tokens.float().flatten(0, -2)
+    directions = F.normalize(torch.randn(samples.shape[1], num_slices, device=samples.device), dim=0)
+    t = torch.linspace(-5, 5, num_points, device=samples.device)
+    normal = torch.exp(-0.5 * t.square())
+    angles = (samples @ directions).unsqueeze(-1) * t  # (samples, slices, points)
+    distance = (angles.cos().mean(dim=0) - normal).square() + angles.sin().mean(dim=0).square()
+    return len(samples) * torch.trapezoid(distance * normal, t, dim=-1).mean()
+
+
+#: Regularisers by name, each from tokens (..., D) to a loss ().
+REGULARIZERS = {"variance": variance, "covariance": covariance, "sigreg": sigreg}

@@ -1,0 +1,189 @@
+"""Multi-block masks: which patches are context, which are to be predicted."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hjepa_engine.randomness import uniform_rows
+
+BoolArray = NDArray[np.bool_]
+Range = tuple[float, float]
+
+# K is this quantile of the visible count over random layouts of one shape. Lower throws more visible tokens away,
+# higher redraws more layouts and so favours overlapping targets; docs/masks.md has the trade-off measured.
+_QUANTILE = 0.64
+_CALIBRATION_LAYOUTS = 1024
+_ATTEMPTS = 24
+
+
+class Masks(NamedTuple):
+    """Indices into the N = H * W patches of an image, numbered row by row."""
+
+    context_idx: Tensor
+    """(B, K) int64, ascending: the patches that the context encoder sees."""
+    target_idx: Tensor
+    """(B, M, h * w) int64: the patches of each target block, row by row."""
+    block: tuple[int, int]
+    """(h, w): height and width of the target blocks, in patches."""
+
+
+class _Shape(NamedTuple):
+    target: tuple[int, int]
+    context: tuple[int, int]
+
+
+class MultiBlockMasks:
+    """Sample I-JEPA's multi-block masks (arXiv:2301.08243) without its sampler's biases.
+
+    Per optimiser step one target block shape and one context block shape are drawn, scale and aspect ratio
+    independently; per image ``num_targets`` target positions and one context position, every position that fits
+    being equally likely. Context is the context block minus all targets of the image.
+
+    The number K of context patches is a function of the two shapes alone. Layouts with fewer visible patches are
+    drawn again (at most 24 times, then the targets are stacked on one place), from those with more, K are chosen
+    uniformly. All draws are keyed by (seed, step, place of the image in the global batch): a rank's or micro-batch's
+    slice is computed alone and equals the same slice of the whole.
+
+    Args:
+        grid: (H, W), the patch grid.
+        num_targets: M, target blocks per image, at least 1.
+        target_scale: smallest and largest area of a target block, as a share of the grid, in (0, 1].
+        aspect_ratio: smallest and largest height / width of a target block, in patches, positive.
+        context_scale: smallest and largest area of the context block, as a share of the grid, in (0, 1]. The context
+            block has the grid's own aspect ratio.
+
+    Raises:
+        ValueError: a range is malformed, a target block does not fit into the grid, or no context could be left.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        num_targets: int = 4,
+        target_scale: Range = (0.15, 0.2),
+        aspect_ratio: Range = (0.75, 1.5),
+        context_scale: Range = (0.85, 1.0),
+    ) -> None:
+        if min(grid) < 1:
+            raise ValueError(f"grid must be at least 1 x 1, got {grid}")
+        if num_targets < 1:
+            raise ValueError(f"num_targets must be at least 1, got {num_targets}")
+        for name, (low, high), limit in (
+            ("target_scale", target_scale, 1.0),
+            ("aspect_ratio", aspect_ratio, math.inf),
+            ("context_scale", context_scale, 1.0),
+        ):
+            if not 0 < low <= high <= limit:
+                raise ValueError(f"{name} must satisfy 0 < low <= high <= {limit}, got {(low, high)}")
+        self.grid, self.num_targets = grid, num_targets
+        self.target_scale, self.aspect_ratio, self.context_scale = target_scale, aspect_ratio, context_scale
+        self._visible: dict[_Shape, int] = {}
+        self._refuse_impossible()
+
+    @property
+    def num_patches(self) -> int:
+        """N = H * W."""
+        return self.grid[0] * self.grid[1]
+
+    def sample(self, batch_size: int, seed: int, step: int = 0, offset: int = 0) -> Masks:
+        """Masks of the images ``offset`` to ``offset + batch_size`` of the global batch of optimiser step ``step``.
+
+        Args:
+            batch_size: B, number of images.
+            seed: seed of the run.
+            step: optimiser step; fixes the block shapes.
+            offset: place in the global batch (over ranks and micro-batches) of this slice's first image.
+        """
+        shape = self._draw_shape(seed, step)
+        num_visible = self.num_visible(shape)
+        tops, lefts, visible = self._draw_layouts(shape, batch_size, seed, step, offset, num_visible)
+        scores = uniform_rows(offset, batch_size, self.num_patches, seed, "mask subset", step)
+        scores[~visible.reshape(batch_size, -1)] = 2.0  # above every uniform number: never among the K smallest
+        context = np.sort(np.argpartition(scores, num_visible - 1, axis=1)[:, :num_visible], axis=1)
+        (h, w), width = shape.target, self.grid[1]
+        corner = tops[:, 1:] * width + lefts[:, 1:]
+        cells = (np.arange(h)[:, None] * width + np.arange(w)).reshape(-1)
+        targets = corner[:, :, None] + cells
+        return Masks(torch.from_numpy(context), torch.from_numpy(targets), (h, w))
+
+    def num_visible(self, shape: _Shape) -> int:
+        """K for these block shapes: calibrated once on layouts from a stream of its own, the same in every run."""
+        if shape not in self._visible:
+            draws = uniform_rows(0, _CALIBRATION_LAYOUTS, 2 * (self.num_targets + 1), "mask calibration")
+            counts = self._place(shape, draws)[2].sum(axis=(1, 2))
+            (h, w), (context_h, context_w) = shape.target, shape.context
+            most_guaranteed = context_h * context_w - h * w  # all targets on one place leave at least this many
+            self._visible[shape] = max(1, min(int(np.quantile(counts, _QUANTILE)), most_guaranteed))
+        return self._visible[shape]
+
+    def _draw_shape(self, seed: int, step: int) -> _Shape:
+        u = uniform_rows(0, 1, 3, seed, "mask shape", step)[0]
+        scale, aspect, context_scale = (
+            low + (high - low) * draw
+            for (low, high), draw in zip((self.target_scale, self.aspect_ratio, self.context_scale), u, strict=True)
+        )
+        return _Shape(self._target_shape(scale, aspect), self._context_shape(context_scale))
+
+    def _target_shape(self, scale: float, aspect: float) -> tuple[int, int]:
+        area = scale * self.num_patches
+        return max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+
+    def _context_shape(self, scale: float) -> tuple[int, int]:
+        side = math.sqrt(scale)
+        return max(1, round(side * self.grid[0])), max(1, round(side * self.grid[1]))
+
+    def _refuse_impossible(self) -> None:
+        scale, aspects = self.target_scale[1], self.aspect_ratio
+        height, width = self._target_shape(scale, aspects[1])[0], self._target_shape(scale, aspects[0])[1]
+        if height > self.grid[0] or width > self.grid[1]:
+            raise ValueError(
+                f"target blocks must fit into the grid {self.grid}: target_scale {self.target_scale} with aspect_ratio "
+                f"{aspects} asks for blocks up to {height} high and {width} wide"
+            )
+        context_h, context_w = self._context_shape(self.context_scale[0])
+        largest = max(math.prod(self._target_shape(scale, aspect)) for aspect in np.linspace(*aspects, 33))
+        if context_h * context_w <= largest:
+            raise ValueError(
+                f"a context must be left: target_scale {self.target_scale} allows a target block of {largest} patches, "
+                f"context_scale {self.context_scale} a context block of {context_h * context_w}"
+            )
+
+    def _draw_layouts(
+        self, shape: _Shape, count: int, seed: int, step: int, offset: int, num_visible: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], BoolArray]:
+        """Positions (B, M + 1), the context block's first, and visible patches (B, H, W), at least K in each image."""
+        width = 2 * (self.num_targets + 1)
+        draws = uniform_rows(offset, count, width * _ATTEMPTS, seed, "mask place", step).reshape(count, _ATTEMPTS, -1)
+        # The last attempt cannot fail: K never exceeds what is visible with all targets on one place.
+        draws[:, -1, 4:] = np.tile(draws[:, -1, 2:4], self.num_targets - 1)
+        tops, lefts, visible = self._place(shape, draws[:, 0])
+        for attempt in range(1, _ATTEMPTS):
+            short = np.flatnonzero(visible.sum(axis=(1, 2)) < num_visible)
+            if not len(short):
+                break
+            tops[short], lefts[short], visible[short] = self._place(shape, draws[short, attempt])
+        return tops, lefts, visible
+
+    def _place(
+        self, shape: _Shape, draws: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], BoolArray]:
+        """Turn uniform numbers (B, 2 (M + 1)) into positions and the patches visible under them."""
+        sizes = np.array([shape.context] + [shape.target] * self.num_targets)  # (M + 1, 2)
+        places = (draws.reshape(len(draws), -1, 2) * (np.array(self.grid) - sizes + 1)).astype(np.int64)
+        tops, lefts = places[..., 0], places[..., 1]
+        row, column = self._coordinates
+        in_rows = (row >= tops[..., None]) & (row < (tops + sizes[:, 0])[..., None])  # (B, M + 1, H)
+        in_columns = (column >= lefts[..., None]) & (column < (lefts + sizes[:, 1])[..., None])
+        inside = in_rows[..., :, None] & in_columns[..., None, :]  # (B, M + 1, H, W)
+        return tops, lefts, inside[:, 0] & ~inside[:, 1:].any(axis=1)
+
+    @cached_property
+    def _coordinates(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.arange(self.grid[0]), np.arange(self.grid[1])

@@ -1,0 +1,72 @@
+"""Encoders, predictor, and how a configuration builds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hjepa_engine.config import Config, resolve_levels
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.models.encoder import ContextEncoder, TargetEncoder
+from hjepa_engine.models.predictor import Predictor
+from hjepa_engine.randomness import key
+
+
+def encoder_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of :class:`ContextEncoder` and :class:`TargetEncoder` that ``config`` asks for."""
+    model = config.model
+    overrides = {
+        "patch_size": model.patch_size,
+        "embed_dim": model.embed_dim,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+        "init_values": model.layer_scale,
+        "drop_path_rate": model.drop_path or None,
+    }
+    return {
+        "name": model.encoder_type,
+        "img_size": config.data.image_size,
+        "in_chans": config.data.in_chans,
+        "pos_embed": model.pos_embed,
+        "activation_checkpointing": model.activation_checkpointing,
+        **{name: value for name, value in overrides.items() if value is not None},
+    }
+
+
+def build_modules(config: Config) -> nn.ModuleDict:
+    """``context_encoder``, ``target_encoder`` (its exact copy) and ``predictor``, initialised from ``config.seed``.
+
+    Raises:
+        ConfigError: the sizes do not fit together, or the encoder is unknown.
+    """
+    predictor = config.model.predictor
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "weights"))
+        try:
+            context_encoder = ContextEncoder(**encoder_arguments(config))
+        except (ValueError, AssertionError, TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"model.encoder_type {config.model.encoder_type}: {' '.join(str(error).split())}"
+            ) from error
+        return nn.ModuleDict(
+            {
+                "context_encoder": context_encoder,
+                "target_encoder": TargetEncoder.copy_of(context_encoder),
+                "predictor": Predictor(
+                    context_encoder.grid,
+                    context_encoder.embed_dim,
+                    resolve_levels(config),
+                    width=predictor.width,
+                    depth=predictor.depth,
+                    num_heads=predictor.num_heads,
+                    mlp_ratio=predictor.mlp_ratio,
+                    level_depth=predictor.level_depth,
+                    activation_checkpointing=config.model.activation_checkpointing,
+                ),
+            }
+        )
+
+
+__all__ = ["ContextEncoder", "Predictor", "TargetEncoder", "build_modules", "encoder_arguments"]

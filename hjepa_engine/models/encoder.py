@@ -1,0 +1,114 @@
+"""Context and target encoder: a timm vision transformer that can see a part of the patches."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hjepa_engine.levels import take_tokens
+from hjepa_engine.models.positions import sincos_2d
+
+
+class ContextEncoder(nn.Module):
+    """A vision transformer over the visible patches; masked patches are dropped, not zeroed.
+
+    Args:
+        name: any of timm's vision transformers (``timm.list_models("vit_*")``).
+        img_size: H = W of the images, in pixels.
+        in_chans: C of the images.
+        pos_embed: ``sincos``: fixed 2-D sine-cosine positions (I-JEPA); ``learned``: as timm initialises them.
+        activation_checkpointing: recompute each block's activations in the backward pass to save memory.
+        **overrides: arguments of timm's ``VisionTransformer`` that differ from the named model's (``patch_size``,
+            ``embed_dim``, ``depth``, ``num_heads``, ``drop_path_rate``, ``init_values`` (layer scale), ...).
+
+    Raises:
+        ValueError: the name is unknown or no plain vision transformer, or the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        img_size: int,
+        in_chans: int = 3,
+        pos_embed: Literal["sincos", "learned"] = "sincos",
+        activation_checkpointing: bool = False,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        if name not in timm.list_models():
+            near = ", ".join(difflib.get_close_matches(name, timm.list_models("vit_*"), 3)) or "see timm.list_models()"
+            raise ValueError(f"unknown encoder {name!r}, near: {near}")
+        tokens = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0}
+        vit = timm.create_model(name, img_size=img_size, in_chans=in_chans, **{**tokens, **overrides})
+        if not isinstance(vit, VisionTransformer):
+            raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
+        self.vit, self.activation_checkpointing = vit, activation_checkpointing
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        self.num_patches, self.embed_dim, self.depth = vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
+        if pos_embed == "sincos":
+            assert vit.pos_embed is not None
+            with torch.no_grad():
+                prefix = vit.pos_embed.shape[1] - self.num_patches
+                vit.pos_embed[0, :prefix] = 0
+                vit.pos_embed[0, prefix:] = sincos_2d(self.grid, self.embed_dim)
+            vit.pos_embed.requires_grad_(False)
+
+    def forward(self, images: Tensor, patch_idx: Tensor | None = None) -> Tensor:
+        """Patch tokens after the last norm.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            patch_idx: (B, K), the patches to see; all N of them by default.
+
+        Returns:
+            (B, K, D), in the order of ``patch_idx``.
+        """
+        return self.features(images, patch_idx)[0]
+
+    def features(
+        self, images: Tensor, patch_idx: Tensor | None = None, depths: Sequence[float] = (1.0,)
+    ) -> list[Tensor]:
+        """Patch tokens (B, K, D) at each of ``depths``, shares of the blocks in (0, 1]; 1.0 is after the last norm."""
+        prefix = self.vit.num_prefix_tokens
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        if patch_idx is not None:
+            tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], patch_idx)], dim=1)
+        tokens = self.vit.norm_pre(tokens)
+        wanted = {depth: max(1, round(depth * self.depth)) for depth in depths}
+        after: dict[int, Tensor] = {}
+        for number, block in enumerate(self.vit.blocks, start=1):
+            recompute = self.activation_checkpointing and torch.is_grad_enabled()
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+            if number in wanted.values():
+                after[number] = tokens
+        last = self.vit.norm(tokens)
+        return [(last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()]
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are no weights: positions and prefix tokens."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+
+class TargetEncoder(ContextEncoder):
+    """The context encoder's exact copy: float32, no gradients, always in evaluation mode, moved only by its EMA."""
+
+    @classmethod
+    def copy_of(cls, encoder: ContextEncoder) -> TargetEncoder:
+        """A target encoder that equals ``encoder`` bit for bit."""
+        target = copy.deepcopy(encoder)
+        target.__class__ = cls
+        target.requires_grad_(False).train()
+        return target  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> TargetEncoder:
+        """Stay in evaluation mode: a target with drop path would be a noisy one."""
+        super().train(False)
+        return self

@@ -1,0 +1,87 @@
+"""Optimisers by name, and which parameters they treat how."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from hjepa_engine.imports import import_object
+from hjepa_engine.types import unwrap
+
+#: Short names; ``training.optimizer`` also takes the dotted path of any ``torch.optim.Optimizer``.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def param_groups(modules: nn.ModuleDict, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups by level and by whether they are decayed.
+
+    Biases, one-dimensional parameters and what a module names in ``no_weight_decay()`` are never decayed.
+
+    Returns:
+        Groups with ``params``, ``name``, ``level`` (None: shared by all levels; else the level whose head and own blocks
+        these are), ``decay`` (bool) and ``weight_decay`` (0 unless ``decay``). Empty ones are left out.
+    """
+    found: dict[tuple[int | None, bool], list[nn.Parameter]] = {}
+    for module in modules.values():
+        module = unwrap(module)
+        exempt = module.no_weight_decay() if hasattr(module, "no_weight_decay") else set()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                decay = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+                found.setdefault((_level_of(name), decay), []).append(parameter)
+    order = sorted(found, key=lambda group: (-1 if group[0] is None else group[0], not group[1]))
+    return [
+        {
+            "params": found[level, decay],
+            "name": f"{'shared' if level is None else f'level_{level}'}/{'decay' if decay else 'no_decay'}",
+            "level": level,
+            "decay": decay,
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for level, decay in order
+    ]
+
+
+def _level_of(name: str) -> int | None:
+    """The level of a predictor's parameter (``heads.2.weight`` is of level 2), None if it is shared."""
+    part, *rest = name.split(".")
+    return int(rest[0]) if part in ("heads", "level_blocks", "level_embed") else None
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999), **arguments: Any
+) -> torch.optim.Optimizer:
+    """An optimiser by short name or dotted path.
+
+    Args:
+        name: one of :data:`OPTIMIZERS` or a path like ``torch.optim.RAdam``.
+        groups: from :func:`param_groups`.
+        lr: learning rate before any schedule.
+        betas: passed on where the optimiser takes them; to SGD the first one is passed as ``momentum``.
+        **arguments: passed on.
+
+    Raises:
+        ValueError: the name is unknown or no optimiser, or an argument is.
+    """
+    if "." in name:
+        cls = import_object(name)
+    elif name in OPTIMIZERS:
+        cls = OPTIMIZERS[name]
+    else:
+        near = difflib.get_close_matches(name, OPTIMIZERS, 1)
+        hint = f", did you mean {near[0]}" if near else ""
+        raise ValueError(f"unknown optimizer {name!r}{hint}; known: {', '.join(OPTIMIZERS)} or a dotted path")
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer {name!r} must be a torch.optim.Optimizer")
+    known = inspect.signature(cls).parameters
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ValueError(f"optimizer {name!r} does not take {', '.join(unknown)}, it takes {', '.join(known)}")
+    if "betas" in known:
+        arguments = {"betas": tuple(betas), **arguments}
+    elif "momentum" in known:
+        arguments = {"momentum": betas[0], **arguments}
+    return cls(groups, lr=lr, **arguments)  # type: ignore[call-arg]

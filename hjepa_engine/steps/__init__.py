@@ -1,0 +1,6 @@
+"""Pure step functions: modules and a batch in, a dict of tensors out."""
+
+from hjepa_engine.steps.hjepa import hjepa_step
+from hjepa_engine.steps.linear_probe import feature_step, linear_probe_step
+
+__all__ = ["feature_step", "hjepa_step", "linear_probe_step"]

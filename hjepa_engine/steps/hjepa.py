@@ -1,0 +1,64 @@
+"""The pretraining step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hjepa_engine.levels import pool_target
+from hjepa_engine.losses import REGULARIZERS, smooth_l1
+from hjepa_engine.masking import Masks
+from hjepa_engine.types import Batch, LossFunction, Outputs, unwrap
+
+
+def hjepa_step(
+    modules: nn.ModuleDict,
+    batch: Batch,
+    loss_fn: LossFunction = smooth_l1,
+    regularizers: Mapping[str, float] | None = None,
+) -> Outputs:
+    """Predict the target encoder's features of hidden blocks, at every level, from the visible patches.
+
+    With one level of pool 1 and depth 1.0 this is I-JEPA (arXiv:2301.08243). Targets are pooled, then layer-normed
+    over D without affine parameters, so that no shrinking of the features lowers the loss.
+
+    Args:
+        modules: ``context_encoder``, ``target_encoder`` and ``predictor`` (which knows the levels).
+        batch: ``images`` (B, C, H, W), normalised; ``masks``, a :class:`~hjepa_engine.masking.Masks`.
+        loss_fn: mean distance of predictions and targets (..., D).
+        regularizers: weight of each of :data:`~hjepa_engine.losses.REGULARIZERS` on the mean context token
+            of each image (B, D): over tokens, positions alone would pass for variance.
+
+    Returns:
+        ``loss`` (), ``loss_level_{l}`` () and, where weighted, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
+        and ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, a list over levels of (B, M, cells, D).
+    """
+    images, masks = batch["images"], Masks(*batch["masks"])
+    levels = unwrap(modules["predictor"]).levels
+    depths = sorted({level.depth for level in levels} | {1.0})
+    with torch.no_grad():
+        features = dict(zip(depths, unwrap(modules["target_encoder"]).features(images, depths=depths), strict=True))
+        pooled = [pool_target(features[level.depth].float(), masks, level) for level in levels]
+        targets = [F.layer_norm(target, target.shape[-1:]) for target in pooled]
+    context = modules["context_encoder"](images, masks.context_idx)
+    predictions = modules["predictor"](context, masks)
+    outputs: Outputs = {
+        f"loss_level_{number}": loss_fn(prediction.float(), target)
+        for number, (prediction, target) in enumerate(zip(predictions, targets, strict=True))
+    }
+    loss = torch.stack([level.weight * outputs[f"loss_level_{number}"] for number, level in enumerate(levels)]).sum()
+    summary = context.mean(dim=1)
+    for name, weight in (regularizers or {}).items():
+        outputs[f"loss_{name}"] = REGULARIZERS[name](summary)
+        loss = loss + weight * outputs[f"loss_{name}"]
+    return {
+        **outputs,
+        "loss": loss,
+        "context_tokens": context,
+        "target_tokens": features[1.0],
+        "predictions": predictions,
+        "targets": targets,
+    }

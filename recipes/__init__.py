@@ -1,0 +1,1 @@
+"""Recipes: build parts, attach handlers, run."""

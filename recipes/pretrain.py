@@ -1,0 +1,175 @@
+"""Pretrain an H-JEPA on images without labels, then judge its target encoder with a linear probe.
+
+    python recipes/pretrain.py                                           # digits, about two minutes on a laptop
+    python recipes/pretrain.py --config recipes/configs/cifar10.yaml --data.data_path data/cifar10
+    torchrun --nproc_per_node 2 recipes/pretrain.py --config ...         # several GPUs
+
+I-JEPA (arXiv:2301.08243) with a hierarchy of levels; docs/architecture.md has the timeline that handlers attach to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from hjepa_engine.handlers import (
+    DamagedImages,
+    DataPosition,
+    EarlyStopping,
+    EncoderExport,
+    MaskSampler,
+    MetricAverager,
+    MetricsLogger,
+    NonFiniteGuard,
+    OptimizerStep,
+    ParamSchedule,
+    ProgressBar,
+    StepSeed,
+    TargetEncoderEMA,
+    Throughput,
+    Validation,
+)
+from hjepa_engine.recipes.linear_probe import describe, judge
+from torch import nn
+
+from hjepa_engine import Config, create_evaluator, create_trainer
+from hjepa_engine.cli import exit_code_of, one_line, read_config, run_command
+from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.engine import Trainer
+from hjepa_engine.models import build_modules, encoder_arguments
+from hjepa_engine.parts import (
+    build_handlers,
+    build_masks,
+    build_run_optimizer,
+    build_schedules,
+    build_step,
+    choose_amp_dtype,
+    choose_device,
+    distribute,
+    process_group,
+    steps_per_epoch,
+)
+from hjepa_engine.run_folder import RunFolder
+from hjepa_engine.types import unwrap
+from hjepa_engine.writers import build_writers
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+@dataclass
+class Run:
+    """A run whose parts are built and attached: add handlers to ``trainer``, then call :meth:`fit`."""
+
+    config: Config
+    trainer: Trainer
+    data: torch.utils.data.DataLoader[dict[str, object]]
+    logger: MetricsLogger
+    folder: RunFolder
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """``context_encoder``, ``target_encoder`` and ``predictor``."""
+        return self.trainer.modules
+
+    def fit(self) -> dict[str, float]:
+        """Train; then, where ``probe.enabled``, the accuracies of the linear probe on encoder and baselines."""
+        training, results = self.config.training, {}
+        iterations = training.epochs * len(self.data)
+        length = (
+            {"max_iters": min(training.max_iters, iterations)}
+            if training.max_iters
+            else {"max_epochs": training.epochs}
+        )
+        self.folder.create()
+        try:
+            self.trainer.run(self.data, **length)
+            if self.config.probe.enabled:
+                results = judge(self.config, self.modules["target_encoder"], bar=self.config.logging.progress_bar)
+                self.logger.log_metrics(
+                    {"linear" if n == "trained" else f"linear_{n}": v for n, v in results.items()}, prefix="probe/"
+                )
+        except BaseException as error:
+            self.folder.write_status("stopped", self.trainer.state.optimizer_step, exit_code_of(error), one_line(error))
+            raise
+        finally:
+            self.logger.close()
+        self.folder.write_status("done", self.trainer.state.optimizer_step, 0, "trained to the end", results)
+        return results
+
+
+def build(config: Config) -> Run:
+    """Build every part and attach every handler; writes nothing yet."""
+    training, seed, device = config.training, config.seed, choose_device(config.device)
+    amp_dtype = choose_amp_dtype(training, device)
+    train, val = (open_source(config.data, split, seed) for split in ("train", "val"))
+    data, sampler = build_loader(config.data, train, seed, train=True)
+    val_data, _ = build_loader(config.data, val, seed, train=False)
+
+    modules = distribute(build_modules(config), device)
+    context_encoder, target_encoder = modules["context_encoder"], modules["target_encoder"]
+    optimizer = build_run_optimizer(config, modules)
+    schedules = build_schedules(config, steps_per_epoch(len(data), training.accumulation_steps))
+    masks = build_masks(config, unwrap(context_encoder).grid)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    ema = TargetEncoderEMA(context_encoder, target_encoder, config.model.ema.momentum)
+    folder = RunFolder(config)
+    level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
+    logger = MetricsLogger(build_writers(config, folder.path, folder.log_path))
+
+    step = build_step(config)
+    evaluator = create_evaluator(step, modules, device, amp_dtype)
+    for handler in (MaskSampler(masks, seed), StepSeed(seed), MetricAverager(prefix="")):
+        handler.attach(evaluator)
+
+    trainer = create_trainer(step, modules, device, amp_dtype, config.logging.log_frequency)
+    handlers = [
+        DataPosition(sampler),
+        DamagedImages(config.data.max_damaged),
+        StepSeed(seed),
+        MaskSampler(masks, seed, training.accumulation_steps),
+        OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
+        NonFiniteGuard(training.non_finite, check_gradients=amp_dtype != torch.float16),
+        ema,
+        ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
+        ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None, level_lr_metric),
+        ParamSchedule(
+            optimizer, "weight_decay", schedules.weight_decay, lambda group: group["decay"], "train/weight_decay"
+        ),
+        ParamSchedule(ema, "momentum", schedules.momentum),
+        MetricAverager(),
+        Throughput(),
+        Validation(evaluator, val_data),
+        EncoderExport(
+            target_encoder, folder.path / "encoder", {"encoder": encoder_arguments(config), "stats": train.stats}
+        ),
+        logger,
+        *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
+        *([ProgressBar()] if config.logging.progress_bar else []),
+        *build_handlers(config),
+    ]
+    for handler in handlers:
+        handler.attach(trainer)
+    return Run(config, trainer, data, logger, folder)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Pretrain as the command line says."""
+    config = read_config(__doc__ or "", DEFAULT_CONFIG, argv)
+    if config is None:
+        return
+    with process_group(config.device):
+        folder = RunFolder(config)
+        finished = folder.finished_results()
+        results = build(config).fit() if finished is None else finished
+        if idist.get_rank() == 0:
+            print(f"\nrun folder: {folder.path}" + ("" if finished is None else " (was finished already)"))
+            if results:
+                print(describe(results, config))
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
