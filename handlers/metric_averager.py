@@ -30,10 +30,15 @@ class MetricAverager:
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to a trainer or an evaluator."""
-        engine.add_event_handler(Events.STARTED, self.means.reset)
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
         window = TrainEvents.WINDOW_COMPLETED if isinstance(engine, Trainer) else Events.EPOCH_COMPLETED
         engine.add_event_handler(window, self.report)
+
+    def start(self, engine: StepEngine) -> None:
+        """Start a new run with no sums; a resumed one keeps those it has loaded."""
+        if engine.state.iteration == 0:
+            self.means.reset()
 
     def add(self, engine: StepEngine) -> None:
         """Take the output of one step in."""

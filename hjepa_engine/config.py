@@ -363,7 +363,7 @@ def _problems(config: Config) -> Iterator[str]:
         )
     if model.embed_dim is not None and model.embed_dim % 4:
         yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
-    if not config.logging.experiment_name or "/" in config.logging.experiment_name:
+    if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:
         yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
     if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda", "mps"):
         yield f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}"

@@ -34,6 +34,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"keys must be plain texts, see line {key.start_mark.line + 1}")
             if key.value in seen:
                 raise ConfigError(f"{key.value} is given twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
@@ -71,7 +73,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise ConfigError(f"no valid YAML: {' '.join((error.problem or str(error)).split())}{line}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # the last two: a tag on a wrong value
         raise ConfigError(f"no valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ConfigError("no valid YAML: nested too deeply") from error
@@ -190,6 +192,8 @@ def _build(hint: Any, value: Any, key: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
+    if type(value) is int and abs(value) >= 2**63:
+        raise ConfigError(f"{key} must be {_type_words(hint)} below 2**63, got {_shown(value)}")
     if origin in (Union, types.UnionType):
         return _build_union(hint, value, key)
     if origin is Literal and any(value == known and type(value) is type(known) for known in arguments):
@@ -262,6 +266,8 @@ def _type_words(hint: Any) -> str:
         return " or ".join(_type_words(option) for option in arguments)
     if origin is Literal:
         return ", ".join(str(option) for option in arguments)
+    if origin is list and dataclasses.is_dataclass(arguments[0]):
+        return _type_words(arguments[0]).replace("a section", "a list of sections", 1)
     if origin is list:
         return f"a list of {_type_words(arguments[0]).removeprefix('a ').removeprefix('an ')}s"
     if origin is tuple:

@@ -155,7 +155,7 @@ class Evaluator(StepEngine):
         amp_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(step, modules, device, amp_dtype)
-        self._was_training = False
+        self._modes: list[tuple[nn.Module, bool]] = []
         self.add_event_handler(Events.STARTED, self._enter)
         self.add_event_handler(Events.COMPLETED, self._leave)
 
@@ -165,11 +165,12 @@ class Evaluator(StepEngine):
 
     def _enter(self) -> None:
         self.state.metrics = Metrics()
-        self._was_training = self.modules.training
+        self._modes = [(module, module.training) for module in self.modules.modules()]
         self.modules.eval()
 
     def _leave(self) -> None:
-        self.modules.train(self._was_training)
+        for module, training in self._modes:  # one by one: a part may have been frozen in evaluation mode
+            module.training = training
 
 
 def create_trainer(

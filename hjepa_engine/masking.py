@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from torch import Tensor
 from hjepa_engine.randomness import uniform_rows
 
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 Range = tuple[float, float]
 
 # K is this quantile of the visible count over random layouts of one shape. Lower throws more visible tokens away,
@@ -52,7 +53,7 @@ class MultiBlockMasks:
     slice is computed alone and equals the same slice of the whole.
 
     Args:
-        grid: (H, W), the patch grid.
+        grid: (H, W), the patch grid, at most 64 wide.
         num_targets: M, target blocks per image, at least 1.
         target_scale: smallest and largest area of a target block, as a share of the grid, in (0, 1].
         aspect_ratio: smallest and largest height / width of a target block, in patches, positive.
@@ -71,8 +72,8 @@ class MultiBlockMasks:
         aspect_ratio: Range = (0.75, 1.5),
         context_scale: Range = (0.85, 1.0),
     ) -> None:
-        if min(grid) < 1:
-            raise ValueError(f"grid must be at least 1 x 1, got {grid}")
+        if min(grid) < 1 or grid[1] > 64:
+            raise ValueError(f"grid must be at least 1 x 1 and at most 64 wide, got {grid}")
         if num_targets < 1:
             raise ValueError(f"num_targets must be at least 1, got {num_targets}")
         for name, (low, high), limit in (
@@ -117,7 +118,7 @@ class MultiBlockMasks:
         """K for these block shapes: calibrated once on layouts from a stream of its own, the same in every run."""
         if shape not in self._visible:
             draws = uniform_rows(0, _CALIBRATION_LAYOUTS, 2 * (self.num_targets + 1), "mask calibration")
-            counts = self._place(shape, draws)[2].sum(axis=(1, 2))
+            counts = np.bitwise_count(self._place(shape, draws)[2]).sum(axis=1)
             (h, w), (context_h, context_w) = shape.target, shape.context
             most_guaranteed = context_h * context_w - h * w  # all targets on one place leave at least this many
             self._visible[shape] = max(1, min(int(np.quantile(counts, _QUANTILE)), most_guaranteed))
@@ -157,33 +158,34 @@ class MultiBlockMasks:
 
     def _draw_layouts(
         self, shape: _Shape, count: int, seed: int, step: int, offset: int, num_visible: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], BoolArray]:
+    ) -> tuple[IntArray, IntArray, BoolArray]:
         """Positions (B, M + 1), the context block's first, and visible patches (B, H, W), at least K in each image."""
         width = 2 * (self.num_targets + 1)
         draws = uniform_rows(offset, count, width * _ATTEMPTS, seed, "mask place", step).reshape(count, _ATTEMPTS, -1)
         # The last attempt cannot fail: K never exceeds what is visible with all targets on one place.
         draws[:, -1, 4:] = np.tile(draws[:, -1, 2:4], self.num_targets - 1)
-        tops, lefts, visible = self._place(shape, draws[:, 0])
-        for attempt in range(1, _ATTEMPTS):
-            short = np.flatnonzero(visible.sum(axis=(1, 2)) < num_visible)
-            if not len(short):
+        chosen, pending = np.zeros(count, np.int64), np.arange(count)
+        # Most images need one or a few attempts: few rounds of growing length beat one image or one attempt at a time.
+        for begin, end in ((0, 1), (1, 5), (5, _ATTEMPTS)):
+            if not len(pending):
                 break
-            tops[short], lefts[short], visible[short] = self._place(shape, draws[short, attempt])
-        return tops, lefts, visible
+            attempts = draws[pending, begin:end]
+            rows = self._place(shape, attempts.reshape(-1, width))[2]
+            enough = np.bitwise_count(rows).sum(axis=1).reshape(attempts.shape[:2]) >= num_visible
+            found = enough.any(axis=1)
+            chosen[pending[found]] = begin + enough[found].argmax(axis=1)
+            pending = pending[~found]
+        tops, lefts, rows = self._place(shape, draws[np.arange(count), chosen])
+        visible = (rows[:, :, None] >> np.arange(self.grid[1], dtype=np.uint64)) & np.uint64(1)
+        return tops, lefts, visible.astype(bool)
 
-    def _place(
-        self, shape: _Shape, draws: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], BoolArray]:
-        """Turn uniform numbers (B, 2 (M + 1)) into positions and the patches visible under them."""
+    def _place(self, shape: _Shape, draws: FloatArray) -> tuple[IntArray, IntArray, NDArray[np.uint64]]:
+        """Positions (n, M + 1) and visible columns as bits of each row (n, H), from uniform numbers (n, 2 (M + 1))."""
         sizes = np.array([shape.context] + [shape.target] * self.num_targets)  # (M + 1, 2)
         places = (draws.reshape(len(draws), -1, 2) * (np.array(self.grid) - sizes + 1)).astype(np.int64)
         tops, lefts = places[..., 0], places[..., 1]
-        row, column = self._coordinates
-        in_rows = (row >= tops[..., None]) & (row < (tops + sizes[:, 0])[..., None])  # (B, M + 1, H)
-        in_columns = (column >= lefts[..., None]) & (column < (lefts + sizes[:, 1])[..., None])
-        inside = in_rows[..., :, None] & in_columns[..., None, :]  # (B, M + 1, H, W)
-        return tops, lefts, inside[:, 0] & ~inside[:, 1:].any(axis=1)
-
-    @cached_property
-    def _coordinates(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return np.arange(self.grid[0]), np.arange(self.grid[1])
+        row = np.arange(self.grid[0])
+        inside = (row >= tops[..., None]) & (row < (tops + sizes[:, 0])[..., None])  # (n, M + 1, H)
+        columns = np.array([(1 << width) - 1 for width in sizes[:, 1].tolist()], np.uint64) << lefts.astype(np.uint64)
+        spans = np.where(inside, columns[..., None], np.uint64(0))
+        return tops, lefts, spans[:, 0] & ~np.bitwise_or.reduce(spans[:, 1:], axis=1)

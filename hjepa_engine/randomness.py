@@ -35,12 +35,12 @@ def seed_everything(*parts: Part) -> None:
     torch.manual_seed(value)
 
 
-def uniform_rows(first: int, count: int, width: int, *parts: Part) -> NDArray[np.float64]:
+def uniform_rows(first: int, count: int, width: int, *parts: Part) -> NDArray[np.float32]:
     """Rows ``first`` to ``first + count`` of an endless table of uniform numbers in [0, 1), shape (count, width).
 
     Philox (Salmon et al., SC 2011) is counter-based: a row is found by its number, so a slice of the table needs no
     row before it. ``parts`` name the table.
     """
-    blocks = -(-width // 4)  # one Philox counter value yields four numbers
+    blocks = -(-width // 8)  # one Philox counter value yields eight numbers
     bits = np.random.Philox(key=key(*parts), counter=first * blocks)
-    return np.random.Generator(bits).random((count, 4 * blocks))[:, :width]
+    return np.random.Generator(bits).random((count, 8 * blocks), dtype=np.float32)[:, :width]

@@ -164,6 +164,7 @@ def main(argv: Sequence[str]) -> None:
     with process_group(config.device):
         folder = RunFolder(config)
         finished = folder.finished_results()
+        idist.barrier()  # rank 0 is about to write there
         results = build(config).fit() if finished is None else finished
         if idist.get_rank() == 0:
             print(f"\nrun folder: {folder.path}" + ("" if finished is None else " (was finished already)"))

@@ -79,7 +79,7 @@ def open_source(config: DataConfig, split: Split, seed: int = 0) -> Source:
     """
     try:
         return _OPENERS[config.dataset](config, split, seed)
-    except (FileNotFoundError, RuntimeError) as error:  # torchvision raises both where files are missing
+    except (OSError, RuntimeError) as error:  # torchvision raises both where files are missing or cannot be fetched
         reason = str(error).splitlines()[0]
         hint = "" if config.download or config.dataset not in _DOWNLOADABLE else "; --data.download true fetches it"
         raise DataError(f"data.dataset {config.dataset} in {_root(config)}: {reason}{hint}") from error
@@ -124,6 +124,10 @@ def _folder(config: DataConfig, split: Split, seed: int) -> Source:
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     where = (held_out if held_out and split == "val" else root / "train") if (root / "train").is_dir() else root
     folder = datasets.ImageFolder(str(where))
+    if where == held_out and folder.classes != (expected := datasets.folder.find_classes(root / "train")[0]):
+        raise DataError(
+            f"data.data_path: {where} must have the {len(expected)} classes of {root / 'train'}, not others"
+        )
     images: ImageDataset = folder
     indices: Sequence[int] = range(len(folder))
     if held_out is None:

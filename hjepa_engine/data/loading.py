@@ -7,6 +7,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
@@ -47,7 +48,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             seed_everything(self.seed, "sample", epoch, wanted)
             try:
                 image, label = self.source.images[index]
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, if damaged
                 damaged.append(f"{self.source.name_of(index)}: {error}")
                 continue
             return {"image": self.transform(image), "label": label, "damaged": damaged}

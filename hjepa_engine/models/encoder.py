@@ -47,9 +47,19 @@ class ContextEncoder(nn.Module):
             near = ", ".join(difflib.get_close_matches(name, timm.list_models("vit_*"), 3)) or "see timm.list_models()"
             raise ValueError(f"unknown encoder {name!r}, near: {near}")
         tokens = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0}
-        vit = timm.create_model(name, img_size=img_size, in_chans=in_chans, **{**tokens, **overrides})
+        arguments = {"img_size": img_size, "in_chans": in_chans, **tokens, **overrides}
+        try:
+            vit = timm.create_model(name, **arguments)
+        except (TypeError, AssertionError) as error:
+            takes = ", ".join(arguments)
+            raise ValueError(
+                f"encoder {name!r} must be a timm VisionTransformer that takes {takes}: {error}"
+            ) from error
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
+        if any(img_size % side for side in vit.patch_embed.patch_size):
+            sides = " x ".join(map(str, vit.patch_embed.patch_size))
+            raise ValueError(f"img_size must be a multiple of the patch size {sides}, got {img_size}")
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.num_patches, self.embed_dim, self.depth = vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
