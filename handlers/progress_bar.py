@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -73,9 +74,7 @@ class ProgressBar:
         """Name the epoch."""
         self._epoch_began, self._first_epoch_iteration = time.monotonic(), engine.state.iteration
         if self._bar is not None:
-            self._bar.set_description(
-                f"{self.name}, epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False
-            )
+            self._bar.set_description(f"{self.name}, epoch {engine.state.epoch}/{total_epochs(engine)}", refresh=False)
 
     def advance(self) -> None:
         """One iteration more."""
@@ -94,7 +93,7 @@ class ProgressBar:
         left = (total_iterations(engine) - state.iteration) * (now - self._run_began) / max(1, done)
         in_epoch = max(1, state.iteration - self._first_epoch_iteration)
         line = (
-            f"epoch {state.epoch}/{state.max_epochs}  {self._values(engine)}  "
+            f"epoch {state.epoch}/{total_epochs(engine)}  {self._values(engine)}  "
             f"{duration(now - self._epoch_began)}, {1000 * (now - self._epoch_began) / in_epoch:.0f} ms/it, "
             f"{duration(left)} left"
         )
@@ -123,13 +122,18 @@ def total_iterations(engine: StepEngine) -> int:
     return state.max_epochs * state.epoch_length
 
 
+def total_epochs(engine: StepEngine) -> int:
+    """Epochs of the whole run, the last of which ``max_iters`` may cut short."""
+    return math.ceil(total_iterations(engine) / engine.state.epoch_length)
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds as people write them.
 
     >>> duration(5.2), duration(65), duration(3725)
     ('5.2 s', '1:05', '1:02:05')
     """
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

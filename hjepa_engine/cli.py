@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from hjepa_engine.config import Config
 from hjepa_engine.config_loading import dump_config, list_options, load_config
 from hjepa_engine.errors import ConfigError, RunError
@@ -72,11 +74,13 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         body(argv)
         sys.exit(0)
     except Exception as error:
+        _close_progress_bars()
         if "--debug" in argv:
             traceback.print_exc()
         print(one_line(error), file=sys.stderr)
         sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
+        _close_progress_bars()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
@@ -96,6 +100,12 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return f"unexpected {type(error).__name__}: {lines[0]} (--debug shows where)"
+
+
+def _close_progress_bars() -> None:
+    """Remove the bars that an error has left on the screen: the last line is the reason, and nothing but it."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _options_help() -> str:

@@ -42,14 +42,17 @@ class Level:
 class DataConfig:
     """Images, augmentation and loading."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder", "imagenet", "fake"] = "digits"
-    """``digits``: scikit-learn's, nothing to download; ``imagenet``: as ``imagefolder``; ``fake``: noise, for timing."""
+    dataset: Literal["digit_pages", "digits", "cifar10", "cifar100", "stl10", "imagefolder", "imagenet", "fake"] = (
+        "digit_pages"
+    )
+    """``digit_pages``: pages of handwritten digits of one class; ``digits``: single ones, both from scikit-learn, nothing to
+    download; ``imagenet``: as ``imagefolder``; ``fake``: noise, for timing."""
     data_path: str | None = None
     """Where the data set lies or is downloaded to; ``data`` by default. An image folder has ``train/<class>/*`` and
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
     download: bool = False
     """Fetch CIFAR or STL-10 if it is not there."""
-    image_size: int = _at(16, least=1)
+    image_size: int = _at(224, least=1)
     """Height and width of the images in pixels; a multiple of the patch size."""
     batch_size: int = _at(64, least=1)
     """Images of a micro-batch over all processes."""
@@ -77,7 +80,7 @@ class DataConfig:
     @property
     def in_chans(self) -> int:
         """Channels of the images."""
-        return 1 if self.dataset == "digits" else 3
+        return 1 if self.dataset in ("digit_pages", "digits") else 3
 
 
 @dataclass
@@ -112,7 +115,7 @@ class EMAConfig:
 class ModelConfig:
     """Encoders, predictor and hierarchy."""
 
-    encoder_type: str = "vit_base_patch16_224"
+    encoder_type: str = "vit_small_patch16_224"
     """Any of timm's vision transformers."""
     patch_size: int | None = _at(None, least=1)
     """Side of a patch in pixels; the named encoder's own by default."""

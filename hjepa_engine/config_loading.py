@@ -45,6 +45,10 @@ class _StrictLoader(yaml.SafeLoader):
         return f" (line {self.peek_event().start_mark.line + 1})"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_StrictLoader` would take for something other than a text (``1e-4``)."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -55,7 +59,8 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _class in (_StrictLoader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
@@ -110,7 +115,7 @@ def dump_config(config: Config) -> str:
             return {name: plain(item) for name, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.dump(plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +186,8 @@ def _assign(data: dict[str, Any], key: str, text: str) -> None:
         value = parse_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
-    wants_text = hint is str or (str in get_args(hint) and value is not None)
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    wants_text = hint is str or (is_union and str in get_args(hint) and value is not None)
     node[name] = text if wants_text else value
 
 

@@ -136,9 +136,7 @@ def engine_table(rounds: int = 7) -> None:
         masked.append(engine_loop(with_masks=True) - bare)
     for name, times in (("engine and handlers", extra), ("the same with masks, 14 x 14, batch 128", masked)):
         low, middle, high = (1e3 * pick(times) for pick in (min, statistics.median, max))
-        print(
-            f"{name}: {middle:.2f} ms per iteration (of {rounds} rounds: {low:.2f} to {high:.2f}), = {middle:.2f} % of 100 ms"
-        )
+        print(f"{name}: {middle:.2f} ms per iteration (of {rounds} rounds: {low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from hjepa_engine.run_folder import RunFolder
 from hjepa_engine.types import unwrap
 from hjepa_engine.writers import build_writers
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digit_pages.yaml"
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
@@ -46,7 +47,7 @@ class Source:
 class _Arrays:
     """Images held in memory."""
 
-    def __init__(self, images: Sequence[Any], labels: Sequence[int]) -> None:
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         self.images, self.labels = images, labels
 
     def __len__(self) -> int:
@@ -96,13 +97,49 @@ def _held_out(images: ImageDataset, split: Split, fraction: float, seed: int) ->
     return _Subset(images, indices), indices
 
 
-def _digits(config: DataConfig, split: Split, seed: int) -> Source:
+def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """scikit-learn's 1,797 digits of the UCI archive: images (n, 8, 8) from 0 to 255 and classes (n,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = _Arrays((digits.images * (255 / 16)).astype(np.uint8), digits.target)
-    subset, _ = _held_out(images, split, config.val_fraction, seed)
+    return (digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+def _digits(config: DataConfig, split: Split, seed: int) -> Source:
+    subset, _ = _held_out(_Arrays(*_load_digits()), split, config.val_fraction, seed)
     return Source(subset, 10, ((0.305,), (0.376,)))
+
+
+class _DigitPages:
+    """Pages of ``side`` x ``side`` handwritten digits, all of one class, each dark on light or light on dark.
+
+    Which digits and which polarities is drawn from torch's global generator, so that :class:`KeyedDataset` gives other
+    pages in every epoch. The label of page i is i mod 10. A linear map sees nothing of the class in the pixels, since
+    each digit's sign is random; what hidden digits have in common with visible ones is their class alone.
+    """
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], length: int, side: int = 4) -> None:
+        self.by_class = [images[labels == label] for label in range(10)]
+        self.length, self.side = length, side
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        label, count = index % 10, self.side**2
+        pool = self.by_class[label]
+        digits = pool[torch.randint(len(pool), (count,)).numpy()]
+        inverted = torch.randint(2, (count, 1, 1)).numpy().astype(bool)
+        digits = np.where(inverted, 255 - digits, digits)
+        rows = digits.reshape(self.side, self.side, 8, 8).transpose(0, 2, 1, 3)
+        return Image.fromarray(rows.reshape(8 * self.side, 8 * self.side)), label
+
+
+def _digit_pages(config: DataConfig, split: Split, seed: int) -> Source:
+    images, labels = _load_digits()
+    held_out = _held_out(_Arrays(images, labels), split, config.val_fraction, seed)[1]
+    length = _PAGES[split]
+    return Source(_DigitPages(images[held_out], labels[held_out], length), 10, ((0.5,), (0.5,)))
 
 
 def _cifar(cls: type[Any], num_classes: int) -> Callable[[DataConfig, Split, int], Source]:
@@ -142,8 +179,10 @@ def _fake(config: DataConfig, split: Split, seed: int) -> Source:
     return Source(datasets.FakeData(config.fake_size, shape, 10, random_offset=offset), 10, IMAGENET_STATS)
 
 
+_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
 _DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 _OPENERS: dict[str, Callable[[DataConfig, Split, int], Source]] = {
+    "digit_pages": _digit_pages,
     "digits": _digits,
     "cifar10": _cifar(datasets.CIFAR10, 10),
     "cifar100": _cifar(datasets.CIFAR100, 100),

@@ -70,7 +70,10 @@ def train_transform(config: DataConfig, source: Source) -> v2.Compose:
     steps: list[Any] = []
     if config.random_affine:
         steps += [v2.Resize((size, size), antialias=True), v2.RandomAffine(**_affine(config.random_affine))]
-    steps.append(v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), ratio=tuple(config.crop_ratio)))
+    if {*config.crop_scale, *config.crop_ratio} == {1.0}:
+        steps.append(v2.Resize((size, size), antialias=True))  # no crop; free where the size is right already
+    else:
+        steps.append(v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), ratio=tuple(config.crop_ratio)))
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
     if config.color_jitter:

@@ -1,0 +1,87 @@
+"""Documentation is true: its pages are current and its programs run."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    *("--model.embed_dim", "16", "--model.depth", "1", "--model.num_heads", "2", "--data.fake_size", "32"),
+    *("--model.predictor.width", "16", "--model.predictor.depth", "1", "--model.predictor.num_heads", "2"),
+    *("--training.max_iters", "5", "--probe.enabled", "false", "--logging.log_frequency", "2"),
+]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def run(folder: Path, *words: str) -> str:
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_configuration_page_is_what_the_dataclasses_say():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run: python docs/generate.py"
+
+
+@pytest.fixture
+def handler_files(tmp_path):
+    """The files of docs/handlers.md, each with its name in the first line."""
+    for text in blocks("docs/handlers.md", "python") + blocks("docs/handlers.md", "yaml"):
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_handler_of_the_documentation_runs_when_attached_from_yaml(handler_files):
+    run(handler_files, str(ROOT / "recipes" / "pretrain.py"), "--config", "my_run.yaml", *TINY)
+    assert "train/similarity" in (handler_files / "runs" / "my_run" / "metrics.jsonl").read_text()
+
+
+def test_the_handler_of_the_documentation_runs_when_attached_from_python(handler_files):
+    text = (handler_files / "my_run.yaml").read_text()
+    (handler_files / "my_run.yaml").write_text(text[text.index("logging:") :])
+    program = (handler_files / "train.py").read_text()
+    (handler_files / "train.py").write_text(program.replace('"my_run.yaml")', f'"my_run.yaml", {TINY})'))
+    run(handler_files, "train.py")
+    assert "train/similarity" in (handler_files / "runs" / "my_run" / "metrics.jsonl").read_text()
+
+
+def test_the_step_of_the_documentation_runs(tmp_path):
+    (program,) = blocks("docs/steps.md", "python")
+    (tmp_path / "program.py").write_text(program + "\nprint(trainer.state.metrics)\n")
+    assert "train/worst" in run(tmp_path, "program.py")
+
+
+def test_the_readme_example_runs(tmp_path):
+    (program,) = blocks("README.md", "python")
+    (tmp_path / "program.py").write_text(program)
+    assert "torch.Size([1, 16, 64])" in run(ROOT, str(tmp_path / "program.py"))
+
+
+def test_the_readme_has_one_line_to_run_and_one_to_test():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for title in ("Run it", "Test it"):
+        section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+        assert len(block.strip().splitlines()) == 1
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
