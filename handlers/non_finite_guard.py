@@ -6,8 +6,6 @@ import math
 from typing import Literal
 
 import ignite.distributed as idist
-from ignite.engine import Events
-from torch import Tensor
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import GuardStop
@@ -20,8 +18,8 @@ class NonFiniteGuard:
     With fp16 a non-finite gradient alone is the scaler's business: it skips the step and lowers the scale. Reading the
     loss waits for the GPU once per optimiser step. Ranks decide together.
 
-    Listens to: ``TrainEvents.GRADIENTS_READY``, ``ITERATION_COMPLETED``.
-    Reads: ``engine.state.output["loss"]`` and ``["grad_norm"]``.
+    Listens to: ``TrainEvents.GRADIENTS_READY``.
+    Reads: ``engine.state.window_loss`` () and ``engine.state.output["grad_norm"]`` ().
     Writes: ``engine.state.skip_update``; raises :class:`~hjepa_engine.errors.GuardStop`.
 
     Args:
@@ -39,26 +37,16 @@ class NonFiniteGuard:
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.action, self.patience, self.check_gradients = action, patience, check_gradients
         self.in_a_row = 0
-        self._total: Tensor | float = 0.0  # NaN and infinity survive any sum
-        self._judged = False
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(TrainEvents.GRADIENTS_READY, self.check)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.remember)
-
-    def remember(self, engine: StepEngine) -> None:
-        """Keep the loss of a micro-batch whose window goes on."""
-        if not self._judged:
-            self._total = self._total + engine.state.output["loss"]
-        self._judged = False
 
     def check(self, engine: StepEngine) -> None:
         """Judge the window."""
-        suspects = {"loss": self._total + engine.state.output["loss"].detach()}
+        suspects = {"loss": engine.state.window_loss}
         if self.check_gradients:
             suspects["gradient"] = engine.state.output["grad_norm"]
-        self._total, self._judged = 0.0, True
         bad = [name for name, value in suspects.items() if self._anywhere(not math.isfinite(float(value)))]
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if bad and (self.action == "stop" or self.in_a_row >= self.patience):

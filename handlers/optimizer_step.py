@@ -23,8 +23,9 @@ class OptimizerStep:
     Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
     set to drop this update.
-    Writes: ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, in a window's last
-    iteration; ``engine.state.optimizer_step`` and ``skipped_updates``.
+    Writes: in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its micro-batches, and
+    ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if the update is
+    skipped; ``engine.state.optimizer_step`` and ``skipped_updates``.
     Fires: ``TrainEvents.GRADIENTS_READY``, then ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by
     ``skip_update``, or by the scaler because fp16 gradients overflowed).
 
@@ -48,6 +49,7 @@ class OptimizerStep:
             raise ValueError(f"clip_grad must be positive or None, got {clip_grad}")
         self.optimizer, self.accumulation_steps, self.clip_grad = optimizer, accumulation_steps, clip_grad
         self.scaler = scaler or GradScaler("cpu", enabled=False)
+        self._loss: Tensor | float = 0.0
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -58,16 +60,23 @@ class OptimizerStep:
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
         engine.state.skip_update = False
+        window = self._window(engine)
+        if window.place == 0 and isinstance(self._loss, Tensor):
+            self._loss = 0.0  # a window that was cut off leaves nothing behind
+            self.optimizer.zero_grad(set_to_none=True)
         for module in engine.modules.values():
             if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = self._window(engine).is_last  # what module.no_sync() sets
+                module.require_backward_grad_sync = window.is_last  # what module.no_sync() sets
 
     def step(self, engine: Trainer) -> None:
         """Backward; at the end of the window, step."""
         window = self._window(engine)
-        self.scaler.scale(engine.state.output["loss"] / window.size).backward()
+        loss = engine.state.output["loss"] / window.size
+        self.scaler.scale(loss).backward()
+        self._loss = self._loss + loss.detach()
         if not window.is_last:
             return
+        engine.state.window_loss, self._loss = self._loss, 0.0
         self.scaler.unscale_(self.optimizer)
         gradients = self._gradients()
         engine.state.output["grad_norm"] = norm = get_total_norm(gradients)
@@ -77,6 +86,7 @@ class OptimizerStep:
             engine.fire_event(TrainEvents.OPTIMIZER_STEPPED)
         else:
             engine.state.skipped_updates += 1
+            del engine.state.output["grad_norm"]  # often infinite, and of no update
 
     def _apply(self, engine: Trainer, norm: Tensor) -> bool:
         """Clip, step and clear; whether the parameters have changed."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ignite.distributed as idist
-from ignite.engine import Events
 
 from hjepa_engine.engine import StepEngine
+from hjepa_engine.events import TrainEvents
 from hjepa_engine.randomness import seed_everything
 
 
@@ -14,7 +14,7 @@ class StepSeed:
 
     A run that is resumed, or observed by handlers that draw random numbers themselves, then draws the same ones.
 
-    Listens to: ``ITERATION_STARTED``.
+    Listens to: ``TrainEvents.STEP_STARTED``.
 
     Args:
         seed: seed of the run.
@@ -25,7 +25,7 @@ class StepSeed:
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to a trainer or an evaluator."""
-        engine.add_event_handler(Events.ITERATION_STARTED, self.reseed)
+        engine.add_event_handler(TrainEvents.STEP_STARTED, self.reseed)
 
     def reseed(self, engine: StepEngine) -> None:
         """Seed for the coming step."""

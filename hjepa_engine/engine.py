@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -85,13 +86,16 @@ class StepEngine(Engine):
         super().__init__(self._process)
         self.step, self.modules = step, modules
         self.device, self.amp_dtype = torch.device(device), amp_dtype
-        self.state.metrics = Metrics()
+        self.register_events(*TrainEvents, event_to_attr=EVENT_TO_ATTR)
+        self.state.metrics, self.state.optimizer_step = Metrics(), 0
 
+    @abstractmethod
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
-        raise NotImplementedError  # pragma: no cover
+        """One iteration; Ignite keeps what it returns as ``state.output``."""
 
     def _run_step(self, batch: Batch) -> Outputs:
         batch = self.state.batch = move_to(batch, self.device)
+        self._fire_event(TrainEvents.STEP_STARTED)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.step(self.modules, batch)
 
@@ -111,8 +115,6 @@ class Trainer(StepEngine):
             raise ValueError(f"log_frequency must be at least 1, got {log_frequency}")
         super().__init__(step, modules, device, amp_dtype)
         self.log_frequency = log_frequency
-        self.register_events(*TrainEvents, event_to_attr=EVENT_TO_ATTR)
-        self.state.optimizer_step = 0
         self.state_dict_user_keys.append("optimizer_step")
         self._stepped = False
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())

@@ -6,11 +6,13 @@ from ignite.engine import EventEnum
 
 
 class TrainEvents(EventEnum):
-    """What a trainer fires besides Ignite's own events; docs/architecture.md has the whole timeline.
+    """What the engine fires besides Ignite's own events; docs/architecture.md has the whole timeline.
 
     Filters count the number in brackets: ``TrainEvents.OPTIMIZER_STEPPED(every=50)`` runs at optimiser steps 50, 100, ...
     """
 
+    STEP_STARTED = "step_started"
+    """Batch, masks and parameters are as the step will see them; the step comes next. [iteration]"""
     LOSS_READY = "loss_ready"
     """The step has run, ``state.output`` still has its graph: backward. [iteration]"""
     GRADIENTS_READY = "gradients_ready"
@@ -31,6 +33,7 @@ class TrainEvents(EventEnum):
 
 #: The counter of ``engine.state`` that an event's filters look at.
 EVENT_TO_ATTR = {
+    TrainEvents.STEP_STARTED: "iteration",
     TrainEvents.LOSS_READY: "iteration",
     TrainEvents.GRADIENTS_READY: "optimizer_step",
     TrainEvents.OPTIMIZER_STEPPED: "optimizer_step",

@@ -8,33 +8,7 @@ from collections.abc import Callable, Sequence
 Schedule = Callable[[int], float]
 
 
-class _WarmupSchedule:
-    """Linear warm-up from 0, then ``_progressed`` from 0 at the warm-up's end to 1 at the last step and after it."""
-
-    def __init__(self, base: float, final: float, epochs: float, steps_per_epoch: int, warmup_epochs: float) -> None:
-        if epochs <= 0 or steps_per_epoch < 1:
-            raise ValueError(f"epochs and steps_per_epoch must be positive, got {epochs} and {steps_per_epoch}")
-        if not 0 <= warmup_epochs <= epochs:
-            raise ValueError(f"warmup_epochs must be from 0 to epochs={epochs}, got {warmup_epochs}")
-        self.base, self.final = base, final
-        self.total_steps = round(epochs * steps_per_epoch)
-        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
-
-    def __call__(self, step: int) -> float:
-        """The value at optimiser step ``step``, from 0; the final one at the last step and after it."""
-        if step < self.warmup_steps:
-            return self.base * step / self.warmup_steps
-        decay_steps = self.total_steps - 1 - self.warmup_steps
-        if step >= self.total_steps - 1 and step > self.warmup_steps:
-            return self.final
-        progress = (step - self.warmup_steps) / decay_steps if decay_steps > 0 else 0.0
-        return self._progressed(progress)
-
-    def _progressed(self, progress: float) -> float:
-        raise NotImplementedError  # pragma: no cover
-
-
-class CosineScheduler(_WarmupSchedule):
+class CosineScheduler:
     """Linear warm-up from 0 to ``base``, then half a cosine to ``minimum`` at the last step (SGDR, arXiv:1608.03983).
 
     >>> schedule = CosineScheduler(base=1.0, minimum=0.1, epochs=3, steps_per_epoch=7, warmup_epochs=1)
@@ -43,7 +17,7 @@ class CosineScheduler(_WarmupSchedule):
 
     Args:
         base: value at the end of the warm-up (at step 0 without one).
-        minimum: value at the last step and after it.
+        minimum: value at the last step and after it; where the warm-up leaves no step to decay in, ``base`` stays.
         epochs: length of the run.
         steps_per_epoch: optimiser steps in an epoch.
         warmup_epochs: length of the warm-up, from 0 to ``epochs``.
@@ -52,32 +26,47 @@ class CosineScheduler(_WarmupSchedule):
     def __init__(
         self, base: float, minimum: float, epochs: float, steps_per_epoch: int, warmup_epochs: float = 0
     ) -> None:
-        super().__init__(base, minimum, epochs, steps_per_epoch, warmup_epochs)
+        if epochs <= 0 or steps_per_epoch < 1:
+            raise ValueError(f"epochs and steps_per_epoch must be positive, got {epochs} and {steps_per_epoch}")
+        if not 0 <= warmup_epochs <= epochs:
+            raise ValueError(f"warmup_epochs must be from 0 to epochs={epochs}, got {warmup_epochs}")
+        self.base, self.minimum = base, minimum
+        self.total_steps = round(epochs * steps_per_epoch)
+        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
 
-    def _progressed(self, progress: float) -> float:
-        return self.final + (self.base - self.final) * (1 + math.cos(math.pi * progress)) / 2
+    def __call__(self, step: int) -> float:
+        """The value at optimiser step ``step``, from 0."""
+        if step < self.warmup_steps:
+            return self.base * step / self.warmup_steps
+        decay_steps = self.total_steps - 1 - self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / decay_steps) if decay_steps > 0 else 0.0
+        share = self._share(progress)
+        # Exact at both ends, and for a schedule that does not move.
+        return self.base if share == 1 or self.base == self.minimum else self.base * share + self.minimum * (1 - share)
+
+    @staticmethod
+    def _share(progress: float) -> float:
+        """How much of ``base`` is left, from 1 at progress 0 to 0 at progress 1."""
+        return (1 + math.cos(math.pi * progress)) / 2
 
 
 class LinearScheduler(CosineScheduler):
     """Like :class:`CosineScheduler`, with a straight line from ``base`` to ``minimum``."""
 
-    def _progressed(self, progress: float) -> float:
-        return self.base + (self.final - self.base) * progress
+    @staticmethod
+    def _share(progress: float) -> float:
+        return 1 - progress
 
 
 class ConstantScheduler(CosineScheduler):
     """Linear warm-up from 0 to ``base``, then ``base``; ``minimum`` is not reached."""
 
-    def __init__(
-        self, base: float, minimum: float, epochs: float, steps_per_epoch: int, warmup_epochs: float = 0
-    ) -> None:
-        super().__init__(base, base, epochs, steps_per_epoch, warmup_epochs)
-
-    def _progressed(self, progress: float) -> float:
-        return self.base
+    @staticmethod
+    def _share(progress: float) -> float:
+        return 1.0
 
 
-class EMAScheduler(_WarmupSchedule):
+class EMAScheduler(CosineScheduler):
     """Momentum of the target encoder: half a cosine from ``base`` to ``final`` (BYOL, arXiv:2006.07733).
 
     With a warm-up, momentum first rises linearly from 0 to ``base``: the target follows closely while the learning rate
@@ -97,9 +86,6 @@ class EMAScheduler(_WarmupSchedule):
         if not (0 <= base <= 1 and 0 <= final <= 1):
             raise ValueError(f"momentum must be from 0 to 1, got {base} and {final}")
         super().__init__(base, final, epochs, steps_per_epoch, warmup_epochs)
-
-    def _progressed(self, progress: float) -> float:
-        return self.final + (self.base - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class HierarchicalScheduler:

@@ -153,7 +153,7 @@ def build_loader(
 
 
 def _init_worker(worker: int) -> None:
-    """One thread each; leave signals to the main process, which finishes its step first."""
+    """One thread each; leave Ctrl-C to the main process. SIGTERM stays: Python ends workers with it when it exits."""
     torch.set_num_threads(1)
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

@@ -1,0 +1,230 @@
+"""Small runs for tests: configurations, batches, and the handlers of ``recipes/pretrain.py`` wired by hand."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hjepa_engine.handlers import (
+    DamagedImages,
+    DataPosition,
+    MaskSampler,
+    MetricAverager,
+    MetricsLogger,
+    NonFiniteGuard,
+    OptimizerStep,
+    ParamSchedule,
+    StepSeed,
+    TargetEncoderEMA,
+    Throughput,
+    Validation,
+)
+from torch import Tensor, nn
+
+from hjepa_engine import Config, create_evaluator, create_trainer, load_config
+from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.engine import Evaluator, Trainer
+from hjepa_engine.models import build_modules
+from hjepa_engine.parts import build_masks, build_run_optimizer, build_schedules, build_step, steps_per_epoch
+from hjepa_engine.types import Step
+
+ROOT = Path(__file__).parent.parent
+
+TINY: dict[str, Any] = {
+    "model.encoder_type": "vit_tiny_patch16_224",
+    "model.patch_size": 4,
+    "model.embed_dim": 16,
+    "model.depth": 1,
+    "model.num_heads": 2,
+    "model.num_hierarchies": 2,
+    "model.ema.momentum": 0.9,
+    "model.predictor.width": 16,
+    "model.predictor.depth": 1,
+    "model.predictor.num_heads": 2,
+    "data.image_size": 24,
+    "data.batch_size": 8,
+    "training.epochs": 2,
+    "training.warmup_epochs": 1,
+    "training.lr": 1e-3,
+    "training.weight_decay_end": 0.4,
+    "logging.log_frequency": 2,
+    "logging.progress_bar": "false",
+    "device": "cpu",
+}
+#: 40 images of noise: quick, and enough where it does not matter what is learned.
+NOISE: dict[str, Any] = {**TINY, "data.dataset": "fake", "data.fake_size": 40}
+
+
+def options(values: dict[str, Any]) -> list[str]:
+    """``--KEY=VALUE`` for each of ``values``."""
+    return [f"--{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
+def tiny_config(**sections: Any) -> Config:
+    """The tiny configuration over noise; ``training__lr=0.1`` sets ``training.lr``."""
+    changes = {key.replace("__", "."): value for key, value in sections.items()}
+    return load_config(None, options({**NOISE, **changes}))
+
+
+def noise_batches(sizes: Sequence[int], channels: int = 3, image_size: int = 24) -> list[dict[str, Any]]:
+    """Batches of noise whose images, laid end to end, are the same however they are cut into ``sizes``."""
+    images = torch.randn(sum(sizes), channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(sum(sizes)) % 10
+    return [
+        {"images": image, "labels": label, "damaged": []}
+        for image, label in zip(images.split(list(sizes)), labels.split(list(sizes)), strict=True)
+    ]
+
+
+@dataclass
+class Pretraining:
+    """A trainer with the handlers of ``recipes/pretrain.py``, and the parts that tests look at."""
+
+    config: Config
+    trainer: Trainer
+    evaluator: Evaluator
+    data: Any
+    optimizer: torch.optim.Optimizer
+    ema: TargetEncoderEMA
+    handlers: dict[str, Any]
+
+    def run(self, **length: int) -> Pretraining:
+        """Train for ``length``, the configured epochs by default."""
+        self.trainer.run(self.data, **(length or {"max_epochs": self.config.training.epochs}))
+        return self
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of all weights by name."""
+        return weights_of(self.trainer.modules)
+
+
+def pretraining(
+    config: Config,
+    data: Any = None,
+    order: int | None = None,
+    extra: Sequence[Any] = (),
+    scaler: torch.amp.GradScaler | None = None,
+    amp_dtype: torch.dtype | None = None,
+    step: Step | None = None,
+    writers: Sequence[Any] = (),
+) -> Pretraining:
+    """Wire a pretraining run by hand.
+
+    Args:
+        config: of the run.
+        data: batches; the configured data set's by default.
+        order: seed of a random order in which the handlers are attached; None: the recipe's.
+        extra: handlers of the test's own, attached among the others.
+        scaler: for fp16.
+        amp_dtype: of autocast.
+        step: the configured one by default.
+        writers: of the metrics.
+    """
+    training, seed = config.training, config.seed
+    handlers: dict[str, Any] = {}
+    source = open_source(config.data, "train", seed)
+    loader, sampler = build_loader(config.data, source, seed, train=True)
+    val_data, _ = build_loader(config.data, open_source(config.data, "val", seed), seed, train=False)
+    if data is None:
+        data, handlers["position"] = loader, DataPosition(sampler)
+    modules = build_modules(config)
+    optimizer = build_run_optimizer(config, modules)
+    schedules = build_schedules(config, steps_per_epoch(len(data), training.accumulation_steps))
+    masks = build_masks(config, modules["context_encoder"].grid)
+    ema = TargetEncoderEMA(modules["context_encoder"], modules["target_encoder"], config.model.ema.momentum)
+    step = step or build_step(config)
+    evaluator = create_evaluator(step, modules)
+    evaluator_handlers = [MaskSampler(masks, seed), StepSeed(seed), MetricAverager(prefix="")]
+    trainer = create_trainer(step, modules, amp_dtype=amp_dtype, log_frequency=config.logging.log_frequency)
+    handlers |= {
+        "damaged": DamagedImages(),
+        "seed": StepSeed(seed),
+        "masks": MaskSampler(masks, seed, training.accumulation_steps),
+        "step": OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
+        "guard": NonFiniteGuard(training.non_finite, check_gradients=scaler is None),
+        "ema": ema,
+        "lr": ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
+        "level_lr": ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None),
+        "weight_decay": ParamSchedule(
+            optimizer, "weight_decay", schedules.weight_decay, lambda group: group["decay"], "train/weight_decay"
+        ),
+        "momentum": ParamSchedule(ema, "momentum", schedules.momentum),
+        "averages": MetricAverager(),
+        "throughput": Throughput(),
+        "validation": Validation(evaluator, val_data),
+        "logger": MetricsLogger(writers),
+        **{f"extra {number}": handler for number, handler in enumerate(extra)},
+    }
+    names = list(handlers)
+    if order is not None:
+        random.Random(order).shuffle(names)
+        random.Random(order).shuffle(evaluator_handlers)
+    for handler in evaluator_handlers:
+        handler.attach(evaluator)
+    for name in names:
+        handlers[name].attach(trainer)
+    return Pretraining(config, trainer, evaluator, data, optimizer, ema, handlers)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's weights by name."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights have the same names and the same bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest absolute difference of any weight."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+class LinearModel(nn.Module):
+    """One weight per input, all 1 at the start."""
+
+    def __init__(self, num_inputs: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def linear_step(modules: nn.ModuleDict, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The mean of ``x @ weight``: its gradient is the mean of x."""
+    return {"loss": modules["model"](batch["x"]).mean()}
+
+
+def linear_trainer(
+    accumulation_steps: int = 1, clip_grad: float | None = None, lr: float = 1.0, **arguments: Any
+) -> tuple[Trainer, OptimizerStep]:
+    """A trainer of a linear model with plain SGD, and its optimiser step."""
+    log_frequency = arguments.pop("log_frequency", 1)
+    step = arguments.pop("step", linear_step)
+    modules = nn.ModuleDict({"model": LinearModel()})
+    trainer = create_trainer(step, modules, log_frequency=log_frequency)
+    optimizer = torch.optim.SGD(modules.parameters(), lr)
+    handler = OptimizerStep(optimizer, accumulation_steps, clip_grad, **arguments)
+    handler.attach(trainer)
+    return trainer, handler
+
+
+def rows(*values: Sequence[float]) -> list[dict[str, Tensor]]:
+    """Batches of one sample each."""
+    return [{"x": torch.tensor([value], dtype=torch.float32)} for value in values]
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
