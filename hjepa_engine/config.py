@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hjepa_engine.errors import ConfigError
+from hjepa_engine.limits import limit_problems, limited
 
 Pair = tuple[float, float]
-
-
-def _at(default: Any, **limits: float) -> Any:
-    """A field with limits: ``least`` and ``most`` are allowed values, ``above`` and ``below`` are not."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=limits)
-    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
@@ -26,15 +18,15 @@ class Level:
 
     pool: int | Literal["image"] = 1
     """Side of the square of patches whose mean is one target, at least 1; ``image``: the mean of the whole image."""
-    depth: float = _at(1.0, above=0, most=1)
+    depth: float = limited(1.0, above=0, most=1)
     """Share of the target encoder's blocks that the features have passed; 1.0 is after the last norm."""
-    weight: float = _at(1.0, least=0)
+    weight: float = limited(1.0, least=0)
     """Factor of this level's loss."""
 
     def __post_init__(self) -> None:
         if self.pool != "image" and (isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1):
             raise ValueError(f"pool must be a positive integer or 'image', got {self.pool!r}")
-        for problem in _limit_problems(self, ""):
+        for problem in limit_problems(self, ""):
             raise ValueError(problem)
 
 
@@ -52,29 +44,29 @@ class DataConfig:
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
     download: bool = False
     """Fetch CIFAR or STL-10 if it is not there."""
-    image_size: int = _at(224, least=1)
+    image_size: int = limited(224, least=1)
     """Height and width of the images in pixels; a multiple of the patch size."""
-    batch_size: int = _at(64, least=1)
+    batch_size: int = limited(64, least=1)
     """Images of a micro-batch over all processes."""
-    num_workers: int = _at(0, least=0)
+    num_workers: int = limited(0, least=0)
     """Loader processes; 0 loads in the main one. Does not change the run."""
     pin_memory: bool = True
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
-    val_fraction: float = _at(0.2, above=0, below=1)
+    val_fraction: float = limited(0.2, above=0, below=1)
     """Share held out where the data set has no validation split of its own."""
-    crop_scale: Pair = _at((0.3, 1.0), above=0, most=1)
+    crop_scale: Pair = limited((0.3, 1.0), above=0, most=1)
     """Smallest and largest area of the random crop, as a share of the image."""
-    crop_ratio: Pair = _at((0.75, 1.333), above=0)
+    crop_ratio: Pair = limited((0.75, 1.333), above=0)
     """Smallest and largest width / height of the random crop."""
-    horizontal_flip: float = _at(0.0, least=0, most=1)
+    horizontal_flip: float = limited(0.0, least=0, most=1)
     """Probability of a mirrored image."""
-    color_jitter: float = _at(0.0, least=0, most=1)
+    color_jitter: float = limited(0.0, least=0, most=1)
     """Strength of random brightness, contrast, saturation and (a quarter of it) hue."""
-    random_affine: float = _at(0.0, least=0, most=1)
+    random_affine: float = limited(0.0, least=0, most=1)
     """Strength of a random affine map before the crop; at 1: 30 degrees, 20 % shift and scale, 15 degrees shear."""
-    max_damaged: float = _at(0.001, least=0, most=1)
+    max_damaged: float = limited(0.001, least=0, most=1)
     """Share of images that may be unreadable and replaced by others before the run stops."""
-    fake_size: int = _at(1024, least=1)
+    fake_size: int = limited(1024, least=1)
     """Number of ``fake`` images."""
 
     @property
@@ -87,15 +79,15 @@ class DataConfig:
 class PredictorConfig:
     """The predictor, a narrow vision transformer."""
 
-    width: int = _at(384, least=4)
+    width: int = limited(384, least=4)
     """Width of its tokens, a multiple of 4 and of ``num_heads``."""
-    depth: int = _at(6, least=1)
+    depth: int = limited(6, least=1)
     """Blocks that all levels share."""
-    num_heads: int = _at(12, least=1)
+    num_heads: int = limited(12, least=1)
     """Attention heads."""
-    mlp_ratio: float = _at(4.0, above=0)
+    mlp_ratio: float = limited(4.0, above=0)
     """Hidden width of a block's MLP over ``width``."""
-    level_depth: int = _at(0, least=0)
+    level_depth: int = limited(0, least=0)
     """Blocks that each level has of its own, after the shared ones."""
 
 
@@ -103,11 +95,11 @@ class PredictorConfig:
 class EMAConfig:
     """The target encoder's momentum: the share of it that an update keeps."""
 
-    momentum: float = _at(0.996, least=0, most=1)
+    momentum: float = limited(0.996, least=0, most=1)
     """At the start (after the warm-up)."""
-    momentum_end: float = _at(1.0, least=0, most=1)
+    momentum_end: float = limited(1.0, least=0, most=1)
     """At the last step; half a cosine leads there."""
-    momentum_warmup_epochs: float = _at(0.0, least=0)
+    momentum_warmup_epochs: float = limited(0.0, least=0)
     """Epochs in which it rises linearly from 0 to ``momentum``."""
 
 
@@ -117,23 +109,23 @@ class ModelConfig:
 
     encoder_type: str = "vit_small_patch16_224"
     """Any of timm's vision transformers."""
-    patch_size: int | None = _at(None, least=1)
+    patch_size: int | None = limited(None, least=1)
     """Side of a patch in pixels; the named encoder's own by default."""
-    embed_dim: int | None = _at(None, least=4)
+    embed_dim: int | None = limited(None, least=4)
     """Width of the encoder; its own by default."""
-    depth: int | None = _at(None, least=1)
+    depth: int | None = limited(None, least=1)
     """Blocks of the encoder; its own by default."""
-    num_heads: int | None = _at(None, least=1)
+    num_heads: int | None = limited(None, least=1)
     """Attention heads of the encoder; its own by default."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
     """Fixed sine-cosine positions, or learned ones."""
-    drop_path: float = _at(0.0, least=0, below=1)
+    drop_path: float = limited(0.0, least=0, below=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
-    layer_scale: float | None = _at(None, above=0)
+    layer_scale: float | None = limited(None, above=0)
     """Initial value of layer scale; none by default."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    num_hierarchies: int | None = _at(None, least=1, most=16)
+    num_hierarchies: int | None = limited(None, least=1, most=16)
     """Number of levels, which pool 1, 2, 4, ... patches; 3 by default, or as many as there are ``levels``."""
     levels: list[Level] | None = None
     """The levels in detail, finest first, instead of the ones that ``num_hierarchies`` makes."""
@@ -145,13 +137,13 @@ class ModelConfig:
 class MaskingConfig:
     """Multi-block masks (I-JEPA)."""
 
-    num_masks: int = _at(4, least=1)
+    num_masks: int = limited(4, least=1)
     """Target blocks per image."""
-    mask_scale: Pair = _at((0.15, 0.2), above=0, most=1)
+    mask_scale: Pair = limited((0.15, 0.2), above=0, most=1)
     """Smallest and largest area of a target block, as a share of the patch grid."""
-    aspect_ratio: Pair = _at((0.75, 1.5), above=0)
+    aspect_ratio: Pair = limited((0.75, 1.5), above=0)
     """Smallest and largest height / width of a target block."""
-    context_scale: Pair = _at((0.85, 1.0), above=0, most=1)
+    context_scale: Pair = limited((0.85, 1.0), above=0, most=1)
     """Smallest and largest area of the context block, from which the targets are cut out."""
 
 
@@ -161,13 +153,13 @@ class LossConfig:
 
     type: str = "smooth_l1"
     """``smooth_l1``, ``mse``, ``huber``, ``cosine``, or the dotted path of a function (prediction, target) -> loss."""
-    hierarchy_weights: list[float] | None = _at(None, least=0)
+    hierarchy_weights: list[float] | None = limited(None, least=0)
     """One weight per level, finest first; 1 by default. Not together with ``model.levels``, which have their own."""
-    variance_weight: float = _at(0.0, least=0)
+    variance_weight: float = limited(0.0, least=0)
     """Weight of VICReg's variance term on the mean context token of each image."""
-    covariance_weight: float = _at(0.0, least=0)
+    covariance_weight: float = limited(0.0, least=0)
     """Weight of VICReg's covariance term on the mean context token of each image."""
-    sigreg_weight: float = _at(0.0, least=0)
+    sigreg_weight: float = limited(0.0, least=0)
     """Weight of LeJEPA's SIGReg on the mean context token of each image."""
 
 
@@ -175,33 +167,33 @@ class LossConfig:
 class TrainingConfig:
     """Optimiser, schedules and precision."""
 
-    epochs: int = _at(100, least=1)
+    epochs: int = limited(100, least=1)
     """Passes over the data."""
-    max_iters: int | None = _at(None, least=1)
+    max_iters: int | None = limited(None, least=1)
     """End the run after this many micro-batches, inside an epoch if need be; schedules still span all ``epochs``."""
-    warmup_epochs: float = _at(10.0, least=0)
+    warmup_epochs: float = limited(10.0, least=0)
     """Linear warm-up of the learning rate from 0, at most ``epochs``."""
-    lr: float = _at(1e-3, above=0)
+    lr: float = limited(1e-3, above=0)
     """Learning rate at the end of the warm-up."""
-    min_lr: float = _at(1e-6, least=0)
+    min_lr: float = limited(1e-6, least=0)
     """Learning rate at the last step, at most ``lr``."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate gets from ``lr`` to ``min_lr``; ``constant`` stays at ``lr``."""
-    level_lrs: list[float] | None = _at(None, above=0)
+    level_lrs: list[float] | None = limited(None, above=0)
     """Learning rate of each level's own parameters (head, own blocks), finest first; ``lr`` by default."""
-    weight_decay: float = _at(0.05, least=0)
+    weight_decay: float = limited(0.05, least=0)
     """Weight decay at the start; biases and one-dimensional parameters have none."""
-    weight_decay_end: float | None = _at(None, least=0)
+    weight_decay_end: float | None = limited(None, least=0)
     """Weight decay at the last step, half a cosine leads there; ``weight_decay`` by default."""
     optimizer: str = "adamw"
     """``adamw``, ``sgd``, or the dotted path of a ``torch.optim.Optimizer``."""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimiser."""
-    betas: Pair = _at((0.9, 0.95), least=0, below=1)
+    betas: Pair = limited((0.9, 0.95), least=0, below=1)
     """Of Adam and its like; the first one is SGD's momentum."""
-    clip_grad: float | None = _at(None, above=0)
+    clip_grad: float | None = limited(None, above=0)
     """Largest L2 norm of all gradients; null: not clipped."""
-    accumulation_steps: int = _at(1, least=1)
+    accumulation_steps: int = limited(1, least=1)
     """Micro-batches of an optimiser step."""
     use_amp: bool = False
     """Mixed precision."""
@@ -209,7 +201,7 @@ class TrainingConfig:
     """``auto``: bfloat16 on a CPU and where the GPU has it, else float16 with a gradient scaler."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
-    early_stopping: int | None = _at(None, least=1)
+    early_stopping: int | None = limited(None, least=1)
     """End the run after this many epochs without a better ``val/loss``; null: never."""
 
 
@@ -245,7 +237,7 @@ class LoggingConfig:
     """Name of the run, and of its folder by default."""
     log_dir: str | None = None
     """Folder of TensorBoard's and W&B's files; the run folder by default."""
-    log_frequency: int = _at(50, least=1)
+    log_frequency: int = limited(50, least=1)
     """Optimiser steps between two records; an epoch's end writes one too."""
     progress_bar: bool = True
     """Show progress on standard error."""
@@ -261,15 +253,15 @@ class ProbeConfig:
     """Judge the encoder at the end of pretraining."""
     features: Literal["mean", "concat"] = "mean"
     """What the probe reads: the mean of the patch tokens, or all of them side by side."""
-    labels_per_class: int | None = _at(None, least=1)
+    labels_per_class: int | None = limited(None, least=1)
     """Labelled images of each class to learn from; all by default."""
-    epochs: int = _at(100, least=1)
+    epochs: int = limited(100, least=1)
     """Passes over the features."""
-    batch_size: int = _at(256, least=1)
+    batch_size: int = limited(256, least=1)
     """Features of a step."""
-    lr: float = _at(1e-2, above=0)
+    lr: float = limited(1e-2, above=0)
     """Learning rate at the start; half a cosine leads to 0."""
-    weight_decay: float = _at(1e-2, least=0)
+    weight_decay: float = limited(1e-2, least=0)
     """Of the linear head (AdamW)."""
 
 
@@ -298,7 +290,7 @@ class Config:
     """Handlers of your own, attached after the others: ``class_path`` and ``init_args`` each."""
     run_dir: str | None = None
     """The run folder; ``runs/<logging.experiment_name>`` by default."""
-    seed: int = _at(0, least=0)
+    seed: int = limited(0, least=0)
     """Names all random draws; equal seeds give equal runs."""
     device: str = "auto"
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``."""
@@ -320,7 +312,7 @@ def resolve_levels(config: Config) -> tuple[Level, ...]:
 
 def _problems(config: Config) -> Iterator[str]:
     """What is wrong with a configuration, one line each: key, rule, value."""
-    yield from _limit_problems(config, "")
+    yield from limit_problems(config, "")
     for key in (
         "data.crop_scale",
         "data.crop_ratio",
@@ -370,47 +362,3 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
     if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda", "mps"):
         yield f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}"
-
-
-def _limit_problems(node: Any, prefix: str) -> Iterator[str]:
-    for item in dataclasses.fields(node):
-        key, value = prefix + item.name, getattr(node, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _limit_problems(value, key + ".")
-        elif item.metadata and value is not None:
-            for number in value if isinstance(value, (list, tuple)) else (value,):
-                if not _within(number, **item.metadata):
-                    yield f"{key} must be {describe_limits(item.metadata)}, got {_shown(value)}"
-                    break
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{key} must be finite, got {value}"
-
-
-def _within(
-    number: float,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> bool:
-    return (
-        math.isfinite(number)
-        and (least is None or number >= least)
-        and (most is None or number <= most)
-        and (above is None or number > above)
-        and (below is None or number < below)
-    )
-
-
-def describe_limits(limits: Any) -> str:
-    """Limits in words.
-
-    >>> describe_limits({"above": 0, "most": 1}), describe_limits({"least": 1})
-    ('above 0 and at most 1', 'at least 1')
-    """
-    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-    return " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
-
-
-def _shown(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -17,8 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hjepa_engine.config import Config, describe_limits
+from hjepa_engine.config import Config
 from hjepa_engine.errors import ConfigError
+from hjepa_engine.limits import describe_limits
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -75,6 +75,17 @@ class Run:
         """``context_encoder``, ``target_encoder`` and ``predictor``."""
         return self.trainer.modules
 
+    def describe(self) -> str:
+        """One line: data, encoder, levels, device, length."""
+        encoder, data = unwrap(self.modules["target_encoder"]), self.config.data
+        parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+        steps = steps_per_epoch(len(self.data), self.config.training.accumulation_steps) * self.config.training.epochs
+        return (
+            f"{data.dataset} in batches of {data.batch_size}; encoder of {parameters:.2f} M parameters on "
+            f"{encoder.grid[0]} x {encoder.grid[1]} patches, {len(unwrap(self.modules['predictor']).levels)} levels; "
+            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {steps} optimiser steps"
+        )
+
     def fit(self) -> dict[str, float]:
         """Train; then, where ``probe.enabled``, the accuracies of the linear probe on encoder and baselines."""
         training, results = self.config.training, {}
@@ -165,7 +176,12 @@ def main(argv: Sequence[str]) -> None:
         folder = RunFolder(config)
         finished = folder.finished_results()
         idist.barrier()  # rank 0 is about to write there
-        results = build(config).fit() if finished is None else finished
+        results = finished
+        if finished is None:
+            run = build(config)
+            if idist.get_rank() == 0:
+                print(run.describe(), flush=True)
+            results = run.fit()
         if idist.get_rank() == 0:
             print(f"\nrun folder: {folder.path}" + ("" if finished is None else " (was finished already)"))
             if results:
