@@ -33,7 +33,7 @@ A mistake is one line that names the key, the rule and the value, and exit code 
 | 3 | data is missing, too little or damaged |
 | 4 | there are no usable exported weights |
 | 5 | a guard has stopped the run (non-finite loss) |
-| 130 | interrupted from the keyboard |
+| 130, 143 | interrupted from the keyboard, terminated (SIGTERM) |
 
 A level (`model.levels`) has these keys: {levels}. A handler (`handlers`) has {handlers}.
 """

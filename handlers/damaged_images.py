@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import ignite.distributed as idist
 from ignite.engine import Events
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import DataError
+from hjepa_engine.events import TrainEvents
 
 logger = logging.getLogger(__name__)
 
@@ -15,23 +17,25 @@ logger = logging.getLogger(__name__)
 class DamagedImages:
     """Name each damaged image once, and end the run when there are too many.
 
-    Listens to: ``GET_BATCH_COMPLETED``.
+    Listens to: ``GET_BATCH_COMPLETED``, ``TrainEvents.WINDOW_COMPLETED``.
     Reads: ``engine.state.batch["damaged"]``, names of images that were replaced by others.
     Writes: ``engine.state.metrics["data/damaged"]``, how many there were so far, once there are any.
 
     Args:
-        max_share: largest share of damaged images among those read, in [0, 1]; judged from 100 images on.
+        max_share: largest share of damaged images among those read, in [0, 1]; judged at the end of a log window, from
+            100 images on.
     """
 
     def __init__(self, max_share: float = 0.001) -> None:
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_share must be from 0 to 1, got {max_share}")
         self.max_share, self.read, self.damaged = max_share, 0, 0
-        self._named: set[str] = set()
+        self._named: dict[str, None] = {}  # in the order of their discovery
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.count)
+        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.judge)
 
     def count(self, engine: StepEngine) -> None:
         """Look at the newest batch."""
@@ -40,14 +44,18 @@ class DamagedImages:
         for name in batch.get("damaged", ()):
             self.damaged += 1
             if name not in self._named:
-                self._named.add(name)
+                self._named[name] = None
                 logger.warning("damaged image replaced by another: %s", name)
-        if self.damaged:
-            engine.state.metrics["data/damaged"] = float(self.damaged)
-        if self.read >= 100 and self.damaged > self.max_share * self.read:
+
+    def judge(self, engine: StepEngine) -> None:
+        """Compare the share with what is allowed, over all ranks."""
+        read, damaged = (int(idist.all_reduce(number)) for number in (self.read, self.damaged))
+        if damaged:
+            engine.state.metrics["data/damaged"] = float(damaged)
+        if read >= 100 and damaged > self.max_share * read:
+            example = f"; one is {next(iter(self._named))}" if self._named else ""
             raise DataError(
-                f"{self.damaged} of {self.read} images are damaged, data.max_damaged allows a share of {self.max_share}; "
-                f"one is {next(iter(self._named))}"
+                f"{damaged} of {read} images are damaged, data.max_damaged allows a share of {self.max_share}{example}"
             )
 
     def state_dict(self) -> dict[str, int]:

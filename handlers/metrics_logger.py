@@ -74,7 +74,7 @@ class MetricsLogger:
     def _send(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
         while self._unopened:
             opener = self._unopened.pop(0)
-            self._guarded("a logger", partial(self._open, opener))
+            self._guarded(getattr(opener, "func", opener).__name__, partial(self._open, opener))
         for writer in list(self.writers):
             if not self._guarded(type(writer).__name__, partial(writer.write, metrics, step, epoch)):
                 self.writers.remove(writer)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import ignite.distributed as idist
+import torch
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import GuardStop
 from hjepa_engine.events import TrainEvents
+
+# A loss scale of 2 ** 16 that is halved this often in a row is too small for any gradient.
+_MOST_OVERFLOWS = 50
 
 
 class NonFiniteGuard:
@@ -25,17 +28,16 @@ class NonFiniteGuard:
     Args:
         action: ``stop``: end the run (exit code 5); ``skip``: drop the update.
         patience: with ``skip``, end the run after this many dropped updates in a row.
-        check_gradients: whether a finite loss with non-finite gradients counts; False with fp16.
+        scaled: whether a gradient scaler is at work (fp16): non-finite gradients are then its business, up to 50 times
+            in a row.
     """
 
-    def __init__(
-        self, action: Literal["stop", "skip"] = "stop", patience: int = 10, check_gradients: bool = True
-    ) -> None:
+    def __init__(self, action: Literal["stop", "skip"] = "stop", patience: int = 10, scaled: bool = False) -> None:
         if action not in ("stop", "skip"):
             raise ValueError(f"action must be stop or skip, got {action!r}")
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
-        self.action, self.patience, self.check_gradients = action, patience, check_gradients
+        self.action, self.patience, self.scaled = action, patience, scaled
         self.in_a_row = 0
 
     def attach(self, engine: StepEngine) -> None:
@@ -44,22 +46,21 @@ class NonFiniteGuard:
 
     def check(self, engine: StepEngine) -> None:
         """Judge the window."""
-        suspects = {"loss": engine.state.window_loss}
-        if self.check_gradients:
-            suspects["gradient"] = engine.state.output["grad_norm"]
-        bad = [name for name, value in suspects.items() if self._anywhere(not math.isfinite(float(value)))]
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if bad and (self.action == "stop" or self.in_a_row >= self.patience):
+        loss, norm = engine.state.window_loss, engine.state.output["grad_norm"]
+        bad_loss, bad_norm = (~torch.stack([loss.float(), norm.float()]).isfinite()).tolist()  # one read of the device
+        if idist.get_world_size() > 1:  # the loss is each rank's own; gradients are equal on all
+            bad_loss = bool(idist.all_reduce(int(bad_loss), op="MAX"))
+        self.in_a_row = self.in_a_row + 1 if bad_loss or bad_norm else 0
+        ours = bad_loss or (bad_norm and not self.scaled)
+        limit = (1 if self.action == "stop" else self.patience) if ours else _MOST_OVERFLOWS
+        if self.in_a_row >= limit:
             times = f" for {self.in_a_row} updates in a row" if self.in_a_row > 1 else ""
+            what = "loss" if bad_loss else "gradient"
             raise GuardStop(
-                f"non-finite {bad[0]} at optimiser step {engine.state.optimizer_step}{times}; the weights are those of "
-                "the last good step. A lower training.lr, clip_grad or a longer warm-up usually helps"
+                f"non-finite {what} at optimiser step {engine.state.optimizer_step}{times}; the weights are those of the "
+                "last good step. A lower training.lr, clip_grad or a longer warm-up usually helps"
             )
-        engine.state.skip_update = engine.state.skip_update or bool(bad)
-
-    @staticmethod
-    def _anywhere(flag: bool) -> bool:
-        return bool(idist.all_reduce(int(flag), op="MAX")) if idist.get_world_size() > 1 else flag
+        engine.state.skip_update = engine.state.skip_update or ours
 
     def state_dict(self) -> dict[str, int]:
         """Number of dropped updates in a row."""

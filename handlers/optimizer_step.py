@@ -20,12 +20,12 @@ class OptimizerStep:
     stepped too. Under DDP gradients are exchanged in a window's last micro-batch only. Gradients are unscaled before
     they are measured and clipped.
 
-    Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``.
+    Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.WINDOW_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
     set to drop this update.
     Writes: in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its micro-batches, and
     ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if the update is
-    skipped; ``engine.state.optimizer_step`` and ``skipped_updates``.
+    skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.metrics["train/skipped_updates"]``.
     Fires: ``TrainEvents.GRADIENTS_READY``, then ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by
     ``skip_update``, or by the scaler because fp16 gradients overflowed).
 
@@ -56,6 +56,7 @@ class OptimizerStep:
         engine.state.skip_update, engine.state.skipped_updates = False, 0
         engine.add_event_handler(Events.ITERATION_STARTED, self.open)
         engine.add_event_handler(TrainEvents.LOSS_READY, self.step)
+        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
 
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
@@ -81,25 +82,27 @@ class OptimizerStep:
         gradients = self._gradients()
         engine.state.output["grad_norm"] = norm = get_total_norm(gradients)
         engine.fire_event(TrainEvents.GRADIENTS_READY)
-        if self._apply(engine, norm):
+        # What the scaler itself goes by; it then lowers the scale, down to 0 if need be: the scale says nothing.
+        overflow = self.scaler.is_enabled() and not norm.isfinite()
+        stepped = not (engine.state.skip_update or overflow)
+        if stepped:
+            if self.clip_grad is not None:
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                clip_grads_with_norm_(parameters, self.clip_grad, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if stepped:
             engine.state.optimizer_step += 1
             engine.fire_event(TrainEvents.OPTIMIZER_STEPPED)
         else:
             engine.state.skipped_updates += 1
             del engine.state.output["grad_norm"]  # often infinite, and of no update
 
-    def _apply(self, engine: Trainer, norm: Tensor) -> bool:
-        """Clip, step and clear; whether the parameters have changed."""
-        skip = engine.state.skip_update
-        if not skip:
-            if self.clip_grad is not None:
-                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                clip_grads_with_norm_(parameters, self.clip_grad, norm)
-            self.scaler.step(self.optimizer)
-        scale = self.scaler.get_scale()
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return not skip and self.scaler.get_scale() >= scale  # the scale falls only where gradients overflowed
+    def report(self, engine: Trainer) -> None:
+        """Write how many updates were skipped so far, once there are any."""
+        if engine.state.skipped_updates:
+            engine.state.metrics["train/skipped_updates"] = float(engine.state.skipped_updates)
 
     def _gradients(self) -> list[Tensor]:
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -68,7 +68,7 @@ class ParamSchedule(ParamScheduler):
     def get_param(self) -> list[float] | float:
         """The schedule's value at the present optimiser step."""
         value = self.schedule(self.event_index)
-        return value if isinstance(value, float) else list(value)
+        return [float(item) for item in value] if isinstance(value, Sequence) else float(value)
 
     def report(self, engine: StepEngine) -> None:
         """Write the value that the last optimiser step used to the metrics."""

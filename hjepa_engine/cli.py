@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import textwrap
 import traceback
@@ -19,7 +20,8 @@ from hjepa_engine.errors import ConfigError, RunError
 
 EXIT_CODES = """\
 exit codes:
-  0 done   2 configuration   3 data   4 no usable weights   5 stopped by a guard   1 anything else, 130 interrupted"""
+  0 done   2 configuration   3 data   4 no usable weights   5 stopped by a guard
+  1 anything else   130 interrupted   143 terminated"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +70,7 @@ def read_config(description: str, default: Path, argv: Sequence[str]) -> Config 
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the run folder says why it ended
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
     try:
@@ -89,6 +92,8 @@ def exit_code_of(error: BaseException) -> int:
     """The documented exit code of an error."""
     if isinstance(error, KeyboardInterrupt):
         return 130
+    if isinstance(error, SystemExit):
+        return 143
     return error.exit_code if isinstance(error, RunError) else 1
 
 
@@ -99,7 +104,10 @@ def one_line(error: BaseException) -> str:
         return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return f"unexpected {type(error).__name__}: {lines[0]} (--debug shows where)"
+    if isinstance(error, SystemExit):
+        return "terminated"
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    return f"unexpected {type(error).__name__}: {line} (--debug shows where)"
 
 
 def _close_progress_bars() -> None:

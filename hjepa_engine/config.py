@@ -325,6 +325,8 @@ def _problems(config: Config) -> Iterator[str]:
         if low > high:
             yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
     model, loss, training = config.model, config.loss, config.training
+    if config.data.download and config.data.dataset not in ("cifar10", "cifar100", "stl10"):
+        yield f"data.download must be false: {config.data.dataset} cannot be fetched"
     if model.levels is not None:
         if not model.levels:
             yield "model.levels must name at least one level, got []"
@@ -337,7 +339,7 @@ def _problems(config: Config) -> Iterator[str]:
     for key, values in (("loss.hierarchy_weights", loss.hierarchy_weights), ("training.level_lrs", training.level_lrs)):
         if values is not None and len(values) != number:
             yield f"{key} must have one value per level ({number}), got {len(values)}"
-    levels = model.levels if model.levels is not None else None
+    levels = model.levels
     weights = [level.weight for level in levels] if levels is not None else loss.hierarchy_weights
     if weights is not None and not any(weights):
         yield f"{'model.levels' if levels is not None else 'loss.hierarchy_weights'} must weight at least one level above 0"
@@ -360,5 +362,5 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
     if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:
         yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
-    if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        yield f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}"
+    if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda"):
+        yield f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"

@@ -104,7 +104,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         config: Config = _build(Config, data, "")
         return config
     except ConfigError as error:
-        where = f"{path}: " if path is not None else ""
+        where = f"{path}: " if path is not None and not overrides else ""
         raise ConfigError(where + " ".join(str(error).split())) from error
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
@@ -39,9 +41,23 @@ class Metrics(dict[str, float]):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
+    def setdefault(self, name: str, default: float = math.nan) -> float:
+        """As ``dict.setdefault``; counts as written."""
+        self[name] = self.get(name, default)
+        return self[name]
+
+    def __ior__(self, other: Any) -> Metrics:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
     def since(self, moment: int) -> tuple[dict[str, float], int]:
-        """What was written after ``moment`` (0: ever), and the present moment."""
-        return {name: self[name] for name in self if self._written[name] > moment}, self._clock
+        """What was written after ``moment`` (0: ever) and is a number (or a tensor of one), and the present moment."""
+        fresh = {name: self[name] for name in self if self._written[name] > moment}
+        return {name: float(value) for name, value in fresh.items() if _is_number(value)}, self._clock
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float, np.number))
 
 
 class Window(NamedTuple):

@@ -25,7 +25,7 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         encoder: a :class:`~hjepa_engine.models.TargetEncoder` or :class:`~hjepa_engine.models.ContextEncoder`.
         folder: made if need be.
         description: ``encoder``, the arguments that build it, and whatever a user of the weights has to know
-            (``mean`` and ``std`` of the images it was trained on).
+            (``stats``, mean and standard deviation of each channel).
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(encoder).state_dict().items()}

@@ -35,15 +35,6 @@ def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
     return cells.flatten(2).transpose(1, 2).reshape(batch, blocks, -1, dim)
 
 
-def cell_extents(length: int, pool: int) -> list[tuple[int, int]]:
-    """(start, size) of the cells that ``pool`` cuts ``length`` patches into; the last may be smaller.
-
-    >>> cell_extents(5, 2)
-    [(0, 2), (2, 2), (4, 1)]
-    """
-    return [(start, min(pool, length - start)) for start in range(0, length, pool)]
-
-
 def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:
     """Mean row and column of each cell's patches, doubled (so that they are integers).
 
@@ -51,8 +42,12 @@ def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tens
         Rows (B, M, cells down) and columns (B, M, cells across), from 0 to 2 H - 2 and 2 W - 2.
     """
     corner = masks.target_idx[:, :, :1]
-    offsets = [
-        torch.tensor([2 * start + size - 1 for start, size in cell_extents(length, pool)], device=corner.device)
-        for length in masks.block
-    ]
-    return 2 * (corner // grid_width) + offsets[0], 2 * (corner % grid_width) + offsets[1]
+    (height, width), device = masks.block, corner.device
+    rows, columns = 2 * (corner // grid_width), 2 * (corner % grid_width)
+    return rows + _centres(height, pool, device), columns + _centres(width, pool, device)
+
+
+def _centres(length: int, pool: int, device: torch.device) -> Tensor:
+    """Doubled centres of the cells that ``pool`` cuts ``length`` patches into; the last cell may be smaller."""
+    starts = torch.arange(0, length, pool, device=device)
+    return 2 * starts + (length - starts).clamp(max=pool) - 1

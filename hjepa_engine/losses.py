@@ -41,14 +41,19 @@ LOSSES: dict[str, LossFunction] = {
 def variance(tokens: Tensor, eps: float = 1e-4) -> Tensor:
     """How far the standard deviation of each dimension of ``tokens`` (..., D) is below 1 (VICReg, arXiv:2105.04906)."""
     samples = tokens.float().flatten(0, -2)
-    return F.relu(1 - (samples.var(dim=0) + eps).sqrt()).mean()
+    return F.relu(1 - (samples.var(dim=0, correction=_correction(samples)) + eps).sqrt()).mean()
 
 
 def covariance(tokens: Tensor) -> Tensor:
     """Sum of the squared off-diagonal covariances of ``tokens`` (..., D), over D (VICReg, arXiv:2105.04906)."""
     samples = tokens.float().flatten(0, -2)
-    matrix = torch.cov(samples.T)
+    matrix = torch.cov(samples.T, correction=_correction(samples))
     return (matrix.square().sum() - matrix.diagonal().square().sum()) / samples.shape[1]
+
+
+def _correction(samples: Tensor) -> int:
+    """Unbiased as in the paper; of one sample, 0 instead of 0 / 0."""
+    return min(1, len(samples) - 1)
 
 
 def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tensor:

@@ -77,11 +77,11 @@ def build_optimizer(
         raise ValueError(f"unknown optimizer {name!r}{hint}; known: {', '.join(OPTIMIZERS)} or a dotted path")
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"optimizer {name!r} must be a torch.optim.Optimizer")
-    known = inspect.signature(cls).parameters
+    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "lr", "weight_decay")]
     if unknown := sorted(set(arguments) - set(known)):
         raise ValueError(f"optimizer {name!r} does not take {', '.join(unknown)}, it takes {', '.join(known)}")
     if "betas" in known:
         arguments = {"betas": tuple(betas), **arguments}
-    elif "momentum" in known:
+    elif cls is torch.optim.SGD:
         arguments = {"momentum": betas[0], **arguments}
-    return cls(groups, lr=lr, **arguments)  # type: ignore[call-arg]
+    return cls(groups, lr=lr, **arguments)

@@ -59,11 +59,15 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     number = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= number:
         raise ConfigError(f"device must exist: {name} was asked for, CUDA devices here: {number}")
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and idist.get_world_size() > 1:
+        if device.index is not None or idist.get_local_rank() >= number:
+            raise ConfigError(
+                f"device must be cuda, with a GPU for each process of a machine ({number} here), got {name}"
+            )
         return torch.device("cuda", idist.get_local_rank())
     return device
 
@@ -84,7 +88,9 @@ def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
     if idist.get_world_size() > 1:
         for name, module in modules.items():
             if any(parameter.requires_grad for parameter in module.parameters()):
-                modules[name] = DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+                modules[name] = DistributedDataParallel(
+                    module, [device] if device.type == "cuda" else None, broadcast_buffers=False
+                )
     return modules
 
 

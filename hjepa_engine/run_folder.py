@@ -65,10 +65,12 @@ class RunFolder:
         """Make the folder and describe the run in it.
 
         Raises:
-            ConfigError: the folder cannot be made or written to.
+            ConfigError: the folder holds a run already, or cannot be made or written to.
         """
         if idist.get_rank() != 0:
             return
+        if self.status() is not None:
+            raise ConfigError(f"run_dir {self.path} holds a run; choose another --run_dir, or delete the folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "config.yaml", dump_config(self.config))

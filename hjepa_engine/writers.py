@@ -8,6 +8,7 @@ import netrc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -64,7 +65,13 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
-        """Write one scalar per metric at ``step``."""
+        """Write one scalar per metric at ``step``.
+
+        Raises:
+            OSError: tensorboardX's writing thread has died (a full disk); another call would wait for it for ever.
+        """
+        if not self._writer.file_writer.event_writer._worker.is_alive():
+            raise OSError("the event file cannot be written to")
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -83,7 +90,8 @@ class WandbWriter:
         name: W&B run name.
         entity: W&B user or team; None: the account's own.
         tags: of the run.
-        mode: ``auto``: ``online`` where an API key is found (``WANDB_API_KEY`` or ``~/.netrc``), else ``offline``.
+        mode: ``auto``: ``online`` where an API key is found (``WANDB_API_KEY`` or ``~/.netrc``), else ``offline``. The
+            environment variable ``WANDB_MODE`` goes before it.
     """
 
     def __init__(
@@ -143,13 +151,14 @@ def build_writers(config: Config, folder: Path, log_folder: Path) -> list[Callab
     if idist.get_rank() != 0:
         return []
     logging = config.logging
-    writers: list[Callable[[], Writer]] = [lambda: JsonlWriter(folder / "metrics.jsonl")]
+    writers: list[Callable[[], Writer]] = [partial(JsonlWriter, folder / "metrics.jsonl")]
     if logging.tensorboard.enabled:
-        writers.append(lambda: TensorBoardWriter(log_folder / "tensorboard"))
+        writers.append(partial(TensorBoardWriter, log_folder / "tensorboard"))
     if logging.wandb.enabled:
         wandb = logging.wandb
         writers.append(
-            lambda: WandbWriter(
+            partial(
+                WandbWriter,
                 log_folder,
                 parse_yaml(dump_config(config)),
                 wandb.project,

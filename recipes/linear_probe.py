@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from hjepa_engine.handlers import (
     DataPosition,
@@ -61,7 +63,9 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
     if config.probe.labels_per_class is not None:
         chosen = few_labels(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]
-    mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
+    mean, std = features.mean(dim=0), features.std(dim=0)
+    # A feature that is constant in the training images (the border of digits) would blow up in others.
+    std = torch.where(std < 1e-4 * std.max(), 1.0, std)
     return ((features - mean) / std, labels), ((val_features - mean) / std, val_labels), source.num_classes
 
 
@@ -85,7 +89,12 @@ def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | N
     trainer = create_trainer(linear_probe_step, modules, device)
     evaluator = create_evaluator(linear_probe_step, modules, device)
     MetricAverager(prefix="").attach(evaluator)
-    writers = [] if folder is None else [lambda: JsonlWriter(folder / f"probe_{name}.jsonl")]
+    writers = []
+    if folder is not None and idist.get_rank() == 0:
+        log = folder / f"probe_{name}.jsonl"
+        log.unlink(missing_ok=True)
+        writers.append(partial(JsonlWriter, log))
+    logger = MetricsLogger(writers)
     for handler in (
         OptimizerStep(optimizer),
         ParamSchedule(
@@ -94,14 +103,16 @@ def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | N
         DataPosition(batches.sampler),
         MetricAverager(),
         Validation(evaluator, FeatureBatches(*val, 4096, shuffle=False), every=settings.epochs),
-        MetricsLogger(writers),
+        logger,
     ):
         handler.attach(trainer)
     if bar:
         ProgressBar(("train/loss", "train/accuracy", "val/accuracy"), name=f"probe of {name}", summaries=False).attach(
             trainer
         )
-    return float(trainer.run(batches, max_epochs=settings.epochs).metrics["val/accuracy"])
+    accuracy = trainer.run(batches, max_epochs=settings.epochs).metrics["val/accuracy"]
+    logger.close()
+    return float(accuracy)
 
 
 def judge(config: Config, encoder: nn.Module, folder: Path | None = None, bar: bool = False) -> dict[str, float]:
@@ -129,9 +140,11 @@ def main(argv: Sequence[str]) -> None:
     known, overrides = parser.parse_known_args(argv)
     encoder = load_encoder(known.run)
     config = load_config(known.run / "config.yaml", overrides)
-    results = judge(config, encoder.to(choose_device(config.device)), bar=config.logging.progress_bar)
+    results = judge(config, encoder.to(choose_device(config.device)), known.run, config.logging.progress_bar)
     print(describe(results, config))
-    (known.run / "linear_probe.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    (known.run / "linear_probe.json").write_text(
+        json.dumps({"probe": asdict(config.probe), "accuracy": results}) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

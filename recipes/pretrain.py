@@ -1,6 +1,6 @@
 """Pretrain an H-JEPA on images without labels, then judge its target encoder with a linear probe.
 
-    python recipes/pretrain.py                                           # digits, about two minutes on a laptop
+    python recipes/pretrain.py                                           # pages of digits, about two minutes
     python recipes/pretrain.py --config recipes/configs/cifar10.yaml --data.data_path data/cifar10
     torchrun --nproc_per_node 2 recipes/pretrain.py --config ...         # several GPUs
 
@@ -99,7 +99,9 @@ class Run:
         try:
             self.trainer.run(self.data, **length)
             if self.config.probe.enabled:
-                results = judge(self.config, self.modules["target_encoder"], bar=self.config.logging.progress_bar)
+                results = judge(
+                    self.config, self.modules["target_encoder"], self.folder.path, self.config.logging.progress_bar
+                )
                 self.logger.log_metrics(
                     {"linear" if n == "trained" else f"linear_{n}": v for n, v in results.items()}, prefix="probe/"
                 )
@@ -108,7 +110,9 @@ class Run:
             raise
         finally:
             self.logger.close()
-        self.folder.write_status("done", self.trainer.state.optimizer_step, 0, "trained to the end", results)
+        reached = self.trainer.state.iteration
+        reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
+        self.folder.write_status("done", self.trainer.state.optimizer_step, 0, reason, results)
         return results
 
 
@@ -116,22 +120,22 @@ def build(config: Config) -> Run:
     """Build every part and attach every handler; writes nothing yet."""
     training, seed, device = config.training, config.seed, choose_device(config.device)
     amp_dtype = choose_amp_dtype(training, device)
-    train, val = (open_source(config.data, split, seed) for split in ("train", "val"))
-    data, sampler = build_loader(config.data, train, seed, train=True)
-    val_data, _ = build_loader(config.data, val, seed, train=False)
-
     modules = distribute(build_modules(config), device)
     context_encoder, target_encoder = modules["context_encoder"], modules["target_encoder"]
     optimizer = build_run_optimizer(config, modules)
+    masks, step = build_masks(config, unwrap(context_encoder).grid), build_step(config)
+    own_handlers = build_handlers(config)
+
+    train, val = (open_source(config.data, split, seed) for split in ("train", "val"))
+    data, sampler = build_loader(config.data, train, seed, train=True)
+    val_data, _ = build_loader(config.data, val, seed, train=False)
     schedules = build_schedules(config, steps_per_epoch(len(data), training.accumulation_steps))
-    masks = build_masks(config, unwrap(context_encoder).grid)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     ema = TargetEncoderEMA(context_encoder, target_encoder, config.model.ema.momentum)
     folder = RunFolder(config)
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
     logger = MetricsLogger(build_writers(config, folder.path, folder.log_path))
 
-    step = build_step(config)
     evaluator = create_evaluator(step, modules, device, amp_dtype)
     for handler in (MaskSampler(masks, seed), StepSeed(seed), MetricAverager(prefix="")):
         handler.attach(evaluator)
@@ -143,7 +147,7 @@ def build(config: Config) -> Run:
         StepSeed(seed),
         MaskSampler(masks, seed, training.accumulation_steps),
         OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
-        NonFiniteGuard(training.non_finite, check_gradients=amp_dtype != torch.float16),
+        NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled()),
         ema,
         ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
         ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None, level_lr_metric),
@@ -160,7 +164,7 @@ def build(config: Config) -> Run:
         logger,
         *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
-        *build_handlers(config),
+        *own_handlers,
     ]
     for handler in handlers:
         handler.attach(trainer)

@@ -147,7 +147,7 @@ def pretraining(
         "seed": StepSeed(seed),
         "masks": MaskSampler(masks, seed, training.accumulation_steps),
         "step": OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
-        "guard": NonFiniteGuard(training.non_finite, check_gradients=scaler is None),
+        "guard": NonFiniteGuard(training.non_finite, scaled=scaler is not None),
         "ema": ema,
         "lr": ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
         "level_lr": ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None),

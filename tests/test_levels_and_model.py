@@ -12,7 +12,7 @@ from torch import nn
 from hjepa_engine import Config
 from hjepa_engine.config import DataConfig, Level, LossConfig, ModelConfig, PredictorConfig
 from hjepa_engine.errors import ConfigError
-from hjepa_engine.levels import cell_centres, cell_extents, pool_target, take_tokens
+from hjepa_engine.levels import cell_centres, pool_target, take_tokens
 from hjepa_engine.losses import LOSSES, covariance, sigreg, variance
 from hjepa_engine.masking import Masks, MultiBlockMasks
 from hjepa_engine.metrics import effective_rank
@@ -90,7 +90,6 @@ def test_centres_of_cells_are_the_mean_places_of_their_patches():
     # Rows 1, 2 and 3, doubled: the first two together at 1.5, the last alone at 3. Columns 2, 3 and 4 likewise.
     assert rows.tolist() == [[[3, 6]]]
     assert columns.tolist() == [[[5, 8]]]
-    assert cell_extents(5, 4) == [(0, 4), (4, 1)]
 
 
 @pytest.mark.parametrize("pool", [1, 2, 3, 4])

@@ -182,7 +182,7 @@ def fp16_trainer(init_scale, batches, momentum=0.5, extra=()):
     return trainer, handler, seen
 
 
-@pytest.mark.parametrize("extra", [(), (NonFiniteGuard(check_gradients=False),)], ids=["alone", "guarded"])
+@pytest.mark.parametrize("extra", [(), (NonFiniteGuard(scaled=True),)], ids=["alone", "guarded"])
 def test_an_overflow_moves_neither_weights_nor_target_nor_schedules_and_lowers_the_scale(extra):
     # 2 ** 127 * 3 overflows, then 2 ** 126 * 3 does not (the largest float32 is just under 2 ** 128).
     trainer, _, seen = fp16_trainer(2.0**127, rows((3, 0), (3, 0), (0, 3)), extra=extra)

@@ -182,6 +182,7 @@ def test_a_run_leaves_its_folder(finished):
     folder, config, _, _ = finished
     run = folder / "run"
     assert {path.name for path in run.iterdir()} == {
+        *(f"probe_{name}.jsonl" for name in ("trained", "random", "pixels")),
         "config.yaml",
         "environment.json",
         "status.json",
@@ -273,7 +274,7 @@ def test_the_probe_command_prints_the_accuracies_of_the_run(finished):
         ROOT / "recipes" / "linear_probe.py", "--run", "run", "--logging.progress_bar", "false", cwd=folder
     )
     assert code == 0, err
-    results = json.loads((folder / "run" / "linear_probe.json").read_text())
+    results = json.loads((folder / "run" / "linear_probe.json").read_text())["accuracy"]
     (folder / "run" / "linear_probe.json").unlink()  # other tests compare the folder
     assert results == json.loads((folder / "run" / "status.json").read_text())["results"]
     assert f"trained target encoder {100 * results['trained']:6.1f} %" in out

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -79,6 +80,9 @@ def open_source(config: DataConfig, split: Split, seed: int = 0) -> Source:
         DataError: files are missing or there are no images.
     """
     try:
+        if config.download:
+            with idist.one_rank_first(local=True):  # the others find it downloaded
+                return _OPENERS[config.dataset](config, split, seed)
         return _OPENERS[config.dataset](config, split, seed)
     except (OSError, RuntimeError) as error:  # torchvision raises both where files are missing or cannot be fetched
         reason = str(error).splitlines()[0]

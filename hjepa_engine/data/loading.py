@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from hjepa_engine.config import DataConfig
 from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
-from hjepa_engine.errors import DataError
+from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.randomness import key, seed_everything
 
 _SUBSTITUTES = 8
@@ -132,6 +132,8 @@ def build_loader(
     """
     batch_size = config.batch_size
     rank, world = (0, 1) if alone else (idist.get_rank(), idist.get_world_size())
+    if batch_size % world:
+        raise ConfigError(f"data.batch_size must be a multiple of the {world} processes, got {batch_size}")
     if len(source.images) < (batch_size if train else world):
         raise DataError(f"data.batch_size must be at most the {len(source.images)} images there are, got {batch_size}")
     sampler = EpochBatchSampler(
@@ -153,7 +155,8 @@ def build_loader(
 
 
 def _init_worker(worker: int) -> None:
-    """One thread each; leave Ctrl-C to the main process. SIGTERM stays: Python ends workers with it when it exits."""
+    """One thread each; leave Ctrl-C to the main process. SIGTERM ends a worker: Python sends it when it exits."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

@@ -96,9 +96,8 @@ class Predictor(nn.Module):
             queries = [self._cell_queries(number, masks) for number in cells]
             predictions.update(zip(cells, self._answer(tokens, queries, cells), strict=True))
         if image:
-            middle = [torch.tensor([length - 1], device=tokens.device) for length in self.grid]
-            queries = [self._queries(number, self._positions(*middle)[None, None]) for number in image]
-            queries = [query.expand(len(tokens), -1, -1, -1) for query in queries]
+            middle = torch.cat([self.row_table[self.grid[0] - 1], self.column_table[self.grid[1] - 1]])
+            queries = [self._queries(number, middle).expand(len(tokens), 1, 1, -1) for number in image]
             predictions.update(zip(image, self._answer(tokens, queries, image), strict=True))
         return [predictions[number] for number in range(len(self.levels))]
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from hjepa_engine.levels import pool_target
 from hjepa_engine.losses import REGULARIZERS, smooth_l1
-from hjepa_engine.masking import Masks
 from hjepa_engine.types import Batch, LossFunction, Outputs, unwrap
 
 
@@ -36,7 +35,7 @@ def hjepa_step(
         ``loss`` (), ``loss_level_{l}`` () and, where weighted, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
         and ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, a list over levels of (B, M, cells, D).
     """
-    images, masks = batch["images"], Masks(*batch["masks"])
+    images, masks = batch["images"], batch["masks"]
     levels = unwrap(modules["predictor"]).levels
     depths = sorted({level.depth for level in levels} | {1.0})
     with torch.no_grad():
