@@ -24,6 +24,9 @@ exit codes:
   1 anything else   130 interrupted   143 terminated"""
 
 
+_TERMINATED = 128 + signal.SIGTERM
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -70,7 +73,9 @@ def read_config(description: str, default: Path, argv: Sequence[str]) -> Config 
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the run folder says why it ended
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(_TERMINATED)
+    )  # as an exception, so that the run folder says why it ended
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
     try:
@@ -82,10 +87,12 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             traceback.print_exc()
         print(one_line(error), file=sys.stderr)
         sys.exit(exit_code_of(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != _TERMINATED:
+            raise
         _close_progress_bars()
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(one_line(error), file=sys.stderr)
+        sys.exit(exit_code_of(error))
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -93,7 +100,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):
-        return 143
+        return _TERMINATED
     return error.exit_code if isinstance(error, RunError) else 1
 
 

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from hjepa_engine import create_trainer
 from hjepa_engine.handlers import (
     DamagedImages,
     MaskSampler,
@@ -26,9 +29,6 @@ from hjepa_engine.handlers import (
     TargetEncoderEMA,
     Throughput,
 )
-from torch import Tensor, nn
-
-from hjepa_engine import create_trainer
 from hjepa_engine.masking import MultiBlockMasks
 from hjepa_engine.schedules import CosineScheduler
 from hjepa_engine.types import Batch, Outputs

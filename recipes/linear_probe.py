@@ -17,6 +17,13 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import torch
+from ignite.engine import Events
+from torch import Tensor, nn
+
+from hjepa_engine import Config, create_evaluator, create_trainer, load_config, load_encoder
+from hjepa_engine.cli import command_parser, run_command
+from hjepa_engine.data import FeatureBatches, build_loader, few_labels, open_source
+from hjepa_engine.engine import StepEngine
 from hjepa_engine.handlers import (
     DataPosition,
     MetricAverager,
@@ -26,13 +33,6 @@ from hjepa_engine.handlers import (
     ProgressBar,
     Validation,
 )
-from ignite.engine import Events
-from torch import Tensor, nn
-
-from hjepa_engine import Config, create_evaluator, create_trainer, load_config, load_encoder
-from hjepa_engine.cli import command_parser, run_command
-from hjepa_engine.data import FeatureBatches, build_loader, few_labels, open_source
-from hjepa_engine.engine import StepEngine
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import choose_device
 from hjepa_engine.randomness import key

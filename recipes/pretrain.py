@@ -16,6 +16,12 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import torch
+from torch import nn
+
+from hjepa_engine import Config, create_evaluator, create_trainer
+from hjepa_engine.cli import exit_code_of, one_line, read_config, run_command
+from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     DamagedImages,
     DataPosition,
@@ -33,13 +39,6 @@ from hjepa_engine.handlers import (
     Throughput,
     Validation,
 )
-from hjepa_engine.recipes.linear_probe import describe, judge
-from torch import nn
-
-from hjepa_engine import Config, create_evaluator, create_trainer
-from hjepa_engine.cli import exit_code_of, one_line, read_config, run_command
-from hjepa_engine.data import build_loader, open_source
-from hjepa_engine.engine import Trainer
 from hjepa_engine.models import build_modules, encoder_arguments
 from hjepa_engine.parts import (
     build_handlers,
@@ -53,6 +52,7 @@ from hjepa_engine.parts import (
     process_group,
     steps_per_epoch,
 )
+from hjepa_engine.recipes.linear_probe import describe, judge
 from hjepa_engine.run_folder import RunFolder
 from hjepa_engine.types import unwrap
 from hjepa_engine.writers import build_writers

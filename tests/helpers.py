@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from hjepa_engine import Config, create_evaluator, create_trainer, load_config
+from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.handlers import (
     DamagedImages,
     DataPosition,
@@ -24,11 +29,6 @@ from hjepa_engine.handlers import (
     Throughput,
     Validation,
 )
-from torch import Tensor, nn
-
-from hjepa_engine import Config, create_evaluator, create_trainer, load_config
-from hjepa_engine.data import build_loader, open_source
-from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import build_masks, build_run_optimizer, build_schedules, build_step, steps_per_epoch
 from hjepa_engine.types import Step

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hjepa_engine.recipes.linear_probe import probe, read_features
-from hjepa_engine.recipes.pretrain import build
 from PIL import Image
 
 from hjepa_engine import Config, dump_config, load_config
@@ -24,6 +22,8 @@ from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import build_step, choose_device
+from hjepa_engine.recipes.linear_probe import probe, read_features
+from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent

@@ -3,12 +3,12 @@ from collections import namedtuple
 import pytest
 import torch
 from helpers import LinearModel, linear_step, linear_trainer, pretraining, rows, same_bits, tiny_config, weights_of
-from hjepa_engine.handlers import MaskSampler, MetricAverager, OptimizerStep, StepSeed, Validation
 from ignite.engine import Engine, Events
 from torch import nn
 
 from hjepa_engine import TrainEvents, create_evaluator, create_trainer
 from hjepa_engine.engine import Metrics, Window, accumulation_window, detach, move_to
+from hjepa_engine.handlers import MaskSampler, MetricAverager, OptimizerStep, StepSeed, Validation
 from hjepa_engine.parts import build_masks
 
 BATCHES = rows((1, 0), (0, 1), (1, 1))

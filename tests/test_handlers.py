@@ -24,6 +24,12 @@ from helpers import (
     tiny_config,
     weights_of,
 )
+from ignite.engine import Engine, Events
+from safetensors import safe_open
+from torch import nn
+
+from hjepa_engine import TrainEvents, create_evaluator, create_trainer, load_encoder
+from hjepa_engine.errors import DataError, ExportError, GuardStop
 from hjepa_engine.handlers import (
     DamagedImages,
     DataPosition,
@@ -38,14 +44,8 @@ from hjepa_engine.handlers import (
     Validation,
 )
 from hjepa_engine.handlers.progress_bar import duration
-from hjepa_engine.recipes.pretrain import build
-from ignite.engine import Engine, Events
-from safetensors import safe_open
-from torch import nn
-
-from hjepa_engine import TrainEvents, create_evaluator, create_trainer, load_encoder
-from hjepa_engine.errors import DataError, ExportError, GuardStop
 from hjepa_engine.models import encoder_arguments
+from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.writers import JsonlWriter, TensorBoardWriter
 
 # --- Target encoder -------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from hjepa_engine.recipes import pretrain
 
 from hjepa_engine import load_config
+from hjepa_engine.recipes import pretrain
 
 MARGIN = 0.30  # docs/results.md: 0.41 and more when all is well, 0.22 and less when something is broken
 

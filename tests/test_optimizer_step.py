@@ -15,11 +15,11 @@ from helpers import (
     tiny_config,
     weights_of,
 )
-from hjepa_engine.handlers import NonFiniteGuard, OptimizerStep, ParamSchedule, TargetEncoderEMA
 from ignite.engine import Events
 from torch import nn
 
 from hjepa_engine import TrainEvents, create_trainer
+from hjepa_engine.handlers import NonFiniteGuard, OptimizerStep, ParamSchedule, TargetEncoderEMA
 from hjepa_engine.models import build_modules
 from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import CosineScheduler, HierarchicalScheduler, LinearScheduler

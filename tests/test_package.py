@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hjepa_engine.handlers
-import hjepa_engine.recipes
 import pytest
 
 import hjepa_engine
+import hjepa_engine.handlers
+import hjepa_engine.recipes
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("hjepa_engine", "handlers", "recipes")

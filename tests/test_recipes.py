@@ -21,14 +21,14 @@ from helpers import (
     tiny_config,
     weights_of,
 )
-from hjepa_engine.handlers import ProgressBar
-from hjepa_engine.recipes import linear_probe, pretrain
-from hjepa_engine.recipes.pretrain import build
 from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, create_trainer, dump_config, load_config, load_encoder
 from hjepa_engine.cli import run_command
 from hjepa_engine.errors import GuardStop
+from hjepa_engine.handlers import ProgressBar
+from hjepa_engine.recipes import linear_probe, pretrain
+from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.steps import linear_probe_step
 
 DIGITS = {
