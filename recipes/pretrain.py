@@ -79,11 +79,11 @@ class Run:
         """One line: data, encoder, levels, device, length."""
         encoder, data = unwrap(self.modules["target_encoder"]), self.config.data
         parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-        steps = steps_per_epoch(len(self.data), self.config.training.accumulation_steps) * self.config.training.epochs
+        iterations = self.config.training.max_iters or self.config.training.epochs * len(self.data)
         return (
             f"{data.dataset} in batches of {data.batch_size}; encoder of {parameters:.2f} M parameters on "
             f"{encoder.grid[0]} x {encoder.grid[1]} patches, {len(unwrap(self.modules['predictor']).levels)} levels; "
-            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {steps} optimiser steps"
+            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {iterations} iterations"
         )
 
     def fit(self) -> dict[str, float]:
@@ -105,14 +105,16 @@ class Run:
                 self.logger.log_metrics(
                     {"linear" if n == "trained" else f"linear_{n}": v for n, v in results.items()}, prefix="probe/"
                 )
+            reached = self.trainer.state.iteration
+            reason = (
+                "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
+            )
+            self.folder.write_status("done", self.trainer.state.optimizer_step, 0, reason, results)
         except BaseException as error:
             self.folder.write_status("stopped", self.trainer.state.optimizer_step, exit_code_of(error), one_line(error))
             raise
         finally:
             self.logger.close()
-        reached = self.trainer.state.iteration
-        reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
-        self.folder.write_status("done", self.trainer.state.optimizer_step, 0, reason, results)
         return results
 
 
