@@ -139,6 +139,7 @@ def list_options(cls: type = Config, prefix: str = "") -> Iterator[Option]:
             yield from list_options(hint, key + ".")
         else:
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            default = list(default) if isinstance(default, tuple) else default  # as it is written in YAML
             yield Option(
                 key, _type_words(hint), default, describe_limits(item.metadata), descriptions.get(item.name, "")
             )
