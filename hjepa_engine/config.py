@@ -11,6 +11,9 @@ from hjepa_engine.limits import limit_problems, limited
 
 Pair = tuple[float, float]
 
+#: Data sets that ``data.download`` fetches.
+DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
+
 
 @dataclass(frozen=True)
 class Level:
@@ -131,6 +134,11 @@ class ModelConfig:
     """The levels in detail, finest first, instead of the ones that ``num_hierarchies`` makes."""
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels ``levels`` or ``num_hierarchies`` make."""
+        return len(self.levels) if self.levels is not None else self.num_hierarchies or 3
 
 
 @dataclass
@@ -305,9 +313,8 @@ def resolve_levels(config: Config) -> tuple[Level, ...]:
     """The levels that ``model`` and ``loss`` ask for."""
     if config.model.levels is not None:
         return tuple(config.model.levels)
-    weights = config.loss.hierarchy_weights
-    number = config.model.num_hierarchies or 3
-    return tuple(Level(2**level, weight=1.0 if weights is None else weights[level]) for level in range(number))
+    weights = config.loss.hierarchy_weights or [1.0] * config.model.num_levels
+    return tuple(Level(2**level, weight=weight) for level, weight in enumerate(weights))
 
 
 def _problems(config: Config) -> Iterator[str]:
@@ -325,24 +332,27 @@ def _problems(config: Config) -> Iterator[str]:
         if low > high:
             yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
     model, loss, training = config.model, config.loss, config.training
-    if config.data.download and config.data.dataset not in ("cifar10", "cifar100", "stl10"):
+    if config.data.download and config.data.dataset not in DOWNLOADABLE:
         yield f"data.download must be false: {config.data.dataset} cannot be fetched"
     if model.levels is not None:
         if not model.levels:
             yield "model.levels must name at least one level, got []"
         if model.num_hierarchies not in (None, len(model.levels)):
-            number = len(model.levels)
-            yield f"model.num_hierarchies must be the number of model.levels ({number}), got {model.num_hierarchies}"
+            yield (
+                f"model.num_hierarchies must be the number of model.levels ({len(model.levels)}), "
+                f"got {model.num_hierarchies}"
+            )
         if loss.hierarchy_weights is not None:
             yield "loss.hierarchy_weights must be null where model.levels are given: each level has a weight of its own"
-    number = len(model.levels) if model.levels is not None else model.num_hierarchies or 3
+    number = model.num_levels
     for key, values in (("loss.hierarchy_weights", loss.hierarchy_weights), ("training.level_lrs", training.level_lrs)):
         if values is not None and len(values) != number:
             yield f"{key} must have one value per level ({number}), got {len(values)}"
-    levels = model.levels
-    weights = [level.weight for level in levels] if levels is not None else loss.hierarchy_weights
+    key, weights = "loss.hierarchy_weights", loss.hierarchy_weights
+    if model.levels is not None:
+        key, weights = "model.levels", [level.weight for level in model.levels]
     if weights is not None and not any(weights):
-        yield f"{'model.levels' if levels is not None else 'loss.hierarchy_weights'} must weight at least one level above 0"
+        yield f"{key} must weight at least one level above 0"
     for key, value in (
         ("training.warmup_epochs", training.warmup_epochs),
         ("model.ema.momentum_warmup_epochs", model.ema.momentum_warmup_epochs),

@@ -53,5 +53,4 @@ def load_encoder(run_dir: str | Path) -> TargetEncoder:
         raise ExportError(f"{run_dir} holds no exported encoder: {error.filename or error} is missing") from error
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    encoder.requires_grad_(False)
-    return encoder.train()
+    return encoder.requires_grad_(False).eval()

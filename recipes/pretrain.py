@@ -79,7 +79,9 @@ class Run:
         """One line: data, encoder, levels, device, length."""
         encoder, data = unwrap(self.modules["target_encoder"]), self.config.data
         parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-        iterations = self.config.training.max_iters or self.config.training.epochs * len(self.data)
+        training = self.config.training
+        iterations = training.epochs * len(self.data)
+        iterations = min(training.max_iters or iterations, iterations)
         return (
             f"{data.dataset} in batches of {data.batch_size}; encoder of {parameters:.2f} M parameters on "
             f"{encoder.grid[0]} x {encoder.grid[1]} patches, {len(unwrap(self.modules['predictor']).levels)} levels; "

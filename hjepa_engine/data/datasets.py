@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
-from hjepa_engine.config import DataConfig
+from hjepa_engine.config import DOWNLOADABLE, DataConfig
 from hjepa_engine.errors import DataError
 from hjepa_engine.randomness import generator
 
@@ -80,13 +81,12 @@ def open_source(config: DataConfig, split: Split, seed: int = 0) -> Source:
         DataError: files are missing or there are no images.
     """
     try:
-        if config.download:
-            with idist.one_rank_first(local=True):  # the others find it downloaded
-                return _OPENERS[config.dataset](config, split, seed)
-        return _OPENERS[config.dataset](config, split, seed)
+        # Where it is fetched, the others wait and find it downloaded.
+        with idist.one_rank_first(local=True) if config.download else nullcontext():
+            return _OPENERS[config.dataset](config, split, seed)
     except (OSError, RuntimeError) as error:  # torchvision raises both where files are missing or cannot be fetched
         reason = str(error).splitlines()[0]
-        hint = "" if config.download or config.dataset not in _DOWNLOADABLE else "; --data.download true fetches it"
+        hint = "" if config.download or config.dataset not in DOWNLOADABLE else "; --data.download true fetches it"
         raise DataError(f"data.dataset {config.dataset} in {_root(config)}: {reason}{hint}") from error
 
 
@@ -184,7 +184,6 @@ def _fake(config: DataConfig, split: Split, seed: int) -> Source:
 
 
 _PAGES = {"train": 6400, "probe": 2000, "val": 1000}
-_DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 _OPENERS: dict[str, Callable[[DataConfig, Split, int], Source]] = {
     "digit_pages": _digit_pages,
     "digits": _digits,

@@ -115,7 +115,7 @@ class TargetEncoder(ContextEncoder):
         """A target encoder that equals ``encoder`` bit for bit."""
         target = copy.deepcopy(encoder)
         target.__class__ = cls
-        target.requires_grad_(False).train()
+        target.requires_grad_(False).eval()
         return target  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> TargetEncoder:
