@@ -1,5 +1,6 @@
 """Handlers: one concern each, attached to engine events."""
 
+from hjepa_engine.handlers.checkpointer import Checkpointer
 from hjepa_engine.handlers.damaged_images import DamagedImages
 from hjepa_engine.handlers.data_position import DataPosition
 from hjepa_engine.handlers.early_stopping import EarlyStopping
@@ -10,13 +11,16 @@ from hjepa_engine.handlers.metrics_logger import MetricsLogger
 from hjepa_engine.handlers.non_finite_guard import NonFiniteGuard
 from hjepa_engine.handlers.optimizer_step import OptimizerStep
 from hjepa_engine.handlers.param_schedule import ParamSchedule
+from hjepa_engine.handlers.preemption import Preemption
 from hjepa_engine.handlers.progress_bar import ProgressBar
 from hjepa_engine.handlers.step_seed import StepSeed
 from hjepa_engine.handlers.target_encoder_ema import TargetEncoderEMA
 from hjepa_engine.handlers.throughput import Throughput
 from hjepa_engine.handlers.validation import Validation
+from hjepa_engine.retention import RetentionPolicy
 
 __all__ = [
+    "Checkpointer",
     "DamagedImages",
     "DataPosition",
     "EarlyStopping",
@@ -27,7 +31,9 @@ __all__ = [
     "NonFiniteGuard",
     "OptimizerStep",
     "ParamSchedule",
+    "Preemption",
     "ProgressBar",
+    "RetentionPolicy",
     "StepSeed",
     "TargetEncoderEMA",
     "Throughput",

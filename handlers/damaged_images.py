@@ -26,6 +26,8 @@ class DamagedImages:
             100 images on.
     """
 
+    per_rank = True  # every process has a state of its own
+
     def __init__(self, max_share: float = 0.001) -> None:
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_share must be from 0 to 1, got {max_share}")

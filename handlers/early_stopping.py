@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from ignite.engine import Events
+
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
 
@@ -14,7 +16,7 @@ class EarlyStopping:
 
     A value that is not finite is no improvement. Every rank sees the same averaged value, so that all leave together.
 
-    Listens to: ``TrainEvents.VALIDATION_COMPLETED``.
+    Listens to: ``TrainEvents.VALIDATION_COMPLETED``; ``STARTED``, for a resumed run that had been ended already.
     Reads: ``engine.state.metrics[metric]``.
     Writes: terminates the engine.
 
@@ -38,6 +40,7 @@ class EarlyStopping:
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(TrainEvents.VALIDATION_COMPLETED, self.check)
+        engine.add_event_handler(Events.STARTED, self.end)
 
     def check(self, engine: StepEngine) -> None:
         """Compare the newest value with the best."""
@@ -50,6 +53,10 @@ class EarlyStopping:
             self.best, self.bad = score, 0
             return
         self.bad += 1
+        self.end(engine)
+
+    def end(self, engine: StepEngine) -> None:
+        """End the run if patience is at its end."""
         if self.bad >= self.patience:
             engine.terminate()
 

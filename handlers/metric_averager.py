@@ -25,6 +25,8 @@ class MetricAverager:
         prefix: put before the names.
     """
 
+    per_rank = True  # every process has a state of its own
+
     def __init__(self, prefix: str = "train/") -> None:
         self.prefix, self.means = prefix, WeightedMeans()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ignite.engine import Events
 
@@ -25,12 +26,15 @@ class MetricsLogger:
     Reads: ``engine.state.metrics``.
 
     Args:
-        writers: what opens each writer, called when there is something to write; none on ranks other than 0.
+        writers: opened when there is something to write; none on ranks other than 0.
     """
 
-    def __init__(self, writers: Sequence[Callable[[], Writer]]) -> None:
-        self._unopened, self.writers = list(writers), list[Writer]()
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self.writers = list(writers)
+        self._opened: list[Writer] = []
+        self._off: list[Writer] = []
         self._seen = 0
+        self._states: dict[str, Any] | None = None
         self._engine: StepEngine | None = None
 
     def attach(self, engine: StepEngine) -> None:
@@ -66,27 +70,35 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Flush and close every writer."""
-        for writer in self.writers:
-            self._guarded(type(writer).__name__, writer.close)
-        self.writers.clear()
-        self._unopened.clear()
+        while self._opened:
+            writer = self._opened.pop(0)
+            self._guarded(writer, writer.close)
+        self._off = list(self.writers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged already, and how each writer goes on."""
+        states = dict(self._states or {})
+        states |= {type(writer).__name__: writer.state_dict() for writer in (*self._opened, *self._off)}
+        return {"seen": self._seen, "writers": states}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; nothing is touched before there is something to write."""
+        self._seen, self._states = state_dict["seen"], dict(state_dict["writers"])
 
     def _send(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
-        while self._unopened:
-            opener = self._unopened.pop(0)
-            self._guarded(getattr(opener, "func", opener).__name__, partial(self._open, opener))
-        for writer in list(self.writers):
-            if not self._guarded(type(writer).__name__, partial(writer.write, metrics, step, epoch)):
-                self.writers.remove(writer)
+        for writer in self.writers:
+            if writer not in self._off and writer not in self._opened:
+                state = (self._states or {}).get(type(writer).__name__)
+                self._opened.append(writer)
+                self._guarded(writer, partial(writer.open, state))
+        for writer in list(self._opened):
+            self._guarded(writer, partial(writer.write, metrics, step, epoch))
 
-    def _open(self, opener: Callable[[], Writer]) -> None:
-        self.writers.append(opener())
-
-    @staticmethod
-    def _guarded(name: str, action: Callable[[], None]) -> bool:
+    def _guarded(self, writer: Writer, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # whatever a service's client raises
-            logger.warning("%s failed and is off from now on: %s", name, " ".join(str(error).split()))
-            return False
-        return True
+            name, reason = type(writer).__name__, " ".join(str(error).split())
+            logger.warning("%s failed and is off from now on: %s", name, reason)
+            self._opened = [other for other in self._opened if other is not writer]
+            self._off.append(writer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ignite.engine import Events
 from torch import Tensor
 from torch.amp import GradScaler
@@ -23,9 +25,10 @@ class OptimizerStep:
     Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.WINDOW_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
     set to drop this update.
-    Writes: in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its micro-batches, and
-    ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if the update is
-    skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.metrics["train/skipped_updates"]``.
+    Writes: ``engine.state.window_open``; in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its
+    micro-batches, and ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if
+    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``;
+    ``engine.state.metrics["train/skipped_updates"]``.
     Fires: ``TrainEvents.GRADIENTS_READY``, then ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by
     ``skip_update``, or by the scaler because fp16 gradients overflowed).
 
@@ -35,6 +38,8 @@ class OptimizerStep:
         clip_grad: largest L2 norm of all gradients together; None: no clipping.
         scaler: for fp16; None: no scaling.
     """
+
+    must_resume = True  # nothing else could stand in for the optimiser's moments
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class OptimizerStep:
         self.optimizer, self.accumulation_steps, self.clip_grad = optimizer, accumulation_steps, clip_grad
         self.scaler = scaler or GradScaler("cpu", enabled=False)
         self._loss: Tensor | float = 0.0
+        self._skipped_updates = 0
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -60,7 +66,7 @@ class OptimizerStep:
 
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
-        engine.state.skip_update = False
+        engine.state.skip_update, engine.state.skipped_updates = False, self._skipped_updates
         window = self._window(engine)
         if window.place == 0 and isinstance(self._loss, Tensor):
             self._loss = 0.0  # a window that was cut off leaves nothing behind
@@ -75,6 +81,7 @@ class OptimizerStep:
         loss = engine.state.output["loss"] / window.size
         self.scaler.scale(loss).backward()
         self._loss = self._loss + loss.detach()
+        engine.state.window_open = not window.is_last
         if not window.is_last:
             return
         engine.state.window_loss, self._loss = self._loss, 0.0
@@ -96,7 +103,8 @@ class OptimizerStep:
             engine.state.optimizer_step += 1
             engine.fire_event(TrainEvents.OPTIMIZER_STEPPED)
         else:
-            engine.state.skipped_updates += 1
+            self._skipped_updates += 1
+            engine.state.skipped_updates = self._skipped_updates
             del engine.state.output["grad_norm"]  # often infinite, and of no update
 
     def report(self, engine: Trainer) -> None:
@@ -114,11 +122,21 @@ class OptimizerStep:
         state = engine.state
         return accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
 
-    def state_dict(self) -> dict[str, object]:
-        """The scaler's state (empty without fp16); the optimiser has a state of its own."""
-        return {"scaler": self.scaler.state_dict()}
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state, the scaler's (empty without fp16), and how many updates were skipped."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_updates": self._skipped_updates,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, object]]) -> None:
-        """Restore what ``state_dict`` returned."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: it is of an optimiser with other parameters.
+        """
+        self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
+        self._skipped_updates = state_dict["skipped_updates"]

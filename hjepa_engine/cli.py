@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from hjepa_engine.config import Config
 from hjepa_engine.config_loading import dump_config, list_options, load_config
-from hjepa_engine.errors import ConfigError, RunError
+from hjepa_engine.errors import ConfigError, LeaveNow, Preempted, RunError
 
 EXIT_CODES = """\
 exit codes:
-  0 done   2 configuration   3 data   4 no usable weights   5 stopped by a guard
-  1 anything else   130 interrupted   143 terminated"""
-
-
-_TERMINATED = 128 + signal.SIGTERM
+  0 done   2 configuration   3 data   4 no usable checkpoint, or the last one could not be written
+  5 stopped by a guard   75 interrupted and saved: run the same command again
+  130 Ctrl-C outside of training, or twice   1 anything else"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,34 +73,31 @@ def read_config(description: str, default: Path, argv: Sequence[str]) -> Config 
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(_TERMINATED)
-    )  # as an exception, so that the run folder says why it ended
+    for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over
+        signal.signal(name, _stop)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
     try:
         body(argv)
         sys.exit(0)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         _close_progress_bars()
         if "--debug" in argv:
             traceback.print_exc()
-        print(one_line(error), file=sys.stderr)
+        print(one_line(error), file=sys.stderr, flush=True)
+        if isinstance(error, LeaveNow):
+            os._exit(exit_code_of(error))  # an ordinary exit would wait for the checkpoint that is being written
         sys.exit(exit_code_of(error))
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != _TERMINATED:
-            raise
-        _close_progress_bars()
-        print(one_line(error), file=sys.stderr)
-        sys.exit(exit_code_of(error))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Preempted(f"{signal.Signals(number).name} outside of training: run the same command again to go on")
 
 
 def exit_code_of(error: BaseException) -> int:
     """The documented exit code of an error."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, SystemExit):
-        return _TERMINATED
     return error.exit_code if isinstance(error, RunError) else 1
 
 
@@ -111,8 +108,6 @@ def one_line(error: BaseException) -> str:
         return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, SystemExit):
-        return "terminated"
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
     return f"unexpected {type(error).__name__}: {line} (--debug shows where)"
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hjepa_engine.config_rules import problems
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.limits import limit_problems, limited
 
 Pair = tuple[float, float]
-
-#: Data sets that ``data.download`` fetches.
-DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 
 
 @dataclass(frozen=True)
@@ -211,6 +208,40 @@ class TrainingConfig:
     """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
     early_stopping: int | None = limited(None, least=1)
     """End the run after this many epochs without a better ``val/loss``; null: never."""
+    time_limit: float | None = limited(None, above=0)
+    """Save and leave (exit code 75) after this many minutes; null: no limit."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the whole state of a run is saved, which checkpoints stay, and how a run starts."""
+
+    save_frequency: int | None = limited(1, least=1)
+    """Epochs between saves; null: not by epochs. The end of a run is always saved."""
+    save_every_steps: int | None = limited(None, least=1)
+    """Optimiser steps between saves, besides."""
+    save_every_minutes: float | None = limited(15.0, above=0)
+    """Minutes between saves, besides."""
+    keep_last_n: int = limited(2, least=2)
+    """Newest checkpoints to keep: one more than needed, should the newest be damaged."""
+    keep_best_n: int = limited(1, least=0)
+    """Checkpoints with the best ``metric`` to keep."""
+    keep_every_epochs: int | None = limited(None, least=1)
+    """Keep the checkpoint of every so-manieth epoch for good; null: none."""
+    metric: str = "val/loss"
+    """Any logged metric; it counts for a checkpoint that is saved when the metric is new."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger ``metric`` is better."""
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints; ``checkpoints`` in the run folder by default."""
+    resume: str = "auto"
+    """``auto``: go on from the run folder's newest checkpoint if there is one; ``must``: there has to be one; ``never``: set
+    an earlier run in the folder aside and start anew; or the path of a checkpoint (or run) to go on from where the run
+    folder has none of its own."""
+    init_from: str | None = None
+    """Checkpoint, run folder or exported encoder whose weights a new run starts with, as far as names and shapes fit."""
+    init_parts: list[str] | None = None
+    """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default."""
 
 
 @dataclass
@@ -292,6 +323,7 @@ class Config:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     handlers: list[HandlerConfig] = field(default_factory=list)
@@ -304,7 +336,7 @@ class Config:
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``."""
 
     def __post_init__(self) -> None:
-        problem = next(_problems(self), None)
+        problem = next(problems(self), None)
         if problem:
             raise ConfigError(problem)
 
@@ -315,62 +347,3 @@ def resolve_levels(config: Config) -> tuple[Level, ...]:
         return tuple(config.model.levels)
     weights = config.loss.hierarchy_weights or [1.0] * config.model.num_levels
     return tuple(Level(2**level, weight=weight) for level, weight in enumerate(weights))
-
-
-def _problems(config: Config) -> Iterator[str]:
-    """What is wrong with a configuration, one line each: key, rule, value."""
-    yield from limit_problems(config, "")
-    for key in (
-        "data.crop_scale",
-        "data.crop_ratio",
-        "masking.mask_scale",
-        "masking.aspect_ratio",
-        "masking.context_scale",
-    ):
-        section, name = key.split(".")
-        low, high = getattr(getattr(config, section), name)
-        if low > high:
-            yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
-    model, loss, training = config.model, config.loss, config.training
-    if config.data.download and config.data.dataset not in DOWNLOADABLE:
-        yield f"data.download must be false: {config.data.dataset} cannot be fetched"
-    if model.levels is not None:
-        if not model.levels:
-            yield "model.levels must name at least one level, got []"
-        if model.num_hierarchies not in (None, len(model.levels)):
-            yield (
-                f"model.num_hierarchies must be the number of model.levels ({len(model.levels)}), "
-                f"got {model.num_hierarchies}"
-            )
-        if loss.hierarchy_weights is not None:
-            yield "loss.hierarchy_weights must be null where model.levels are given: each level has a weight of its own"
-    number = model.num_levels
-    for key, values in (("loss.hierarchy_weights", loss.hierarchy_weights), ("training.level_lrs", training.level_lrs)):
-        if values is not None and len(values) != number:
-            yield f"{key} must have one value per level ({number}), got {len(values)}"
-    key, weights = "loss.hierarchy_weights", loss.hierarchy_weights
-    if model.levels is not None:
-        key, weights = "model.levels", [level.weight for level in model.levels]
-    if weights is not None and not any(weights):
-        yield f"{key} must weight at least one level above 0"
-    for key, value in (
-        ("training.warmup_epochs", training.warmup_epochs),
-        ("model.ema.momentum_warmup_epochs", model.ema.momentum_warmup_epochs),
-    ):
-        if value > training.epochs:
-            yield f"{key} must be at most training.epochs ({training.epochs}), got {value}"
-    if training.min_lr > training.lr:
-        yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
-    if model.patch_size is not None and config.data.image_size % model.patch_size:
-        yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
-    predictor = model.predictor
-    if predictor.width % 4 or predictor.width % predictor.num_heads:
-        yield (
-            f"model.predictor.width must be a multiple of 4 and of num_heads ({predictor.num_heads}), got {predictor.width}"
-        )
-    if model.embed_dim is not None and model.embed_dim % 4:
-        yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
-    if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:
-        yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
-    if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda"):
-        yield f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"

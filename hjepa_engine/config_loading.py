@@ -19,7 +19,7 @@ import yaml
 
 from hjepa_engine.config import Config
 from hjepa_engine.errors import ConfigError
-from hjepa_engine.limits import describe_limits
+from hjepa_engine.limits import describe_limits, shortened, shown
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -32,15 +32,25 @@ class _StrictLoader(yaml.SafeLoader):
             raise ConfigError(f"aliases are not allowed{self._place()}")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        self._check_keys(node, "")
+        return node
+
+    def _check_keys(self, node: Any, path: str) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for number, item in enumerate(node.value):
+                self._check_keys(item, f"{path}[{number}]")
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"keys must be plain texts, see line {key.start_mark.line + 1}")
+                raise ConfigError(f"keys must be plain texts, see line {line}")
+            name = f"{path}.{key.value}" if path else key.value
             if key.value in seen:
-                raise ConfigError(f"{key.value} is given twice, again in line {key.start_mark.line + 1}")
+                raise ConfigError(f"{shortened(name, 100)} is given twice, again in line {line}")
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            self._check_keys(value, name)
 
     def _place(self) -> str:
         return f" (line {self.peek_event().start_mark.line + 1})"
@@ -62,7 +72,10 @@ for _tag, _pattern, _first in (
 ):
     for _class in (_StrictLoader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+# Python refuses to read thousands of digits: they stay a text, which is no number either.
+_StrictLoader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: int(node.value) if len(node.value) < 1000 else node.value
+)
 
 
 def parse_yaml(text: str) -> Any:
@@ -93,7 +106,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         overrides: as on the command line: ``["--training.lr", "3e-4"]`` or ``["training.lr=3e-4"]``.
 
     Raises:
-        ConfigError: one line that names the file, the key, the rule and the value.
+        ConfigError: one line that names the file, the key, the rule and the value, at most 160 characters after the file.
     """
     data: dict[str, Any] = {}
     try:
@@ -105,7 +118,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         return config
     except ConfigError as error:
         where = f"{path}: " if path is not None and not overrides else ""
-        raise ConfigError(where + " ".join(str(error).split())) from error
+        raise ConfigError(where + shortened(" ".join(str(error).split()), 160)) from error
 
 
 def dump_config(config: Config) -> str:
@@ -153,7 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"must hold keys and values, got {_shown(data)}")
+        raise ConfigError(f"must hold keys and values, got {shown(data)}")
     return data
 
 
@@ -163,10 +176,10 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not word.startswith("--"):
-                raise ConfigError(f"unexpected argument {word!r}, expected --KEY VALUE")
+                raise ConfigError(f"unexpected argument {shown(word)}, expected --KEY VALUE")
             following = next(words, None)
             if following is None:
-                raise ConfigError(f"{key} needs a value")
+                raise ConfigError(f"{shortened(key, 100)} needs a value")
             text = following
         yield key, text
 
@@ -174,20 +187,22 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _assign(data: dict[str, Any], key: str, text: str) -> None:
     """Put a command-line value into the nested data."""
     hint: Any = Config
+    above = ""
     *sections, name = key.split(".")
     for part in (*sections, name):
-        hint = _hints(hint).get(part) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-    if hint is None:
-        raise ConfigError(_unknown(key))
+        known = _hints(hint) if isinstance(hint, type) and dataclasses.is_dataclass(hint) else {}
+        if part not in known:
+            raise ConfigError(_unknown(key, [f"{above}.{sibling}".strip(".") for sibling in known or [""]]))
+        hint, above = known[part], f"{above}.{part}".strip(".")
     node = data
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"{section} must be a section with keys, got {_shown(node)}")
+            raise ConfigError(f"{section} must be a section with keys, got {shown(node)}")
     try:
         value = parse_yaml(text)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        raise ConfigError(f"{key}: {shortened(str(error), 90)}, got {shown(text)}") from error
     is_union = get_origin(hint) in (Union, types.UnionType)
     wants_text = hint is str or (is_union and str in get_args(hint) and value is not None)
     node[name] = text if wants_text else value
@@ -201,13 +216,15 @@ def _build(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
         return value
     if type(value) is int and abs(value) >= 2**63:
-        raise ConfigError(f"{key} must be {_type_words(hint)} below 2**63, got {_shown(value)}")
+        raise ConfigError(f"{key} must be {_type_words(hint)} below 2**63 in size, got {shown(value)}")
     if origin in (Union, types.UnionType):
         return _build_union(hint, value, key)
     if origin is Literal and any(value == known and type(value) is type(known) for known in arguments):
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    if hint is str and value == "":
+        raise ConfigError(f"{key} must be a text that is not empty, got ''")
     if hint in (int, str, bool) and type(value) is hint:
         return value
     if origin is list and isinstance(value, list):
@@ -217,9 +234,11 @@ def _build(hint: Any, value: Any, key: str) -> Any:
         return tuple(_build(inner, item, f"{key}[{number}]") for number, (inner, item) in pairs)
     if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return value
-    near = difflib.get_close_matches(str(value), [str(known) for known in arguments], 1) if origin is Literal else []
-    hint_text = f", did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{key} must be {_type_words(hint)}, got {_shown(value)}{hint_text}")
+    note = ", whose keys must be texts" if origin is dict and isinstance(value, dict) else ""
+    choices = [str(known) for known in arguments] if origin is Literal else []
+    for near in difflib.get_close_matches(str(value).lower(), choices, 1):
+        note = f", did you mean {near}?"
+    raise ConfigError(f"{key} must be {_type_words(hint)}, got {shown(value)}{note}")
 
 
 def _build_union(hint: Any, value: Any, key: str) -> Any:
@@ -234,12 +253,12 @@ def _build_union(hint: Any, value: Any, key: str) -> Any:
             return _build(option, value, key)
         except ConfigError:
             continue
-    raise ConfigError(f"{key} must be {_type_words(hint)}, got {_shown(value)}")
+    raise ConfigError(f"{key} must be {_type_words(hint)}, got {shown(value)}")
 
 
 def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
     if not isinstance(value, dict):
-        raise ConfigError(f"{key or 'the configuration'} must be a section with keys, got {_shown(value)}")
+        raise ConfigError(f"{key or 'the configuration'} must be a section with keys, got {shown(value)}")
     hints, prefix = _hints(cls), f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -256,13 +275,19 @@ def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def _unknown(key: str, siblings: Sequence[str] = ()) -> str:
-    known = {option.key: option.key for option in list_options()}
-    last = key.rpartition(".")[2]
-    same_name = [name for name in known if name.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, [*siblings, *known], 1, cutoff=0.75) or same_name[:1]
-    near = near or difflib.get_close_matches(last, [name.rpartition(".")[2] for name in siblings], 1)
-    return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else "")
+def _unknown(key: str, siblings: Sequence[str]) -> str:
+    """The line for an unknown key; ``siblings``: the known ones of its section."""
+    known = [option.key for option in list_options()]
+    *sections, last = key.split(".")
+    if key in known:  # with its points in a YAML file
+        nested = "".join(f"{section}: {{" for section in sections) + f"{last}: ..." + "}" * len(sections)
+        return f"unknown key {key}, did you mean {nested}?"
+    names = {name.rpartition(".")[2]: name for name in siblings}
+    near = difflib.get_close_matches(key.lower(), [*siblings, *known], 1, cutoff=0.85)
+    near = near or [names[name] for name in difflib.get_close_matches(last.lower(), names, 1)]
+    near = near or [name for name in known if name.rpartition(".")[2] == last][:1]
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+    return f"unknown key {shortened(key, 80)}, {hint}"
 
 
 def _type_words(hint: Any) -> str:
@@ -284,11 +309,6 @@ def _type_words(hint: Any) -> str:
         return "a mapping"
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,10 +52,29 @@ class Metrics(dict[str, float]):
         self.update(other)
         return self
 
+    @property
+    def moment(self) -> int:
+        """The present moment, for :meth:`since`."""
+        return self._clock
+
     def since(self, moment: int) -> tuple[dict[str, float], int]:
         """What was written after ``moment`` (0: ever) and is a number (or a tensor of one), and the present moment."""
         fresh = {name: self[name] for name in self if self._written[name] > moment}
         return {name: float(value) for name, value in fresh.items() if _is_number(value)}, self._clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every number, and the moment at which it was written."""
+        return {
+            "clock": self._clock,
+            "values": {name: float(value) for name, value in self.items() if _is_number(value)},
+            "written": {name: self._written[name] for name, value in self.items() if _is_number(value)},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.clear()
+        super().update(state_dict["values"])
+        self._clock, self._written = state_dict["clock"], dict(state_dict["written"])
 
 
 def _is_number(value: Any) -> bool:
@@ -131,9 +152,75 @@ class Trainer(StepEngine):
             raise ValueError(f"log_frequency must be at least 1, got {log_frequency}")
         super().__init__(step, modules, device, amp_dtype)
         self.log_frequency = log_frequency
-        self.state_dict_user_keys.append("optimizer_step")
-        self._stepped = False
+        self.state.window_open = self.state.epoch_open = False
+        self._stepped = self._resumed = False
+        self._stateful: list[Any] = []
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
+
+    def add_event_handler(self, event_name: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Ignite's; remembers whose handler it is, so that whatever has a state is saved and resumed."""
+        owner = getattr(handler, "__self__", handler)
+        is_stateful = hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
+        if is_stateful and owner is not self and not any(owner is known for known in self._stateful):
+            self._stateful.append(owner)
+        return super().add_event_handler(event_name, handler, *args, **kwargs)
+
+    def stateful_handlers(self) -> dict[str, Any]:
+        """Attached handlers with ``state_dict`` and ``load_state_dict``, by class name; a second one is ``Name_2``."""
+        named: dict[str, Any] = {}
+        for handler in self._stateful:
+            name = type(handler).__name__
+            place = sum(type(other).__name__ == name for other in named.values())
+            named[f"{name}_{place + 1}" if place else name] = handler
+        return named
+
+    def state_dict(self) -> OrderedDict[str, Any]:
+        """How far the run is, and its metrics; how long it shall be is up to :meth:`run`."""
+        state = self.state
+        return OrderedDict(
+            iteration=state.iteration,
+            epoch_length=state.epoch_length,
+            optimizer_step=state.optimizer_step,
+            epoch_open=state.epoch_open,
+            metrics=state.metrics.state_dict(),
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned: the next :meth:`run` goes on from there."""
+        state = self.state
+        for name in ("iteration", "epoch_length", "optimizer_step", "epoch_open"):
+            setattr(state, name, state_dict[name])
+        state.epoch = state.iteration // state.epoch_length
+        state.metrics.load_state_dict(state_dict["metrics"])
+        self._resumed = True
+
+    def run(
+        self,
+        data: Iterable[Any] | None = None,
+        max_epochs: int | None = None,
+        max_iters: int | None = None,
+        epoch_length: int | None = None,
+    ) -> Any:
+        """As Ignite's. A resumed trainer goes on to the length asked for here; if that is reached, it trains no further.
+
+        Raises:
+            ValueError: a resumed trainer gets data of another length than it was trained on.
+        """
+        if not self._resumed:
+            return super().run(data, max_epochs, max_iters, epoch_length)
+        self._resumed = False
+        state = self.state
+        length = epoch_length or (len(data) if isinstance(data, Sized) else state.epoch_length)
+        if length != state.epoch_length:
+            raise ValueError(f"an epoch has {length} batches now and had {state.epoch_length} before the resume")
+        state.max_epochs, state.max_iters = max_epochs if max_iters or max_epochs else 1, max_iters
+        if not self._is_done(state):
+            return super().run(data, max_epochs, max_iters)
+        # Ignite would start anew. What follows the last iteration may not have happened yet.
+        self._init_timers(state)
+        self._fire_event(Events.STARTED)
+        self._fire_event(Events.COMPLETED)
+        return state
 
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         self._stepped = False
@@ -145,6 +232,7 @@ class Trainer(StepEngine):
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
         """Fire ``event_name``, then what always comes last: order must not depend on who attached first."""
         super()._fire_event(event_name, *event_args, **event_kwargs)
+        state = self.state
         if event_name == TrainEvents.OPTIMIZER_STEPPED:
             self._stepped = True
         elif event_name == Events.ITERATION_COMPLETED:
@@ -152,8 +240,16 @@ class Trainer(StepEngine):
                 super()._fire_event(TrainEvents.WINDOW_COMPLETED)
                 super()._fire_event(TrainEvents.METRICS_READY)
             super()._fire_event(TrainEvents.ITERATION_COMMITTED)
+            state.epoch_open = state.epoch_length is not None and state.iteration % state.epoch_length == 0
+            if not state.window_open:
+                super()._fire_event(TrainEvents.SAVE_POINT)
         elif event_name == Events.EPOCH_COMPLETED:
             super()._fire_event(TrainEvents.EPOCH_COMMITTED)
+            state.epoch_open = False
+            super()._fire_event(TrainEvents.SAVE_POINT)
+        elif event_name == Events.STARTED and state.epoch_open:
+            # Saved behind an epoch's last iteration: its end is still to come.
+            self._fire_event(Events.EPOCH_COMPLETED)
 
     def _log_window_ends(self) -> bool:
         state = self.state

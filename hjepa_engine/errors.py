@@ -27,6 +27,22 @@ class ExportError(RunError):
     exit_code = 4
 
 
+class CheckpointError(RunError):
+    """There is no usable checkpoint where one must be, or the last one could not be written: exit code 4."""
+
+    exit_code = 4
+
+
+class Preempted(RunError):
+    """The run was asked to stop; the same command continues it: exit code 75."""
+
+    exit_code = 75
+
+
+class LeaveNow(KeyboardInterrupt):
+    """Ctrl-C for the second time: leave without waiting for anything, exit code 130."""
+
+
 class GuardStop(RunError):
     """A guard has ended the run (non-finite loss): exit code 5."""
 

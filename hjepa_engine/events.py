@@ -24,11 +24,16 @@ class TrainEvents(EventEnum):
     METRICS_READY = "metrics_ready"
     """The floats of the log window are complete: loggers and progress bars read them. [optimizer_step]"""
     ITERATION_COMMITTED = "iteration_committed"
-    """Last of an iteration, after every handler of ``ITERATION_COMPLETED``: checkpoints, stop requests. [iteration]"""
+    """Last of an iteration, after every handler of ``ITERATION_COMPLETED`` and ``METRICS_READY``. [iteration]"""
     VALIDATION_COMPLETED = "validation_completed"
     """``state.metrics`` has fresh ``val/`` values, within ``EPOCH_COMPLETED``. [epoch]"""
     EPOCH_COMMITTED = "epoch_committed"
-    """Last of an epoch, after every handler of ``EPOCH_COMPLETED``: summaries, checkpoints. [epoch]"""
+    """Last of an epoch, after every handler of ``EPOCH_COMPLETED``: summaries. [epoch]"""
+    SAVE_POINT = "save_point"
+    """Every other handler has run and no accumulation window is open: checkpoints and stop requests, which change nothing.
+    Fires behind an iteration, and once more behind its epoch. [iteration]"""
+    INTERRUPTED = "interrupted"
+    """A stop request is about to end the run: save now. [iteration]"""
 
 
 #: The counter of ``engine.state`` that an event's filters look at.
@@ -42,4 +47,6 @@ EVENT_TO_ATTR = {
     TrainEvents.ITERATION_COMMITTED: "iteration",
     TrainEvents.VALIDATION_COMPLETED: "epoch",
     TrainEvents.EPOCH_COMMITTED: "epoch",
+    TrainEvents.SAVE_POINT: "iteration",
+    TrainEvents.INTERRUPTED: "iteration",
 }

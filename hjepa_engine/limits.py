@@ -21,13 +21,13 @@ def limit_problems(node: Any, prefix: str) -> Iterator[str]:
         key, value = prefix + item.name, getattr(node, item.name)
         if dataclasses.is_dataclass(value):
             yield from limit_problems(value, key + ".")
-        elif item.metadata and value is not None:
+        elif value is not None:
             for number in value if isinstance(value, (list, tuple)) else (value,):
-                if not _within(number, **item.metadata):
-                    yield f"{key} must be {describe_limits(item.metadata)}, got {_shown(value)}"
+                if (item.metadata or isinstance(number, float)) and not _within(number, **item.metadata):
+                    rules = [describe_limits(item.metadata), "" if math.isfinite(number) else "finite"]
+                    among = "" if number is value else f" in {shown(list(value))}"
+                    yield f"{key} must be {' and '.join(filter(None, rules))}, got {shown(number)}{among}"
                     break
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{key} must be finite, got {value}"
 
 
 def _within(
@@ -53,8 +53,14 @@ def describe_limits(limits: Mapping[str, float]) -> str:
     ('above 0 and at most 1', 'at least 1')
     """
     words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-    return " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
+    return " and ".join(f"{words[name]} {limits[name]}" for name in words if name in limits)
 
 
-def _shown(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def shown(value: Any) -> str:
+    """A value in the line of an error."""
+    return shortened(" ".join(repr(value).split()), 60)
+
+
+def shortened(text: str, size: int) -> str:
+    """The text in ``size`` characters: what is longer ends with three dots."""
+    return text if len(text) <= size else text[: size - 3] + "..."

@@ -2,23 +2,78 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import platform
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ignite.distributed as idist
 import torch
 
+from hjepa_engine.checkpoints import replace_file
 from hjepa_engine.config import Config
-from hjepa_engine.config_loading import dump_config
+from hjepa_engine.config_loading import dump_config, load_config, parse_yaml
 from hjepa_engine.errors import ConfigError
 
-State = Literal["running", "done", "stopped"]
+logger = logging.getLogger(__name__)
+
+State = Literal["running", "done", "stopped", "preempted"]
+
+#: Keys, or sections (with a dot at the end), that may differ when a run goes on: they do not change what a step computes.
+MAY_CHANGE = (
+    "training.epochs",
+    "training.max_iters",
+    "training.early_stopping",
+    "training.time_limit",
+    "data.data_path",
+    "data.download",
+    "data.num_workers",
+    "data.pin_memory",
+    "data.max_damaged",
+    "checkpoint.",
+    "logging.",
+    "probe.",
+    "handlers",
+    "run_dir",
+    "device",
+)
+#: What else may differ when another run's checkpoint is the starting point: schedules and objective are computed anew.
+MAY_CHANGE_ELSEWHERE = (
+    *MAY_CHANGE,
+    "training.lr",
+    "training.min_lr",
+    "training.level_lrs",
+    "training.lr_schedule",
+    "training.warmup_epochs",
+    "training.weight_decay",
+    "training.weight_decay_end",
+    "training.clip_grad",
+    "training.non_finite",
+    "model.ema.",
+    "loss.",
+    "masking.",
+)
+#: A finished run goes on if one of these has changed.
+_LENGTH = ("training.epochs", "training.max_iters", "training.early_stopping", "probe.")
+
+
+class Change(NamedTuple):
+    """A key of the configuration that is not what it was."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.old}, is {self.new} now"
 
 
 class RunFolder:
@@ -31,71 +86,162 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.path = Path(config.run_dir or Path("runs") / config.logging.experiment_name)
+        self._locks: list[Any] = []
 
     @property
     def log_path(self) -> Path:
         """Where TensorBoard and W&B write."""
         return Path(self.config.logging.log_dir) if self.config.logging.log_dir else self.path
 
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the checkpoints are."""
+        named = self.config.checkpoint.checkpoint_dir
+        return Path(named) if named else self.path / "checkpoints"
+
     def status(self) -> dict[str, Any] | None:
         """What ``status.json`` says; None where there is none."""
         try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            return dict(json.loads((self.path / "status.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"run_dir {self.path} holds a damaged status.json; choose another one") from error
 
+    def changes(self) -> list[Change]:
+        """How the configuration differs from that of the run in the folder; empty where there is none."""
+        saved = self.path / "config.yaml"
+        if not saved.exists():
+            return []
+        return config_changes(plain_config(load_config(saved)), self.config)
+
     def finished_results(self) -> dict[str, float] | None:
-        """Results of the run if this very configuration is complete here, None if there is no run yet.
+        """Results of the run if it is complete here; None if there is something to do.
 
         Raises:
-            ConfigError: the folder holds another run, or one that is not complete.
+            ConfigError: the folder holds a run with another configuration.
         """
         status = self.status()
-        if status is None:
+        if status is None or self.config.checkpoint.resume == "never":
             return None
-        same = (self.path / "config.yaml").read_text(encoding="utf-8") == dump_config(self.config)
-        if status["state"] == "done" and same:
+        changes = self.changes()
+        if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE)]:
+            raise ConfigError(
+                f"run_dir {self.path} holds a run with another configuration: {'; '.join(map(str, refused[:3]))}"
+                f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}; choose another --run_dir"
+            )
+        if status.get("state") == "done" and not any(change.key.startswith(_LENGTH) for change in changes):
             return dict(status["results"])
-        what = f"a run that is {status['state']}" if same else "a run with another configuration"
-        raise ConfigError(f"run_dir {self.path} holds {what}; choose another --run_dir, or delete the folder")
+        return None
 
-    def create(self) -> None:
-        """Make the folder and describe the run in it.
+    def lock(self) -> None:
+        """Make sure that no other process works in the folder or with its checkpoints; a dead one's lock is gone.
 
         Raises:
-            ConfigError: the folder holds a run already, or cannot be made or written to.
+            ConfigError: another process does, or the folder cannot be written to.
         """
-        if idist.get_rank() != 0:
-            return
-        if self.status() is not None:
-            raise ConfigError(f"run_dir {self.path} holds a run; choose another --run_dir, or delete the folder")
+        self.unlock()
+        for folder in {self.path.absolute(), self.checkpoint_path.absolute()}:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = open(folder / ".lock", "a+", encoding="utf-8")
+                # Unlike flock()'s, this lock is not inherited by loader processes, which may outlive a killed main process.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ConfigError(f"{folder} is in use by {file.read().strip() or 'another process'}") from error
+            except OSError as error:
+                raise ConfigError(f"run_dir {folder} cannot be written to: {error.strerror}") from error
+            self._locks.append(file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        while self._locks:
+            self._locks.pop().close()
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run in the folder, and its checkpoints, out of the way; where to, None if there was none."""
+        if self.status() is None and not list_folder(self.checkpoint_path):
+            return None
+        number = next(n for n in range(1, 10**6) if not (self.path / f"previous_{n}").exists())
+        aside = self.path / f"previous_{number}"
+        aside.mkdir()
+        inside = self.checkpoint_path.absolute().parent == self.path.absolute()
+        for item in list_folder(self.path):
+            if not item.name.startswith("previous_"):
+                item.rename(aside / item.name)
+        if not inside and list_folder(self.checkpoint_path):
+            elsewhere = self.checkpoint_path / f"previous_{number}"
+            elsewhere.mkdir()
+            for item in list_folder(self.checkpoint_path):
+                if not item.name.startswith("previous_"):
+                    item.rename(elsewhere / item.name)
+        return aside
+
+    def enter(self) -> None:
+        """Describe the run in the folder, now that nothing stands in its way.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "config.yaml", dump_config(self.config))
-            write_atomic(self.path / "environment.json", json.dumps(describe_environment(self.config), indent=2) + "\n")
-            self.write_status("running", 0)
+            for stray in self.path.glob(".*.tmp"):
+                stray.unlink()
+            replace_file(self.path / "config.yaml", dump_config(self.config))
+            replace_file(self.path / "environment.json", json.dumps(describe_environment(self.config), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"run_dir {self.path} cannot be written to: {error.strerror}") from error
 
     def write_status(
-        self, state: State, step: int, exit_code: int | None = None, reason: str = "", results: Any = None
+        self,
+        state: State,
+        step: int,
+        exit_code: int | None = None,
+        reason: str = "",
+        results: Any = None,
+        checkpoint: Path | None = None,
     ) -> None:
-        """Say how the run is: its state, last optimiser step, exit code, why, and the probe's results."""
-        if idist.get_rank() == 0:
-            record = {"state": state, "step": step, "exit_code": exit_code, "reason": reason, "results": results or {}}
-            write_atomic(self.path / "status.json", json.dumps(record) + "\n")
+        """Say how the run is: state, optimiser step, exit code, why, the probe's results, the newest checkpoint."""
+        if idist.get_rank() != 0:
+            return
+        record = {
+            "state": state,
+            "step": step,
+            "exit_code": exit_code,
+            "reason": reason,
+            "results": results or {},
+            "checkpoint": checkpoint and str(checkpoint),
+        }
+        try:
+            replace_file(self.path / "status.json", json.dumps(record) + "\n")
+        except OSError as error:  # a full disk: the exit code still says how the run ended
+            logger.warning("%s cannot be written: %s", self.path / "status.json", error.strerror)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds either the old or the new content, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def list_folder(path: Path) -> list[Path]:
+    """What lies in a folder, hidden files apart; nothing where there is none."""
+    return [item for item in sorted(path.iterdir()) if not item.name.startswith(".")] if path.is_dir() else []
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts and lists."""
+    return dict(parse_yaml(dump_config(config)))
+
+
+def config_changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
+    """Keys that differ between a saved plain configuration and the present one."""
+    old, new = _flat(saved), _flat(plain_config(config))
+    return [Change(key, old.get(key), new.get(key)) for key in new if old.get(key) != new.get(key)]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return flat
 
 
 def describe_environment(config: Config) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | N
     MetricAverager(prefix="").attach(evaluator)
     writers = []
     if folder is not None and idist.get_rank() == 0:
-        log = folder / f"probe_{name}.jsonl"
-        log.unlink(missing_ok=True)
-        writers.append(partial(JsonlWriter, log))
+        writers.append(JsonlWriter(folder / f"probe_{name}.jsonl"))
     logger = MetricsLogger(writers)
     for handler in (
         OptimizerStep(optimizer),

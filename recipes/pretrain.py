@@ -1,6 +1,7 @@
 """Pretrain an H-JEPA on images without labels, then judge its target encoder with a linear probe.
 
     python recipes/pretrain.py                                           # pages of digits, about two minutes
+    python recipes/pretrain.py                                           # again: goes on where it was stopped
     python recipes/pretrain.py --config recipes/configs/cifar10.yaml --data.data_path data/cifar10
     torchrun --nproc_per_node 2 recipes/pretrain.py --config ...         # several GPUs
 
@@ -19,10 +20,11 @@ import torch
 from torch import nn
 
 from hjepa_engine import Config, create_evaluator, create_trainer
-from hjepa_engine.cli import exit_code_of, one_line, read_config, run_command
+from hjepa_engine.cli import read_config, run_command
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
+    Checkpointer,
     DamagedImages,
     DataPosition,
     EarlyStopping,
@@ -33,7 +35,9 @@ from hjepa_engine.handlers import (
     NonFiniteGuard,
     OptimizerStep,
     ParamSchedule,
+    Preemption,
     ProgressBar,
+    RetentionPolicy,
     StepSeed,
     TargetEncoderEMA,
     Throughput,
@@ -53,7 +57,9 @@ from hjepa_engine.parts import (
     steps_per_epoch,
 )
 from hjepa_engine.recipes.linear_probe import describe, judge
-from hjepa_engine.run_folder import RunFolder
+from hjepa_engine.run_control import ending, start_run
+from hjepa_engine.run_folder import RunFolder, plain_config
+from hjepa_engine.training_state import rank_zero
 from hjepa_engine.types import unwrap
 from hjepa_engine.writers import build_writers
 
@@ -69,54 +75,64 @@ class Run:
     data: torch.utils.data.DataLoader[dict[str, object]]
     logger: MetricsLogger
     folder: RunFolder
+    checkpointer: Checkpointer
+    preemption: Preemption
 
     @property
     def modules(self) -> nn.ModuleDict:
         """``context_encoder``, ``target_encoder`` and ``predictor``."""
         return self.trainer.modules
 
+    @property
+    def iterations(self) -> int:
+        """Length of the whole run."""
+        training = self.config.training
+        return min(training.max_iters or sys.maxsize, training.epochs * len(self.data))
+
     def describe(self) -> str:
         """One line: data, encoder, levels, device, length."""
         encoder, data = unwrap(self.modules["target_encoder"]), self.config.data
         parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-        training = self.config.training
-        iterations = training.epochs * len(self.data)
-        iterations = min(training.max_iters or iterations, iterations)
         return (
             f"{data.dataset} in batches of {data.batch_size}; encoder of {parameters:.2f} M parameters on "
             f"{encoder.grid[0]} x {encoder.grid[1]} patches, {len(unwrap(self.modules['predictor']).levels)} levels; "
-            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {iterations} iterations"
+            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
         )
 
     def fit(self) -> dict[str, float]:
-        """Train; then, where ``probe.enabled``, the accuracies of the linear probe on encoder and baselines."""
-        training, results = self.config.training, {}
-        iterations = training.epochs * len(self.data)
-        length = (
-            {"max_iters": min(training.max_iters, iterations)}
-            if training.max_iters
-            else {"max_epochs": training.epochs}
-        )
-        self.folder.create()
+        """Train from the newest checkpoint on; then, where ``probe.enabled``, judge the encoder with the linear probe.
+
+        Raises:
+            Preempted: the run was asked to stop, and is saved.
+        """
+        rank_zero(self.folder.lock)
         try:
-            self.trainer.run(self.data, **length)
-            if self.config.probe.enabled:
-                results = judge(
-                    self.config, self.modules["target_encoder"], self.folder.path, self.config.logging.progress_bar
-                )
-                self.logger.log_metrics(
-                    {"linear" if n == "trained" else f"linear_{n}": v for n, v in results.items()}, prefix="probe/"
-                )
-            reached = self.trainer.state.iteration
-            reason = (
-                "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
-            )
-            self.folder.write_status("done", self.trainer.state.optimizer_step, 0, reason, results)
-        except BaseException as error:
-            self.folder.write_status("stopped", self.trainer.state.optimizer_step, exit_code_of(error), one_line(error))
-            raise
+            begun_at = start_run(self.trainer, self.folder, len(self.data), self.iterations)
+            rank_zero(self.folder.enter)
+            state = self.trainer.state
+            self.folder.write_status("running", state.optimizer_step, checkpoint=begun_at)
+            with ending(self.folder, self.trainer, self.checkpointer.writer):
+                results = self._train_and_judge()
+                how = "trained to the end" if state.iteration == self.iterations else f"ended after {state.iteration}"
+                reason = how if state.iteration == self.iterations else f"{how} of {self.iterations} iterations"
+                self.folder.write_status("done", state.optimizer_step, 0, reason, results, state.checkpoint)
+            return results
         finally:
+            self.preemption.close()
             self.logger.close()
+            self.folder.unlock()
+
+    def _train_and_judge(self) -> dict[str, float]:
+        config = self.config
+        by_iterations = config.training.max_iters is not None
+        length = {"max_iters": self.iterations} if by_iterations else {"max_epochs": config.training.epochs}
+        self.trainer.run(self.data, **length)
+        results: dict[str, float] = {}
+        if config.probe.enabled:
+            results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)
+            named = {"linear" if name == "trained" else f"linear_{name}": value for name, value in results.items()}
+            self.logger.log_metrics(named, prefix="probe/")
+        self.checkpointer.close()
         return results
 
 
@@ -139,10 +155,13 @@ def build(config: Config) -> Run:
     folder = RunFolder(config)
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
     logger = MetricsLogger(build_writers(config, folder.path, folder.log_path))
+    checkpointer = build_checkpointer(config, folder)
+    preemption = Preemption(training.time_limit)
 
     evaluator = create_evaluator(step, modules, device, amp_dtype)
     for handler in (MaskSampler(masks, seed), StepSeed(seed), MetricAverager(prefix="")):
         handler.attach(evaluator)
+    preemption.watch(evaluator)
 
     trainer = create_trainer(step, modules, device, amp_dtype, config.logging.log_frequency)
     handlers = [
@@ -166,13 +185,30 @@ def build(config: Config) -> Run:
             target_encoder, folder.path / "encoder", {"encoder": encoder_arguments(config), "stats": train.stats}
         ),
         logger,
+        checkpointer,
+        preemption,
         *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
         *own_handlers,
     ]
     for handler in handlers:
         handler.attach(trainer)
-    return Run(config, trainer, data, logger, folder)
+    return Run(config, trainer, data, logger, folder, checkpointer, preemption)
+
+
+def build_checkpointer(config: Config, folder: RunFolder) -> Checkpointer:
+    """The handler that saves, as ``checkpoint`` says."""
+    options = config.checkpoint
+    return Checkpointer(
+        folder.checkpoint_path,
+        RetentionPolicy(options.keep_last_n, options.keep_best_n, options.keep_every_epochs, options.mode),
+        options.metric,
+        options.save_frequency,
+        options.save_every_steps,
+        options.save_every_minutes,
+        plain_config(config),
+        lambda path, saved: folder.write_status("running", saved["step"], checkpoint=path),
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
-from hjepa_engine.config import DOWNLOADABLE, DataConfig
+from hjepa_engine.config import DataConfig
+from hjepa_engine.config_rules import DOWNLOADABLE
 from hjepa_engine.errors import DataError
 from hjepa_engine.randomness import generator
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from typing import Any
 
 import ignite.distributed as idist
@@ -154,9 +156,32 @@ def build_loader(
     return loader, sampler
 
 
+def worker_failure(error: BaseException) -> DataError | None:
+    """What a loader process that was killed makes the main one raise, in words; None for any other error."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        what = " ".join(text.split()).rstrip(".")
+    elif isinstance(error, (ConnectionError, EOFError)):
+        what = f"the connection to a DataLoader worker was lost: {text or type(error).__name__}"
+    else:
+        return None
+    hint = "often memory or /dev/shm was full, and fewer data.num_workers help; run the same command again to go on"
+    return DataError(f"{what}; {hint}")
+
+
 def _init_worker(worker: int) -> None:
-    """One thread each; leave Ctrl-C to the main process. SIGTERM ends a worker: Python sends it when it exits."""
+    """One thread, and no heed to signals that are meant for the main process, which may reach its whole group."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """End this process on a SIGTERM of its parent, which sends one when it exits, and on nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,168 @@
+"""Checkpoints while a run goes on: when, and of what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Events
+
+from hjepa_engine.checkpoint_writer import CheckpointWriter, StateCopy
+from hjepa_engine.checkpoints import describe_record
+from hjepa_engine.engine import Trainer
+from hjepa_engine.errors import CheckpointError
+from hjepa_engine.events import TrainEvents
+from hjepa_engine.retention import Record, RetentionPolicy
+from hjepa_engine.training_state import bits_environment, flat_state
+
+
+class Checkpointer:
+    """Save everything that the run needs to go on with the same bits, and keep what the policy says.
+
+    Training waits for a copy of the state; a thread writes it, one at a time. A save that fails is named in a warning,
+    leaves the old checkpoints as they are, and is tried again at the next occasion. The state of every handler that has
+    one is saved, whoever attached it. :func:`~hjepa_engine.training_state.resume` is the way back.
+
+    Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.SAVE_POINT`` and ``INTERRUPTED``, ``COMPLETED``.
+    Reads: ``engine.state.metrics``.
+    Writes: ``engine.state.checkpoint``, the path of the newest checkpoint at the end of the run or when it is interrupted.
+
+    Args:
+        folder: of the checkpoints; made if need be.
+        policy: which ones stay.
+        metric: a checkpoint's score, if it was new when that was saved.
+        every_epochs: save at the end of every so-manieth epoch; None: not by epochs. The end of a run is always saved.
+        every_steps: save after every so-manieth optimiser step; None: not by steps.
+        every_minutes: save when so many minutes have passed since the last save; None: not by time.
+        config: the resolved configuration, for the manifest.
+        on_saved: called with path and manifest fields of every checkpoint, in the writing thread.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        policy: RetentionPolicy | None = None,
+        metric: str = "val/loss",
+        every_epochs: int | None = 1,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        config: Mapping[str, Any] | None = None,
+        on_saved: Callable[[Path, Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        for name, value in (("epochs", every_epochs), ("steps", every_steps), ("minutes", every_minutes)):
+            if value is not None and value <= 0:
+                raise ValueError(f"every_{name} must be positive or None, got {value}")
+        self.writer = CheckpointWriter(Path(folder), policy or RetentionPolicy(), on_saved)
+        self.metric, self.config = metric, dict(config or {})
+        self.every_epochs, self.every_steps, self.every_minutes = every_epochs, every_steps, every_minutes
+        self._open_end: StateCopy | None = None
+        self._moment, self._last_step, self._last_save = 0, -1, 0.0
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer."""
+        engine.state.checkpoint = None
+        engine.add_event_handler(Events.STARTED, self.prepare)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.begin)
+        engine.add_event_handler(TrainEvents.SAVE_POINT, self.save_if_due)
+        engine.add_event_handler(TrainEvents.INTERRUPTED, self.save_now)
+        engine.add_event_handler(Events.COMPLETED, self.wait)
+
+    def prepare(self, engine: Trainer) -> None:
+        """Make the folder ready; find out now, not hours later, whether the state can be saved at all."""
+        flat_state(engine)
+        if idist.get_rank() == 0:
+            self.writer.prepare()
+        self._last_step, self._last_save = engine.state.optimizer_step, time.monotonic()
+        self.begin(engine)
+
+    def begin(self, engine: Trainer) -> None:
+        """Metrics written from now on are new."""
+        self._moment = engine.state.metrics.moment
+
+    def save_if_due(self, engine: Trainer) -> None:
+        """Save if it is time to."""
+        if engine.state.epoch_open and not engine.should_terminate:
+            self._open_end = self._copy(
+                engine
+            )  # handlers of the epoch's end, who may take long, are about to change it
+            return
+        self._open_end = None
+        if reasons := self.reasons_to_save(engine):
+            self._save(self._copy(engine), reasons)
+        self._last_step = engine.state.optimizer_step
+
+    def reasons_to_save(self, engine: Trainer) -> list[str]:
+        """``epoch``, ``steps``, ``minutes`` or ``end``, whichever are due at this save point; the same on all ranks."""
+        state = engine.state
+        new_step = state.optimizer_step if state.optimizer_step != self._last_step else None
+        due = {
+            "epoch": self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0,
+            "steps": self.every_steps and new_step and new_step % self.every_steps == 0,
+            "minutes": self.every_minutes and self._time_is_up(state.iteration, 60 * self.every_minutes),
+            "end": engine.should_terminate
+            or state.iteration >= (state.max_iters or state.max_epochs * state.epoch_length),
+        }
+        return [reason for reason, is_due in due.items() if is_due]
+
+    def save_now(self, engine: Trainer) -> None:
+        """Save the interrupted run and wait until it is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._save(self._open_end or self._copy(engine), ["interrupted"])
+        self.wait(engine)
+        self.close()
+        if idist.get_world_size() > 1:
+            idist.barrier()  # no rank leaves before the file is there
+
+    def wait(self, engine: Trainer) -> None:
+        """Wait until everything is on disk, or has failed to get there."""
+        self.writer.wait()
+        engine.state.checkpoint = self.writer.newest
+
+    def close(self) -> None:
+        """Wait for the last write.
+
+        Raises:
+            CheckpointError: it has failed.
+        """
+        self.writer.wait()
+        if self.writer.failure is not None:
+            kept = f"the newest one is {self.writer.newest}" if self.writer.newest else "this run has written none"
+            raise CheckpointError(f"the last {self.writer.failure}; {kept}")
+
+    def _time_is_up(self, iteration: int, seconds: float) -> bool:
+        is_up = time.monotonic() - self._last_save >= seconds
+        if idist.get_world_size() == 1:
+            return is_up
+        return iteration % 10 == 0 and bool(idist.broadcast(float(is_up), src=0))  # rank 0's clock, now and then
+
+    def _copy(self, engine: Trainer) -> StateCopy:
+        state = engine.state
+        epoch = state.iteration // state.epoch_length - state.epoch_open
+        score = state.metrics.since(self._moment)[0].get(self.metric)
+        name = f"epoch_{epoch:04d}_step_{state.optimizer_step:08d}"
+        record = Record(name, state.iteration, state.optimizer_step, epoch, ends_epoch(state), score)
+        description = {
+            **describe_record(record, self.metric, state.metrics.since(0)[0]),
+            "config": self.config,
+            "environment": bits_environment(engine.device),
+        }
+        structure, tensors = flat_state(engine)
+        if idist.get_rank() != 0:
+            return StateCopy(name, structure, {}, description)
+        return self.writer.copy(name, structure, tensors, description)
+
+    def _save(self, copy: StateCopy, reasons: list[str]) -> None:
+        self._last_save = time.monotonic()
+        if idist.get_rank() == 0:
+            self.writer.start(copy._replace(description={**copy.description, "reasons": reasons}))
+
+
+def ends_epoch(state: Any) -> bool:
+    """Whether everything that belongs to an epoch's end has happened, and nothing of the next one."""
+    return state.iteration % state.epoch_length == 0 and not state.epoch_open

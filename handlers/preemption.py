@@ -1,0 +1,106 @@
+"""Stop requests: signals and a time limit end the run at the next save point, with everything saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Events
+
+from hjepa_engine.engine import StepEngine, Trainer
+from hjepa_engine.errors import LeaveNow, Preempted
+from hjepa_engine.events import TrainEvents
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Preemption:
+    """End the run on SIGTERM, SIGUSR1, SIGINT or after a time limit: finish the step, save, raise ``Preempted``.
+
+    An accumulation window is completed first. A second SIGINT raises ``LeaveNow`` at once. All ranks leave at the
+    same iteration, whichever of them was asked.
+
+    Listens to: ``STARTED``, ``TrainEvents.SAVE_POINT``, ``COMPLETED``.
+    Reads: ``engine.state.checkpoint``, for the message.
+    Fires: ``TrainEvents.INTERRUPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
+
+    Args:
+        time_limit: minutes from the making of this handler until the run is ended; None: no limit.
+        every: iterations between two agreements of several processes; a single process looks after every step.
+    """
+
+    def __init__(self, time_limit: float | None = None, every: int = 10) -> None:
+        if time_limit is not None and time_limit <= 0:
+            raise ValueError(f"time_limit must be positive or None, got {time_limit}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.time_limit, self.every = time_limit, every
+        self.reason: str | None = None
+        self._began = time.monotonic()
+        self._trainer: Trainer | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer."""
+        self._trainer = engine
+        engine.add_event_handler(Events.STARTED, self.listen)
+        engine.add_event_handler(TrainEvents.SAVE_POINT, self.check)
+        engine.add_event_handler(Events.COMPLETED, self.close)
+
+    def watch(self, evaluator: StepEngine) -> None:
+        """End long evaluations too; they run again after the resume."""
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.check)
+
+    def listen(self) -> None:
+        """Take the signals over."""
+        for name in SIGNALS:
+            self._former[name] = signal.signal(name, self._hear)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        while self._former:
+            name, former = self._former.popitem()
+            signal.signal(name, former)
+
+    def request(self, reason: str) -> None:
+        """Ask the run to end at its next save point.
+
+        Args:
+            reason: what the message begins with.
+        """
+        self.reason = self.reason or reason
+
+    def check(self, engine: StepEngine) -> None:
+        """End the run if it was asked to."""
+        if self.time_limit is not None and time.monotonic() - self._began >= 60 * self.time_limit:
+            self.request(f"time limit of {self.time_limit:g} minutes")
+        is_asked = self.reason is not None
+        if idist.get_world_size() > 1:
+            if engine.state.iteration % self.every:
+                return
+            is_asked = bool(idist.all_reduce(int(is_asked), op="MAX"))
+        if not is_asked:
+            return
+        assert self._trainer is not None
+        self._trainer.fire_event(TrainEvents.INTERRUPTED)
+        state = self._trainer.state
+        saved = f"saved {state.checkpoint}; " if getattr(state, "checkpoint", None) else ""
+        raise Preempted(
+            f"{self.reason or 'another process was asked to stop'} at step {state.optimizer_step}: {saved}run the same "
+            "command again to go on"
+        )
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.reason is not None:
+            if number == signal.SIGINT:
+                raise LeaveNow
+            return
+        self.request(name)
+        again = " (again: leave at once)" if number == signal.SIGINT else ""
+        # Not print(): a signal may come while something else is being printed.
+        os.write(2, f"\n{name}: finishing the step, then saving{again}\n".encode())

@@ -1,0 +1,119 @@
+"""Checkpoints written in the background, one at a time, errors kept until somebody can act on them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hjepa_engine.checkpoints import list_checkpoints, prune, sweep, write_checkpoint, write_index
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.retention import RetentionPolicy
+from hjepa_engine.tensor_files import Snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class StateCopy(NamedTuple):
+    """A state that training can no longer change, and the manifest's fields."""
+
+    name: str
+    structure: str
+    tensors: dict[str, Tensor]
+    description: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Commit checkpoints to a folder in a thread of its own, then remove what the policy does not keep.
+
+    Args:
+        folder: of the checkpoints.
+        policy: which ones stay.
+        on_saved: called in the writing thread with the path of every new checkpoint and its description.
+    """
+
+    def __init__(
+        self, folder: Path, policy: RetentionPolicy, on_saved: Callable[[Path, Mapping[str, Any]], None] | None = None
+    ) -> None:
+        self.folder, self.policy, self.on_saved = folder, policy, on_saved
+        self.newest: Path | None = None
+        """The newest checkpoint on disk that this process has written."""
+        self.failure: str | None = None
+        """Why the last save has failed; None if it has not."""
+        self._snapshot = Snapshot()
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: Future[None] | None = None
+
+    def prepare(self) -> None:
+        """Make the folder and remove what an interrupted process has left in it.
+
+        Raises:
+            ConfigError: it cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+            (self.folder / ".probe").write_bytes(b"")
+            (self.folder / ".probe").unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoint.checkpoint_dir {self.folder} cannot be written to: {error.strerror}"
+            ) from error
+
+    def copy(
+        self, name: str, structure: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    ) -> StateCopy:
+        """Copy a state; waits for the former copy to be written, whose memory is used again."""
+        self.wait()
+        return StateCopy(name, structure, self._snapshot.take(tensors), dict(description))
+
+    def start(self, copy: StateCopy) -> None:
+        """Begin to write a copy, after the former write."""
+        self.wait()
+        self._in_flight = self._pool.submit(self._write, copy)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            Exception: what the thread has raised, unless the disk was the reason (see ``failure``).
+        """
+        if self._in_flight is not None:
+            future, self._in_flight = self._in_flight, None
+            future.result()
+
+    def _write(self, copy: StateCopy) -> None:
+        name, structure, tensors, description = copy
+        try:
+            self.newest = self.folder / write_checkpoint(self.folder, name, structure, tensors, description)
+        except OSError as error:
+            reason = self._explain(copy, error)
+            if self.failure is None:
+                logger.warning("%s; training goes on, the next save tries again", reason)
+            self.failure = reason
+            return
+        if self.failure is not None:
+            logger.warning("checkpoints can be written again: %s is saved", self.newest)
+        self.failure = None
+        try:
+            records = [checkpoint.record for checkpoint in list_checkpoints(self.folder)]
+            kept = self.policy(records)
+            prune(self.folder, [record.name for record in records if record.name not in kept])
+            write_index(self.folder, self.policy)
+            if self.on_saved is not None:
+                self.on_saved(self.newest, description)
+        except OSError as error:  # the checkpoint itself is safe
+            logger.warning("checkpoint %s is saved, but not tidied up after: %s", self.newest, error)
+
+    def _explain(self, copy: StateCopy, error: OSError) -> str:
+        text = f"checkpoint {self.folder / copy.name} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            need = sum(tensor.numel() * tensor.element_size() for tensor in copy.tensors.values()) / 1e6
+            text += f" (it needs {need:.1f} MB, {shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free)"
+        return text
