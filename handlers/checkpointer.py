@@ -22,21 +22,20 @@ from hjepa_engine.training_state import bits_environment, flat_state
 class Checkpointer:
     """Save everything that the run needs to go on with the same bits, and keep what the policy says.
 
-    Training waits for a copy of the state; a thread writes it, one at a time. A save that fails is named in a warning,
-    leaves the old checkpoints as they are, and is tried again at the next occasion. The state of every handler that has
-    one is saved, whoever attached it. :func:`~hjepa_engine.training_state.resume` is the way back.
+    Training waits for a copy of the state, handlers' included; a thread writes it. A save that fails is named in a warning,
+    and tried again at the next occasion. :func:`~hjepa_engine.training_state.resume` is the way back.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.SAVE_POINT`` and ``INTERRUPTED``, ``COMPLETED``.
     Reads: ``engine.state.metrics``.
-    Writes: ``engine.state.checkpoint``, the path of the newest checkpoint at the end of the run or when it is interrupted.
+    Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is interrupted.
 
     Args:
         folder: of the checkpoints; made if need be.
         policy: which ones stay.
         metric: a checkpoint's score, if it was new when that was saved.
-        every_epochs: save at the end of every so-manieth epoch; None: not by epochs. The end of a run is always saved.
-        every_steps: save after every so-manieth optimiser step; None: not by steps.
-        every_minutes: save when so many minutes have passed since the last save; None: not by time.
+        every_epochs: save at the end of every so-manieth epoch, and of the run; None: only of the run.
+        every_steps: likewise after every so-manieth optimiser step.
+        every_minutes: likewise when so many minutes have passed since the last save.
         config: the resolved configuration, for the manifest.
         on_saved: called with path and manifest fields of every checkpoint, in the writing thread.
     """
@@ -59,7 +58,7 @@ class Checkpointer:
         self.metric, self.config = metric, dict(config or {})
         self.every_epochs, self.every_steps, self.every_minutes = every_epochs, every_steps, every_minutes
         self._open_end: StateCopy | None = None
-        self._moment, self._last_step, self._last_save = 0, -1, 0.0
+        self._moment, self._last_step, self._last_save = 0, 0, 0.0
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -75,8 +74,8 @@ class Checkpointer:
         flat_state(engine)
         if idist.get_rank() == 0:
             self.writer.prepare()
-        self._last_step, self._last_save = engine.state.optimizer_step, time.monotonic()
-        self.begin(engine)
+        self._last_save = time.monotonic()
+        self._open_end = self._copy(engine) if engine.state.epoch_open else None
 
     def begin(self, engine: Trainer) -> None:
         """Metrics written from now on are new."""
@@ -85,34 +84,28 @@ class Checkpointer:
     def save_if_due(self, engine: Trainer) -> None:
         """Save if it is time to."""
         if engine.state.epoch_open and not engine.should_terminate:
-            self._open_end = self._copy(
-                engine
-            )  # handlers of the epoch's end, who may take long, are about to change it
+            # Handlers of the epoch's end, who may take long, are about to change the state.
+            self._open_end = self._copy(engine)
             return
         self._open_end = None
-        if reasons := self.reasons_to_save(engine):
+        reasons, self._last_step = self.reasons_to_save(engine), engine.state.optimizer_step
+        if reasons:
             self._save(self._copy(engine), reasons)
-        self._last_step = engine.state.optimizer_step
 
     def reasons_to_save(self, engine: Trainer) -> list[str]:
         """``epoch``, ``steps``, ``minutes`` or ``end``, whichever are due at this save point; the same on all ranks."""
-        state = engine.state
-        new_step = state.optimizer_step if state.optimizer_step != self._last_step else None
+        state, step = engine.state, engine.state.optimizer_step
+        end = state.max_iters or state.max_epochs * state.epoch_length
         due = {
             "epoch": self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0,
-            "steps": self.every_steps and new_step and new_step % self.every_steps == 0,
-            "minutes": self.every_minutes and self._time_is_up(state.iteration, 60 * self.every_minutes),
-            "end": engine.should_terminate
-            or state.iteration >= (state.max_iters or state.max_epochs * state.epoch_length),
+            "steps": self.every_steps and step != self._last_step and step % self.every_steps == 0,
+            "minutes": self.every_minutes and self._time_is_up(state.iteration),
+            "end": engine.should_terminate or state.iteration >= end,
         }
         return [reason for reason, is_due in due.items() if is_due]
 
     def save_now(self, engine: Trainer) -> None:
-        """Save the interrupted run and wait until it is on disk.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Save the interrupted run and wait until it is on disk; ``CheckpointError`` if that fails."""
         self._save(self._open_end or self._copy(engine), ["interrupted"])
         self.wait(engine)
         self.close()
@@ -125,21 +118,25 @@ class Checkpointer:
         engine.state.checkpoint = self.writer.newest
 
     def close(self) -> None:
-        """Wait for the last write.
-
-        Raises:
-            CheckpointError: it has failed.
-        """
+        """Wait for the last write; ``CheckpointError`` if it has failed."""
         self.writer.wait()
         if self.writer.failure is not None:
             kept = f"the newest one is {self.writer.newest}" if self.writer.newest else "this run has written none"
             raise CheckpointError(f"the last {self.writer.failure}; {kept}")
 
-    def _time_is_up(self, iteration: int, seconds: float) -> bool:
-        is_up = time.monotonic() - self._last_save >= seconds
-        if idist.get_world_size() == 1:
-            return is_up
-        return iteration % 10 == 0 and bool(idist.broadcast(float(is_up), src=0))  # rank 0's clock, now and then
+    def state_dict(self) -> dict[str, int]:
+        """Since when metrics are new, and the step of the last save point."""
+        return {"moment": self._moment, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._moment, self._last_step = state_dict["moment"], state_dict["last_step"]
+
+    def _time_is_up(self, iteration: int) -> bool:
+        is_up = time.monotonic() - self._last_save >= 60 * (self.every_minutes or 0.0)
+        if idist.get_world_size() > 1:  # rank 0's clock, now and then
+            is_up = iteration % 10 == 0 and bool(idist.broadcast(float(is_up), src=0))
+        return is_up
 
     def _copy(self, engine: Trainer) -> StateCopy:
         state = engine.state
@@ -147,15 +144,10 @@ class Checkpointer:
         score = state.metrics.since(self._moment)[0].get(self.metric)
         name = f"epoch_{epoch:04d}_step_{state.optimizer_step:08d}"
         record = Record(name, state.iteration, state.optimizer_step, epoch, ends_epoch(state), score)
-        description = {
-            **describe_record(record, self.metric, state.metrics.since(0)[0]),
-            "config": self.config,
-            "environment": bits_environment(engine.device),
-        }
+        description = describe_record(record, self.metric, state.metrics.since(0)[0])
+        description |= {"config": self.config, "environment": bits_environment(engine.device)}
         structure, tensors = flat_state(engine)
-        if idist.get_rank() != 0:
-            return StateCopy(name, structure, {}, description)
-        return self.writer.copy(name, structure, tensors, description)
+        return self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
 
     def _save(self, copy: StateCopy, reasons: list[str]) -> None:
         self._last_save = time.monotonic()

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from hjepa_engine.engine import Trainer, Window, accumulation_window
 from hjepa_engine.events import TrainEvents
 
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
 
 class OptimizerStep:
     """Turn losses into steps of the optimiser, one per window of ``accumulation_steps`` micro-batches.
@@ -136,6 +138,13 @@ class OptimizerStep:
         Raises:
             ValueError: it is of an optimiser with other parameters.
         """
+        for saved, group in zip(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            for number, parameter in zip(saved["params"], group["params"], strict=False):
+                for name, moment in state_dict["optimizer"]["state"].get(number, {}).items():
+                    if name in _LIKE_PARAMETER and moment.shape != parameter.shape:
+                        raise ValueError(
+                            f"{name} of parameter {number} is {tuple(moment.shape)}, the parameter {tuple(parameter.shape)}"
+                        )
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])

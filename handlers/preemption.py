@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import ignite.distributed as idist
 from ignite.engine import Events
@@ -49,7 +49,7 @@ class Preemption:
         self._trainer = engine
         engine.add_event_handler(Events.STARTED, self.listen)
         engine.add_event_handler(TrainEvents.SAVE_POINT, self.check)
-        engine.add_event_handler(Events.COMPLETED, self.close)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def watch(self, evaluator: StepEngine) -> None:
         """End long evaluations too; they run again after the resume."""
@@ -66,6 +66,12 @@ class Preemption:
             name, former = self._former.popitem()
             signal.signal(name, former)
 
+    def finish(self, engine: Trainer) -> None:
+        """Give the signals back; end the run if one has come after its last save point: much may still be to follow."""
+        self.close()
+        if self._agree(self.reason is not None):
+            self._leave()
+
     def request(self, reason: str) -> None:
         """Ask the run to end at its next save point.
 
@@ -78,13 +84,15 @@ class Preemption:
         """End the run if it was asked to."""
         if self.time_limit is not None and time.monotonic() - self._began >= 60 * self.time_limit:
             self.request(f"time limit of {self.time_limit:g} minutes")
-        is_asked = self.reason is not None
-        if idist.get_world_size() > 1:
-            if engine.state.iteration % self.every:
-                return
-            is_asked = bool(idist.all_reduce(int(is_asked), op="MAX"))
-        if not is_asked:
+        if idist.get_world_size() > 1 and engine.state.iteration % self.every:
             return
+        if self._agree(self.reason is not None):
+            self._leave()
+
+    def _agree(self, is_asked: bool) -> bool:
+        return bool(idist.all_reduce(int(is_asked), op="MAX")) if idist.get_world_size() > 1 else is_asked
+
+    def _leave(self) -> NoReturn:
         assert self._trainer is not None
         self._trainer.fire_event(TrainEvents.INTERRUPTED)
         state = self._trainer.state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +47,9 @@ class CheckpointWriter:
         """The newest checkpoint on disk that this process has written."""
         self.failure: str | None = None
         """Why the last save has failed; None if it has not."""
-        self._snapshot = Snapshot()
+        self.seconds = 0.0
+        """How long the last write took."""
+        self._snapshot, self._looked = Snapshot(), False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[None] | None = None
 
@@ -78,6 +81,11 @@ class CheckpointWriter:
         self.wait()
         self._in_flight = self._pool.submit(self._write, copy)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._in_flight is not None and not self._in_flight.done()
+
     def wait(self) -> None:
         """Wait until nothing is being written.
 
@@ -90,6 +98,7 @@ class CheckpointWriter:
 
     def _write(self, copy: StateCopy) -> None:
         name, structure, tensors, description = copy
+        began = time.perf_counter()
         try:
             self.newest = self.folder / write_checkpoint(self.folder, name, structure, tensors, description)
         except OSError as error:
@@ -101,15 +110,30 @@ class CheckpointWriter:
         if self.failure is not None:
             logger.warning("checkpoints can be written again: %s is saved", self.newest)
         self.failure = None
+        self.seconds = time.perf_counter() - began
+        self._look_for_score(description)
         try:
             records = [checkpoint.record for checkpoint in list_checkpoints(self.folder)]
-            kept = self.policy(records)
+            # The newest may lie, in the order of places, behind some that could not be read when the run began.
+            kept = {*self.policy(records), self.newest.name}
             prune(self.folder, [record.name for record in records if record.name not in kept])
             write_index(self.folder, self.policy)
             if self.on_saved is not None:
                 self.on_saved(self.newest, description)
         except OSError as error:  # the checkpoint itself is safe
             logger.warning("checkpoint %s is saved, but not tidied up after: %s", self.newest, error)
+
+    def _look_for_score(self, description: Mapping[str, Any]) -> None:
+        """Say once, after the first epoch, that the metric to go by is not there."""
+        metric, metrics = description["metric"], description["metrics"]
+        if not description["ends_epoch"] or self._looked or not self.policy.keep_best_n:
+            return
+        self._looked = True
+        if metric not in metrics:
+            known = ", ".join(sorted(metrics)) or "none"
+            logger.warning(
+                "checkpoint.metric %s has no finite value: no checkpoint counts as best; known: %s", metric, known
+            )
 
     def _explain(self, copy: StateCopy, error: OSError) -> str:
         text = f"checkpoint {self.folder / copy.name} cannot be written: {error.strerror or error}"

@@ -105,7 +105,7 @@ def prune(folder: Path, names: Iterable[str]) -> None:
     """Remove checkpoints; each loses its name first, so that half of one is never taken for a checkpoint."""
     for name in names:
         doomed = folder / (_DELETED + name)
-        if doomed.exists():
+        if os.path.lexists(doomed):
             _remove(doomed)
         os.rename(folder / name, doomed)
         _remove(doomed)
@@ -114,7 +114,7 @@ def prune(folder: Path, names: Iterable[str]) -> None:
 def sweep(folder: Path) -> None:
     """Remove what interrupted writing and pruning have left behind."""
     for name in os.listdir(folder):
-        if name.startswith((_TEMPORARY, _DELETED)):
+        if name.startswith((_TEMPORARY, _DELETED, f".{INDEX}.")):
             _remove(folder / name)
 
 
@@ -151,6 +151,8 @@ def read_manifest(path: Path) -> Checkpoint:
         CheckpointError: a newer version of this program wrote it.
         OSError: it cannot be read.
     """
+    if os.path.islink(path):
+        raise Damaged(f"{path.name} is a link")
     text = _read_plain_file(path / MANIFEST, _LARGEST_MANIFEST)
     try:
         manifest = json.loads(text)
@@ -161,13 +163,12 @@ def read_manifest(path: Path) -> Checkpoint:
     if not intact:
         raise Damaged(f"{MANIFEST} does not match its digest")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}")
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r:.50}; this version reads format {FORMAT}")
     try:
         (name,) = manifest["files"]
         if name != STATE:
             raise Damaged(f"{MANIFEST} names a file {name!r}")
-        file = manifest["files"][STATE]
-        score = manifest["score"]
+        file, score = manifest["files"][STATE], manifest["score"]
         checkpoint = Checkpoint(
             path,
             Record(
@@ -189,8 +190,7 @@ def read_manifest(path: Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise error if isinstance(error, Damaged) else Damaged(f"{MANIFEST} lacks a field: {error}") from error
-    size = _plain_file(path / STATE).st_size
-    if size != checkpoint.size:
+    if (size := _plain_file(path / STATE).st_size) != checkpoint.size:
         raise Damaged(f"{STATE} has {size} bytes instead of {checkpoint.size}")
     return checkpoint
 
@@ -211,7 +211,7 @@ def read_state(checkpoint: Checkpoint) -> Any:
         raise Damaged(f"{STATE} cannot be decoded: {error}") from error
 
 
-def list_checkpoints(folder: Path, on_problem: Callable[[Path, Exception], None] | None = None) -> list[Checkpoint]:
+def list_checkpoints(folder: Path, on_problem: Callable[[Path, Exception], object] | None = None) -> list[Checkpoint]:
     """Checkpoints with an intact manifest, newest first; empty where there is no folder.
 
     Args:
@@ -225,7 +225,7 @@ def list_checkpoints(folder: Path, on_problem: Callable[[Path, Exception], None]
         try:
             found.append(read_manifest(path))
         except (Damaged, OSError) as error:
-            if on_problem is not None:
+            if on_problem is not None and os.path.lexists(path):  # else it was pruned by a run that is going on
                 on_problem(path, error)
     return sorted(found, key=lambda checkpoint: (checkpoint.record.place, checkpoint.saved_at), reverse=True)
 
@@ -241,11 +241,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
     problems: list[str] = []
 
     def report(path: Path, error: Exception) -> None:
-        what = (
-            f"{path.name} is damaged: {error}" if isinstance(error, Damaged) else f"{path.name} cannot be read: {error}"
-        )
-        problems.append(what)
-        logger.warning("checkpoint %s", what)
+        problems.append(_warn(path, error))
         if isinstance(error, Damaged):
             with contextlib.suppress(OSError):  # a read-only folder: it stays where it is, and is named again next time
                 os.rename(path, _free_name(path.with_name(_DAMAGED + path.name)))
@@ -263,6 +259,45 @@ def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
     return None
 
 
+def find_checkpoint(path: Path, which: str) -> Checkpoint:
+    """A checkpoint of a run, or of a folder of checkpoints.
+
+    Args:
+        path: the folder.
+        which: ``latest``, ``best`` (by the run's own metric), or a name.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    for folder in checkpoint_folders(path):
+        found = {checkpoint.record.name: checkpoint for checkpoint in list_checkpoints(folder)}
+        records = [checkpoint.record for checkpoint in found.values()]
+        if not found:
+            continue
+        chosen = which if which in found else None
+        if which == "latest":
+            chosen = records[0].name
+        elif which == "best":
+            options = next(iter(found.values())).config.get("checkpoint")
+            larger_wins = isinstance(options, dict) and options.get("mode") == "max"
+            foremost = best(records, "max" if larger_wins else "min")
+            chosen = foremost and foremost.name
+        if chosen is None:
+            known = f"{', '.join(found)}, latest" if which != "best" else "none has a score"
+            raise CheckpointError(f"{folder} has no checkpoint {which!r}: {known}")
+        return found[chosen]
+    raise CheckpointError(f"{path} holds no checkpoint")
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """Where the checkpoints of a run, or in a folder of checkpoints, may lie."""
+    named = None
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
+        status = json.loads(_read_plain_file(path / "status.json", _LARGEST_MANIFEST))
+        named = Path(status["checkpoint"]).parent if status.get("checkpoint") else None
+    return [folder for folder in (path / "checkpoints", named, path) if folder is not None]
+
+
 def load_one(path: Path) -> tuple[Checkpoint, Any]:
     """The checkpoint in ``path``, or the newest one of the run or folder of checkpoints in ``path``, and its state.
 
@@ -273,8 +308,8 @@ def load_one(path: Path) -> tuple[Checkpoint, Any]:
         if (path / MANIFEST).exists():
             checkpoint = read_manifest(path)
             return checkpoint, read_state(checkpoint)
-        for folder in (path / "checkpoints", path):
-            for checkpoint in list_checkpoints(folder):
+        for folder in checkpoint_folders(path):
+            for checkpoint in list_checkpoints(folder, _warn):
                 return checkpoint, read_state(checkpoint)
     except (Damaged, OSError) as error:
         raise CheckpointError(f"the checkpoint in {path} is not usable: {error}") from error
@@ -291,6 +326,12 @@ def describe_record(record: Record, metric: str, metrics: Mapping[str, float]) -
         "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
         "saved_at": round(time.time(), 3),
     }
+
+
+def _warn(path: Path, error: Exception) -> str:
+    what = f"{path.name} {'is damaged' if isinstance(error, Damaged) else 'cannot be read'}: {error}"
+    logger.warning("checkpoint %s", what)
+    return what
 
 
 def _write_file(path: Path, fill: Callable[[Callable[[Any], None]], None]) -> tuple[int, str]:
@@ -322,17 +363,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder of plain files."""
-    for name in os.listdir(folder):
-        os.unlink(folder / name)
-    os.rmdir(folder)
+def _remove(path: Path) -> None:
+    """Remove a folder and what is in it; of a link, the link."""
+    if path.is_symlink() or not path.is_dir():
+        return os.unlink(path)
+    for name in os.listdir(path):
+        _remove(path / name)
+    return os.rmdir(path)
 
 
 def _free_name(path: Path) -> Path:
-    number = 1
-    free = path
-    while free.exists():
+    number, free = 1, path
+    while os.path.lexists(free):
         number += 1
         free = path.with_name(f"{path.name}_{number}")
     return free
@@ -341,7 +383,7 @@ def _free_name(path: Path) -> Path:
 def _plain_file(path: Path) -> os.stat_result:
     try:
         status = os.lstat(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{path.name} is missing") from error
     if not stat.S_ISREG(status.st_mode):
         raise Damaged(f"{path.name} is no plain file")
@@ -349,8 +391,6 @@ def _plain_file(path: Path) -> os.stat_result:
 
 
 def _read_plain_file(path: Path, limit: int) -> bytes:
-    if os.path.islink(path.parent):
-        raise Damaged(f"{path.parent.name} is a link")
     if (size := _plain_file(path).st_size) > limit:
         raise Damaged(f"{path.name} has {size} bytes")
     return path.read_bytes()

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from hjepa_engine.config import Config
 from hjepa_engine.config_loading import dump_config, list_options, load_config
 from hjepa_engine.errors import ConfigError, LeaveNow, Preempted, RunError
+from hjepa_engine.streams import make_streams_lenient
 
 EXIT_CODES = """\
 exit codes:
@@ -32,14 +35,19 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def command_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with ``--debug``; what it does not know is left for the configuration."""
+def command_parser(description: str, with_config: bool = True) -> argparse.ArgumentParser:
+    """A parser with ``--debug``.
+
+    Args:
+        description: for ``--help``.
+        with_config: whether what the parser does not know is left for the configuration.
+    """
     first, _, rest = (description or "").partition("\n")
     parser = _Parser(
         description=f"{first}\n{rest}".strip(),
-        epilog=f"{_options_help()}\n\n{EXIT_CODES}",
+        epilog=f"{_options_help()}\n\n{EXIT_CODES}" if with_config else EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [options] [--KEY VALUE ...]",
+        usage="%(prog)s [options] [--KEY VALUE ...]" if with_config else None,
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -73,14 +81,17 @@ def read_config(description: str, default: Path, argv: Sequence[str]) -> Config 
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    make_streams_lenient()
     for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over
         signal.signal(name, _stop)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
     try:
         body(argv)
+        _before_exit(_exit_undisturbed)
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
+        _before_exit(_exit_undisturbed)
         _close_progress_bars()
         if "--debug" in argv:
             traceback.print_exc()
@@ -90,7 +101,20 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         sys.exit(exit_code_of(error))
 
 
+#: Threads are waited for before the callbacks of ``atexit`` run.
+_before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
+
+
+def _exit_undisturbed() -> None:
+    """All is settled and said: signals change neither the exit code nor the last line; Ctrl-C may cut the rest short."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
+    if isinstance(sys.exc_info()[1], (RunError, KeyboardInterrupt)):
+        return  # the command is ending already; whoever sends signals tends to send several
     raise Preempted(f"{signal.Signals(number).name} outside of training: run the same command again to go on")
 
 

@@ -121,6 +121,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(where + shortened(" ".join(str(error).split()), 160)) from error
 
 
+def config_from(data: dict[str, Any]) -> Config:
+    """The configuration that nested plain data describe.
+
+    Raises:
+        ConfigError: they do not describe one.
+    """
+    config: Config = _build(Config, data, "")
+    return config
+
+
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML that :func:`load_config` reads back."""
 

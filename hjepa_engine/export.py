@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hjepa_engine.checkpoints import find_checkpoint, load_one
+from hjepa_engine.config_loading import config_from
 from hjepa_engine.errors import ExportError
+from hjepa_engine.models import encoder_arguments
 from hjepa_engine.models.encoder import TargetEncoder
 from hjepa_engine.types import unwrap
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+#: Arguments with which timm would load a file or download one; some versions of it unpickle that.
+_LOADS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
@@ -33,24 +39,48 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
     (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
 
 
-def load_encoder(run_dir: str | Path) -> TargetEncoder:
-    """The target encoder of a finished run, in evaluation mode: normalised images (B, C, H, W) to tokens (B, N, D).
+def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEncoder:
+    """The target encoder of a run, in evaluation mode: normalised images (B, C, H, W) to tokens (B, N, D).
 
     Args:
         run_dir: a run folder, or the ``encoder`` folder in it.
+        checkpoint: ``latest``, ``best`` or the name of a checkpoint to take it from, also while the run goes on; None: what
+            the finished run has exported.
 
     Raises:
         ExportError: there is none, or its files do not fit together.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     folder = Path(run_dir)
+    if checkpoint is not None:
+        found, state = load_one(find_checkpoint(folder, checkpoint).path)
+        encoder = TargetEncoder(**encoder_arguments(config_from(found.config)))
+        encoder.load_state_dict(state["modules"]["target_encoder"])
+        return encoder.requires_grad_(False).eval()
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"
     try:
+        for path in (folder / DESCRIPTION, folder / WEIGHTS):
+            if not path.is_file():  # a pipe would be waited for
+                raise FileNotFoundError(errno.ENOENT, "no file", str(path))
+        if (folder / DESCRIPTION).stat().st_size > 2**20:
+            raise ValueError(f"{DESCRIPTION} is larger than 1 MB")
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if loads := description["encoder"].keys() & _LOADS:
+            raise ValueError(f"{DESCRIPTION} asks timm to load weights ({min(loads)})")
+        weights = load_file(folder / WEIGHTS)
+        with torch.device("meta"):  # a description may ask for any size: what it builds must be what the weights are
+            wanted = TargetEncoder(**{**description["encoder"], "pos_embed": "learned"}).state_dict()
+        if {name: item.shape for name, item in wanted.items()} != {name: item.shape for name, item in weights.items()}:
+            raise ValueError("its weights are not those that its description asks for")
         encoder = TargetEncoder(**description["encoder"])
-        encoder.load_state_dict(load_file(folder / WEIGHTS))
+        encoder.load_state_dict(weights)
     except FileNotFoundError as error:
-        raise ExportError(f"{run_dir} holds no exported encoder: {error.filename or error} is missing") from error
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ExportError(
+            f"{run_dir} holds no exported encoder: {error.filename or error} is missing; before the end of a run, take one "
+            "from a checkpoint (latest, best)"
+        ) from error
+    except Exception as error:  # whatever timm, torch and safetensors raise at contents that make no sense
+        what = (str(error).splitlines() or [repr(error)])[0]
+        raise ExportError(f"the encoder in {folder} cannot be loaded: {what}") from error
     return encoder.requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from hjepa_engine.imports import import_object
 from hjepa_engine.losses import LOSSES
 from hjepa_engine.masking import MultiBlockMasks
 from hjepa_engine.optim import build_optimizer, param_groups
+from hjepa_engine.retention import RetentionPolicy
 from hjepa_engine.schedules import SCHEDULES, CosineScheduler, EMAScheduler, HierarchicalScheduler, Schedule
 from hjepa_engine.steps import hjepa_step
 from hjepa_engine.types import LossFunction, Step
@@ -168,6 +169,12 @@ def build_run_optimizer(config: Config, modules: nn.ModuleDict) -> torch.optim.O
         return build_optimizer(training.optimizer, groups, training.lr, training.betas, **training.optimizer_args)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training.optimizer: {error}") from error
+
+
+def build_policy(config: Config) -> RetentionPolicy:
+    """Which checkpoints stay."""
+    options = config.checkpoint
+    return RetentionPolicy(options.keep_last_n, options.keep_best_n, options.keep_every_epochs, options.mode)
 
 
 def build_handlers(config: Config) -> list[Any]:

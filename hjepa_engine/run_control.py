@@ -28,8 +28,10 @@ from hjepa_engine.training_state import (
 logger = logging.getLogger(__name__)
 
 
-def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> Path | None:
-    """Put the trainer where ``checkpoint.resume`` and ``checkpoint.init_from`` say; all handlers must be attached.
+def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> None:
+    """Put the trainer where ``checkpoint.resume`` and ``checkpoint.init_from`` say, and describe the run in its folder.
+
+    All handlers must be attached. If this raises, the folder is as it was.
 
     Args:
         trainer: of the run.
@@ -37,25 +39,31 @@ def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations
         epoch_length: batches of an epoch.
         iterations: length of the whole run.
 
-    Returns:
-        The checkpoint that the run goes on from; None: it starts at the beginning.
-
     Raises:
         CheckpointError: there is no usable checkpoint where one must be, or it does not fit.
         ConfigError: the configuration is another one, or asks for less than was trained already.
         DataError: epochs have another length now.
     """
+    found = _find_start(trainer, folder, epoch_length, iterations)
+    rank_zero(folder.enter)
+    folder.write_status("running", trainer.state.optimizer_step, checkpoint=None if found is None else found.path)
+
+
+def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> Checkpoint | None:
     config = folder.config
     how = config.checkpoint.resume
     found: tuple[Checkpoint, list[str]] | None = None
     changes = folder.changes()
-    if how == "never":
-        if aside := rank_zero(folder.set_aside):
-            _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
-    else:
+    if how != "never":
+        folder.refuse(changes)
         found = resume(trainer, folder.checkpoint_path)
+        if (
+            found is not None and not (folder.path / "config.yaml").exists()
+        ):  # say, several runs with one checkpoint_dir
+            changes = config_changes(found[0].config, config) if found[0].config else []
+            folder.refuse(changes)
         status = folder.status() or {}
-        if found is None and status.get("checkpoint"):
+        if found is None and status.get("checkpoint") and not _lies_in(status["checkpoint"], how):
             raise CheckpointError(
                 f"{folder.checkpoint_path} holds no checkpoint, but {status['checkpoint']} was saved; "
                 "--checkpoint.resume never sets the run aside and starts anew"
@@ -66,9 +74,13 @@ def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations
             found = _resume_elsewhere(trainer, folder, Path(how))
             changes = config_changes(found[0].config, config) if found[0].config else []
     if found is None:
+        if how != "never" and folder.status() is not None:
+            _say(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
         if config.checkpoint.init_from is not None:
             parts = config.checkpoint.init_parts
             _say(take_weights(trainer.modules, Path(config.checkpoint.init_from), parts))
+        if how == "never" and (aside := rank_zero(folder.set_aside)):
+            _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
         return None
     checkpoint, remarks = found
     state = trainer.state
@@ -90,14 +102,30 @@ def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations
             logger.warning("bits may differ from a run without interruption: %s", difference)
         for remark in remarks:
             logger.warning("%s", remark)
-    return checkpoint.path
+    return checkpoint
 
 
 @contextmanager
-def ending(folder: RunFolder, trainer: Trainer, writer: CheckpointWriter) -> Iterator[None]:
-    """Wait for the checkpoint that is being written when a run fails, and leave in ``status.json`` why it has ended."""
+def ending(
+    folder: RunFolder, trainer: Trainer, writer: CheckpointWriter, iterations: int
+) -> Iterator[dict[str, float]]:
+    """Leave in ``status.json`` how the run has ended; if it fails, wait for the checkpoint that is being written.
+
+    Args:
+        folder: of the run.
+        trainer: of the run.
+        writer: of its checkpoints.
+        iterations: length of the whole run.
+
+    Yields:
+        A dict to put the results into.
+    """
+    results: dict[str, float] = {}
     try:
-        yield
+        yield results
+        reached, step = trainer.state.iteration, trainer.state.optimizer_step
+        reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
+        folder.write_status("done", step, 0, reason, results, trainer.state.checkpoint)
     except BaseException as raised:
         error = worker_failure(raised) or raised
         if not isinstance(error, LeaveNow):
@@ -115,8 +143,14 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, path: Path) -> tuple[
         raise ConfigError(
             f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; checkpoint.init_from takes the weights alone"
         )
-    state["handlers"].pop("MetricsLogger", None)  # it tells how the other run's log goes on
+    if logger_state := state["handlers"].get("MetricsLogger"):
+        logger_state["writers"] = {}  # they tell how the other run's logs go on
     return checkpoint, restore_state(trainer, state)
+
+
+def _lies_in(checkpoint: str, how: str) -> bool:
+    """Whether a run that has not saved yet began at ``checkpoint``, of the other run that ``checkpoint.resume`` names."""
+    return how not in ("auto", "must") and Path(how) in (Path(checkpoint), *Path(checkpoint).parents)
 
 
 def _say(text: str) -> None:

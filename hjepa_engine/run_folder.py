@@ -10,7 +10,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,6 +65,9 @@ MAY_CHANGE_ELSEWHERE = (
 _LENGTH = ("training.epochs", "training.max_iters", "training.early_stopping", "probe.")
 
 
+_OF_CHECKPOINTS = ("epoch_", "damaged_", "index.json")
+
+
 class Change(NamedTuple):
     """A key of the configuration that is not what it was."""
 
@@ -87,6 +90,7 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run_dir or Path("runs") / config.logging.experiment_name)
         self._locks: list[Any] = []
+        self._newest: Path | None = None
 
     @property
     def log_path(self) -> Path:
@@ -115,6 +119,18 @@ class RunFolder:
             return []
         return config_changes(plain_config(load_config(saved)), self.config)
 
+    def refuse(self, changes: Sequence[Change]) -> None:
+        """Refuse to go on with changes that make another run.
+
+        Raises:
+            ConfigError: there are any.
+        """
+        if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE)]:
+            raise ConfigError(
+                f"run_dir {self.path} holds a run with another configuration: {'; '.join(map(str, refused[:3]))}"
+                f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}; choose another --run_dir"
+            )
+
     def finished_results(self) -> dict[str, float] | None:
         """Results of the run if it is complete here; None if there is something to do.
 
@@ -125,11 +141,7 @@ class RunFolder:
         if status is None or self.config.checkpoint.resume == "never":
             return None
         changes = self.changes()
-        if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE)]:
-            raise ConfigError(
-                f"run_dir {self.path} holds a run with another configuration: {'; '.join(map(str, refused[:3]))}"
-                f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}; choose another --run_dir"
-            )
+        self.refuse(changes)
         if status.get("state") == "done" and not any(change.key.startswith(_LENGTH) for change in changes):
             return dict(status["results"])
         return None
@@ -145,14 +157,17 @@ class RunFolder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 file = open(folder / ".lock", "a+", encoding="utf-8")
+                self._locks.append(file)
                 # Unlike flock()'s, this lock is not inherited by loader processes, which may outlive a killed main process.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                raise ConfigError(f"{folder} is in use by {file.read().strip() or 'another process'}") from error
+                other = file.read().strip() or "another process"
+                self.unlock()
+                raise ConfigError(f"{folder} is in use by {other}") from error
             except OSError as error:
+                self.unlock()
                 raise ConfigError(f"run_dir {folder} cannot be written to: {error.strerror}") from error
-            self._locks.append(file)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -164,22 +179,21 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Move an earlier run in the folder, and its checkpoints, out of the way; where to, None if there was none."""
-        if self.status() is None and not list_folder(self.checkpoint_path):
+        run, checkpoints = self.path.absolute(), self.checkpoint_path.absolute()
+        # Elsewhere than in the run folder, only checkpoints are the run's for sure.
+        elsewhere = [item for item in list_folder(checkpoints) if item.name.startswith(_OF_CHECKPOINTS)]
+        if self.status() is None and not elsewhere:
             return None
-        number = next(n for n in range(1, 10**6) if not (self.path / f"previous_{n}").exists())
-        aside = self.path / f"previous_{number}"
-        aside.mkdir()
-        inside = self.checkpoint_path.absolute().parent == self.path.absolute()
-        for item in list_folder(self.path):
+        number = 1
+        while any((folder / f"previous_{number}").exists() for folder in (run, checkpoints)):
+            number += 1
+        # Checkpoints first: if this is cut short, what is left of the run still says that it had some.
+        for item in [*([] if checkpoints.is_relative_to(run) else elsewhere), *list_folder(run)]:
             if not item.name.startswith("previous_"):
+                aside = item.with_name(f"previous_{number}")
+                aside.mkdir(exist_ok=True)
                 item.rename(aside / item.name)
-        if not inside and list_folder(self.checkpoint_path):
-            elsewhere = self.checkpoint_path / f"previous_{number}"
-            elsewhere.mkdir()
-            for item in list_folder(self.checkpoint_path):
-                if not item.name.startswith("previous_"):
-                    item.rename(elsewhere / item.name)
-        return aside
+        return self.path / f"previous_{number}"
 
     def enter(self) -> None:
         """Describe the run in the folder, now that nothing stands in its way.
@@ -207,13 +221,14 @@ class RunFolder:
         """Say how the run is: state, optimiser step, exit code, why, the probe's results, the newest checkpoint."""
         if idist.get_rank() != 0:
             return
+        self._newest = checkpoint or self._newest
         record = {
             "state": state,
             "step": step,
             "exit_code": exit_code,
             "reason": reason,
             "results": results or {},
-            "checkpoint": checkpoint and str(checkpoint),
+            "checkpoint": self._newest and str(self._newest),
         }
         try:
             replace_file(self.path / "status.json", json.dumps(record) + "\n")

@@ -25,8 +25,10 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_METADATA = "__metadata__"
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
 _CHUNK = 16 * 2**20
+_LARGEST_HEADER = 8 * 2**20  # what a larger one says may take any amount of memory
 
 
 def flatten(state: Any) -> tuple[str, dict[str, Tensor]]:
@@ -46,8 +48,10 @@ def flatten(state: Any) -> tuple[str, dict[str, Tensor]]:
         if isinstance(value, Tensor):
             if value.dtype not in _DTYPES or value.layout != torch.strided:
                 raise TypeError(f"{'.'.join(path)} is a tensor of {value.dtype}, {value.layout}, which cannot be saved")
-            name = ".".join(path)
-            name = name if name not in tensors else f"{name}#{len(tensors)}"  # {"a.b": x, "a": {"b": y}}
+            name = wanted = ".".join(path).encode(errors="replace").decode()  # safetensors takes no half characters
+            number = len(tensors)
+            while name in tensors or name == _METADATA:  # {"a.b": x, "a": {"b": y}}
+                name, number = f"{wanted}#{number}", number + 1
             tensors[name] = value.detach()
             return {_TENSOR: name}
         if isinstance(value, Mapping):
@@ -64,7 +68,16 @@ def flatten(state: Any) -> tuple[str, dict[str, Tensor]]:
             "tensors, numbers, texts, None, and dicts, lists and tuples of them"
         )
 
-    return json.dumps(encode(state, ())), tensors
+    try:
+        structure = json.dumps(encode(state, ()))
+    except RecursionError as error:
+        raise TypeError("the state is nested too deeply, or contains itself") from error
+    if 2 * len(structure) + 256 * len(tensors) > _LARGEST_HEADER:  # escaped, and with a line for each tensor
+        raise TypeError(
+            f"the state holds {len(tensors)} tensors and {len(structure) / 1e6:.1f} MB of other things, which is too much; "
+            "long lists of numbers belong into a tensor"
+        )
+    return structure, tensors
 
 
 def unflatten(structure: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -117,7 +130,7 @@ def write_tensors(write: Callable[[Any], None], structure: str, tensors: Mapping
     safetensors itself writes a file in one go, which leaves no room for a digest and hides the number of an error.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": {"structure": structure}}
+    header: dict[str, Any] = {_METADATA: {"structure": structure}}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
@@ -142,19 +155,23 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
         ValueError: it is no such file.
     """
     try:
+        with open(path, "rb") as head:
+            size = int.from_bytes(head.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"its header claims {size} bytes")
         with safe_open(path, framework="pt", device="cpu") as file:
             structure = (file.metadata() or {}).get("structure")
             if structure is None:
                 raise ValueError("it has no structure")
             return structure, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError, MemoryError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+    except (SafetensorError, RuntimeError, MemoryError, TypeError, OverflowError, AttributeError) as error:
+        raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
         while piece := os.read(descriptor, _CHUNK):
             digest.update(piece)

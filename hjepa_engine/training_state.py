@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hjepa_engine.checkpoints import Checkpoint, list_checkpoints, load_newest, load_one
-from hjepa_engine.engine import Trainer
+from hjepa_engine.engine import Metrics, Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.tensor_files import flatten
 from hjepa_engine.types import unwrap
@@ -65,9 +68,22 @@ def restore_state(trainer: Trainer, state: State) -> list[str]:
         Remarks, one line each: handlers whose state was not in the checkpoint or is not wanted, another number of processes.
 
     Raises:
-        CheckpointError: a part is missing or does not fit; the first misfit is named. The modules are then untouched.
+        CheckpointError: a part is missing or does not fit; the first misfit is named. Nothing has changed then.
     """
-    _check_modules(trainer.modules, state["modules"])
+    undo: list[Callable[[], None]] = []
+    try:
+        return _restore_state(trainer, state, undo)
+    except Exception as error:
+        for action in undo:
+            with contextlib.suppress(Exception):  # the first error counts
+                action()
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the checkpoint holds no state of a run: {_what(error)}") from error
+
+
+def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]]) -> list[str]:
+    _check_modules(trainer.modules, _modules_in(state))
     handlers, rank, ranks = trainer.stateful_handlers(), idist.get_rank(), state["ranks"]
     own = ranks[min(rank, len(ranks) - 1)]
     saved = {**state["handlers"], **own["handlers"]}
@@ -84,21 +100,37 @@ def restore_state(trainer: Trainer, state: State) -> list[str]:
             if handler.state_dict():
                 remarks.append(f"{name} starts afresh: the checkpoint has no state of it")
             continue
+        undo.append(functools.partial(handler.load_state_dict, copy.deepcopy(handler.state_dict())))
         try:
             handler.load_state_dict(saved[name])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-            raise CheckpointError(f"the state of {name} in the checkpoint does not fit: {what}") from error
-    for name, module in trainer.modules.items():
-        unwrap(module).load_state_dict(state["modules"][name])
-    trainer.load_state_dict(state["engine"])
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the state of {name} in the checkpoint does not fit: {_what(error)}") from error
+    engine = state["engine"]
+    if not all(type(engine[name]) is int for name in ("iteration", "epoch_length", "optimizer_step")):
+        raise CheckpointError("the checkpoint does not say how far the run was")
+    Metrics().load_state_dict(engine["metrics"])  # can it be read at all?
     if len(ranks) == idist.get_world_size():
         restore_random_state(own["random"], trainer.device)
+    for name, module in trainer.modules.items():  # from here on nothing can fail
+        unwrap(module).load_state_dict(state["modules"][name])
+    trainer.load_state_dict(engine)
     return remarks
 
 
 def _is_per_rank(handler: Any) -> bool:
     return getattr(handler, "per_rank", False)
+
+
+def _what(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [repr(error)])[0]
+
+
+def _modules_in(state: Any) -> dict[str, dict[str, Tensor]]:
+    modules = state.get("modules") if isinstance(state, dict) else None
+    parts = list(modules.values()) if isinstance(modules, dict) else [None]
+    if not all(isinstance(part, dict) and all(isinstance(item, Tensor) for item in part.values()) for part in parts):
+        raise CheckpointError("the checkpoint holds no weights of modules")
+    return dict(modules or {})
 
 
 def _check_modules(modules: nn.ModuleDict, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -210,11 +242,11 @@ def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     exported = next((place for place in places if place.is_file()), None)
     if exported is None or list_checkpoints(path / "checkpoints"):
         checkpoint, state = load_one(path)
-        return str(checkpoint.path), state["modules"]
+        return str(checkpoint.path), _modules_in(state)
     try:
         weights = load_file(exported)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{exported} holds no weights: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{exported} holds no weights: {_what(error)}") from error
     return str(exported), {"context_encoder": weights, "target_encoder": weights}
 
 

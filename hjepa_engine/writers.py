@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import netrc
 import os
 import secrets
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
 import ignite.distributed as idist
@@ -19,6 +22,11 @@ from hjepa_engine.config import Config
 from hjepa_engine.config_loading import dump_config, parse_yaml
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a run waits for a service when it begins, and again when it ends; leaving it takes one more.
+PATIENCE = 9.0
+# Records that a service may be behind; a run that goes on for days must not collect them in memory.
+_MOST_WAITING = 10_000
 
 WriterState = Mapping[str, Any]
 
@@ -120,7 +128,9 @@ class TensorBoardWriter:
         from tensorboardX import SummaryWriter
 
         self._step = 0 if state is None else state["step"]
-        self._writer = SummaryWriter(str(self.folder), purge_step=None if state is None else self._step + 1)
+        purge_step = None if state is None else self._step + 1
+        # Files are named by the second: without the step, one of a quick restart could replace the former.
+        self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, filename_suffix=f".{self._step}")
 
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
         """Write one scalar per metric at ``step``.
@@ -143,8 +153,55 @@ class TensorBoardWriter:
         return {"step": self._step}
 
 
+class _Queue:
+    """Calls of a service, made one after another in a thread of their own, for which a run waits only so long.
+
+    Args:
+        name: of the service, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.error: Exception | None = None
+        self._calls: SimpleQueue[tuple[Callable[[], None], threading.Event]] = SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def add(self, call: Callable[[], None], wait: bool = False) -> None:
+        """Make a call after those before it.
+
+        Args:
+            call: to be made.
+            wait: until it is done.
+
+        Raises:
+            Exception: what an earlier call has raised, or this one if it was waited for.
+            TimeoutError: the service takes too long, or takes nothing any more.
+        """
+        done = threading.Event()
+        if self.error is None and self._calls.qsize() < _MOST_WAITING:
+            self._calls.put((call, done))
+            answered = done.wait(PATIENCE) if wait else True
+        else:
+            answered = False
+        if self.error is not None:
+            raise self.error
+        if not answered:
+            raise TimeoutError(f"{self.name} does not answer")
+
+    def _work(self) -> None:
+        while self.error is None:
+            call, done = self._calls.get()
+            try:
+                call()
+            except Exception as error:  # raised again where somebody hears it
+                self.error = error
+            done.set()
+
+
 class WandbWriter:
     """Write to a run of Weights & Biases, offline where there is no account.
+
+    Nothing waits for the service longer than 10 s: it is talked to in a thread.
 
     Args:
         folder: of the run's files.
@@ -171,43 +228,79 @@ class WandbWriter:
         self.entity, self.tags, self.mode = entity, list(tags), mode
         self._run: Any = None
         self._id: str | None = None
+        self._queue: _Queue | None = None
 
     def open(self, state: WriterState | None) -> None:
         """Start a run of W&B, or go on with the one of the checkpoint."""
-        import wandb
+        import wandb  # here, not in the thread: it takes seconds, and loader processes must not be forked meanwhile
 
         self._id = secrets.token_hex(4) if state is None else state["id"]
         self.folder.mkdir(parents=True, exist_ok=True)
         mode = self.mode
         if mode == "auto":
             mode = "online" if _has_wandb_key() else "offline"
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            name=self.name,
-            tags=self.tags,
-            config=self.config,
-            dir=str(self.folder),
-            id=self._id,
-            resume="allow",
-            mode=os.environ.get("WANDB_MODE", mode),  # type: ignore[arg-type]
-            settings=wandb.Settings(init_timeout=10, silent=True, console="off"),
-        )
-        # Records carry their step, so that none is dropped for arriving after a later one.
-        self._run.define_metric("*", step_metric="step")
+        arguments: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name,
+            "tags": self.tags,
+            "config": self.config,
+            "dir": str(self.folder),
+            "id": self._id,
+            "resume": "allow",
+            "mode": os.environ.get("WANDB_MODE", mode),
+            "settings": wandb.Settings(init_timeout=0.8 * PATIENCE, silent=True, console="off"),
+        }
+
+        def start() -> None:
+            wandb.setup(wandb.Settings(silent=True))
+            self._run = wandb.init(**arguments)
+            # Records carry their step, so that none is dropped for arriving after a later one.
+            self._run.define_metric("*", step_metric="step")
+
+        self._queue = _Queue("W&B")
+        self._call(start, wait=True)
 
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
         """Log one record."""
-        self._run.log({"step": step, "epoch": epoch, **metrics})
+        record = {"step": step, "epoch": epoch, **metrics}
+        self._call(lambda: self._run.log(record))
 
     def close(self) -> None:
         """Finish the run."""
-        if self._run is not None:
-            self._run.finish()
+        if self._queue is not None:
+            self._call(lambda: self._run.finish(), wait=True)
+
+    def _call(self, call: Callable[[], None], wait: bool = False) -> None:
+        assert self._queue is not None
+        try:
+            self._queue.add(call, wait)
+        except Exception:
+            _leave_wandb()
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The run's id."""
         return {"id": self._id}
+
+
+def _leave_wandb() -> None:
+    """Part with a service that has failed: its own exit hook would wait for it for ever, or print a traceback."""
+    import wandb
+
+    process: Any = wandb
+    for name in ("sdk", "wandb_setup", "_singleton", "_connection", "_proc", "_process"):
+        process = getattr(process, name, None)  # no public name leads there; what it has not sent stays in its files
+
+    def leave() -> None:
+        with contextlib.suppress(BaseException):  # it may well call sys.exit()
+            wandb.teardown(1)
+
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(1.0)  # it takes the exit hook away before anything that may hang
+    if process is not None:
+        process.kill()  # a hung one would outlive the run, and hold on to its output
 
 
 def _has_wandb_key() -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 
 from hjepa_engine import create_trainer
 from hjepa_engine.handlers import (
+    Checkpointer,
     DamagedImages,
     MaskSampler,
     MetricAverager,
     NonFiniteGuard,
     OptimizerStep,
     ParamSchedule,
+    Preemption,
+    RetentionPolicy,
     StepSeed,
     TargetEncoderEMA,
     Throughput,
@@ -99,7 +104,7 @@ def bare_loop(iterations: int = 2000) -> float:
     return (time.perf_counter() - began) / iterations
 
 
-def engine_loop(with_masks: bool, iterations: int = 2000) -> float:
+def engine_loop(with_masks: bool, folder: Path, iterations: int = 2000) -> float:
     """Seconds per iteration of the engine with the handlers of a pretraining run around the empty step."""
     modules = nn.ModuleDict({"context_encoder": _Nothing(), "target_encoder": _Nothing()})
     modules["target_encoder"].requires_grad_(False)
@@ -118,6 +123,8 @@ def engine_loop(with_masks: bool, iterations: int = 2000) -> float:
         ParamSchedule(ema, "momentum", schedule),
         MetricAverager(),
         Throughput(),
+        Preemption(),
+        Checkpointer(folder, RetentionPolicy(keep_best_n=0), every_minutes=15.0),
         *([MaskSampler(MultiBlockMasks((14, 14)))] if with_masks else []),
     ]
     for handler in handlers:
@@ -130,10 +137,11 @@ def engine_loop(with_masks: bool, iterations: int = 2000) -> float:
 def engine_table(rounds: int = 7) -> None:
     """Cost of engine and handlers, over a bare loop in the same process, rounds taken in turn."""
     extra, masked = [], []
-    for _ in range(rounds):
-        bare = bare_loop()
-        extra.append(engine_loop(with_masks=False) - bare)
-        masked.append(engine_loop(with_masks=True) - bare)
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            bare = bare_loop()
+            extra.append(engine_loop(False, Path(folder)) - bare)
+            masked.append(engine_loop(True, Path(folder)) - bare)
     for name, times in (("engine and handlers", extra), ("the same with masks, 14 x 14, batch 128", masked)):
         low, middle, high = (1e3 * pick(times) for pick in (min, statistics.median, max))
         print(f"{name}: {middle:.2f} ms per iteration (of {rounds} rounds: {low:.2f} to {high:.2f})")

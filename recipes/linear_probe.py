@@ -1,6 +1,6 @@
 """Judge the frozen encoder of a run with a linear probe, beside a random encoder and raw pixels.
 
-    python recipes/linear_probe.py --run RUN_DIR [--probe.features concat ...]
+    python recipes/linear_probe.py --run RUN_DIR [--checkpoint best] [--probe.features concat ...]
 
 The probe is trained by the same engine, optimiser step, schedule, averages and progress bar as pretraining. Features are
 read once from unaugmented images and standardised (as by MAE's batch norm without affine parameters, arXiv:2111.06377).
@@ -132,16 +132,18 @@ def describe(results: dict[str, float], config: Config) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Probe the encoder of a finished run."""
+    """Probe the encoder of a run."""
     parser = command_parser(__doc__ or "")
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--checkpoint", metavar="NAME", help="best, latest or a name; the exported encoder by default")
     known, overrides = parser.parse_known_args(argv)
-    encoder = load_encoder(known.run)
+    encoder = load_encoder(known.run, known.checkpoint)
     config = load_config(known.run / "config.yaml", overrides)
     results = judge(config, encoder.to(choose_device(config.device)), known.run, config.logging.progress_bar)
     print(describe(results, config))
     (known.run / "linear_probe.json").write_text(
-        json.dumps({"probe": asdict(config.probe), "accuracy": results}) + "\n", encoding="utf-8"
+        json.dumps({"probe": asdict(config.probe), "checkpoint": known.checkpoint, "accuracy": results}) + "\n",
+        encoding="utf-8",
     )
 
 

@@ -1,7 +1,6 @@
 """Pretrain an H-JEPA on images without labels, then judge its target encoder with a linear probe.
 
-    python recipes/pretrain.py                                           # pages of digits, about two minutes
-    python recipes/pretrain.py                                           # again: goes on where it was stopped
+    python recipes/pretrain.py                # pages of digits, about two minutes; again: goes on where it was stopped
     python recipes/pretrain.py --config recipes/configs/cifar10.yaml --data.data_path data/cifar10
     torchrun --nproc_per_node 2 recipes/pretrain.py --config ...         # several GPUs
 
@@ -37,7 +36,6 @@ from hjepa_engine.handlers import (
     ParamSchedule,
     Preemption,
     ProgressBar,
-    RetentionPolicy,
     StepSeed,
     TargetEncoderEMA,
     Throughput,
@@ -47,6 +45,7 @@ from hjepa_engine.models import build_modules, encoder_arguments
 from hjepa_engine.parts import (
     build_handlers,
     build_masks,
+    build_policy,
     build_run_optimizer,
     build_schedules,
     build_step,
@@ -102,20 +101,13 @@ class Run:
     def fit(self) -> dict[str, float]:
         """Train from the newest checkpoint on; then, where ``probe.enabled``, judge the encoder with the linear probe.
 
-        Raises:
-            Preempted: the run was asked to stop, and is saved.
+        A run that is asked to stop is saved and raises ``Preempted``.
         """
         rank_zero(self.folder.lock)
         try:
-            begun_at = start_run(self.trainer, self.folder, len(self.data), self.iterations)
-            rank_zero(self.folder.enter)
-            state = self.trainer.state
-            self.folder.write_status("running", state.optimizer_step, checkpoint=begun_at)
-            with ending(self.folder, self.trainer, self.checkpointer.writer):
-                results = self._train_and_judge()
-                how = "trained to the end" if state.iteration == self.iterations else f"ended after {state.iteration}"
-                reason = how if state.iteration == self.iterations else f"{how} of {self.iterations} iterations"
-                self.folder.write_status("done", state.optimizer_step, 0, reason, results, state.checkpoint)
+            start_run(self.trainer, self.folder, len(self.data), self.iterations)
+            with ending(self.folder, self.trainer, self.checkpointer.writer, self.iterations) as results:
+                results |= self._train_and_judge()
             return results
         finally:
             self.preemption.close()
@@ -123,10 +115,8 @@ class Run:
             self.folder.unlock()
 
     def _train_and_judge(self) -> dict[str, float]:
-        config = self.config
-        by_iterations = config.training.max_iters is not None
-        length = {"max_iters": self.iterations} if by_iterations else {"max_epochs": config.training.epochs}
-        self.trainer.run(self.data, **length)
+        config, limit = self.config, self.config.training.max_iters
+        self.trainer.run(self.data, config.training.epochs if limit is None else None, limit and self.iterations)
         results: dict[str, float] = {}
         if config.probe.enabled:
             results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)
@@ -140,22 +130,31 @@ def build(config: Config) -> Run:
     """Build every part and attach every handler; writes nothing yet."""
     training, seed, device = config.training, config.seed, choose_device(config.device)
     amp_dtype = choose_amp_dtype(training, device)
+    train, val = (open_source(config.data, split, seed) for split in ("train", "val"))
+    data, sampler = build_loader(config.data, train, seed, train=True)
+    val_data, _ = build_loader(config.data, val, seed, train=False)
+
     modules = distribute(build_modules(config), device)
     context_encoder, target_encoder = modules["context_encoder"], modules["target_encoder"]
     optimizer = build_run_optimizer(config, modules)
     masks, step = build_masks(config, unwrap(context_encoder).grid), build_step(config)
     own_handlers = build_handlers(config)
-
-    train, val = (open_source(config.data, split, seed) for split in ("train", "val"))
-    data, sampler = build_loader(config.data, train, seed, train=True)
-    val_data, _ = build_loader(config.data, val, seed, train=False)
     schedules = build_schedules(config, steps_per_epoch(len(data), training.accumulation_steps))
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     ema = TargetEncoderEMA(context_encoder, target_encoder, config.model.ema.momentum)
     folder = RunFolder(config)
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
     logger = MetricsLogger(build_writers(config, folder.path, folder.log_path))
-    checkpointer = build_checkpointer(config, folder)
+    checkpointer = Checkpointer(
+        folder.checkpoint_path,
+        build_policy(config),
+        config.checkpoint.metric,
+        config.checkpoint.save_frequency,
+        config.checkpoint.save_every_steps,
+        config.checkpoint.save_every_minutes,
+        plain_config(config),
+        lambda path, saved: folder.write_status("running", saved["step"], checkpoint=path),
+    )
     preemption = Preemption(training.time_limit)
 
     evaluator = create_evaluator(step, modules, device, amp_dtype)
@@ -194,21 +193,6 @@ def build(config: Config) -> Run:
     for handler in handlers:
         handler.attach(trainer)
     return Run(config, trainer, data, logger, folder, checkpointer, preemption)
-
-
-def build_checkpointer(config: Config, folder: RunFolder) -> Checkpointer:
-    """The handler that saves, as ``checkpoint`` says."""
-    options = config.checkpoint
-    return Checkpointer(
-        folder.checkpoint_path,
-        RetentionPolicy(options.keep_last_n, options.keep_best_n, options.keep_every_epochs, options.mode),
-        options.metric,
-        options.save_frequency,
-        options.save_every_steps,
-        options.save_every_minutes,
-        plain_config(config),
-        lambda path, saved: folder.write_status("running", saved["step"], checkpoint=path),
-    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hjepa_engine import Config, create_evaluator, create_trainer, load_config
+from hjepa_engine.checkpoints import MANIFEST, STATE, describe_record, write_checkpoint
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.handlers import (
@@ -31,6 +34,8 @@ from hjepa_engine.handlers import (
 )
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import build_masks, build_run_optimizer, build_schedules, build_step, steps_per_epoch
+from hjepa_engine.retention import Record
+from hjepa_engine.tensor_files import flatten
 from hjepa_engine.types import Step
 
 ROOT = Path(__file__).parent.parent
@@ -228,3 +233,41 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def save_state(folder: Path, state: Any, iteration: int, score: float | None = None, **more: Any) -> Path:
+    """Commit a checkpoint of ``state``, as if saved at the end of epoch ``iteration``; its path."""
+    name = f"epoch_{iteration:04d}_step_{iteration:08d}"
+    record = Record(name, iteration, iteration, iteration, True, score)
+    description = describe_record(record, "val/loss", {}) | {"reasons": ["epoch"], "config": {}, "environment": {}}
+    return folder / write_checkpoint(folder, name, *flatten(state), {**description, **more})
+
+
+def same_state(first: Any, second: Any) -> bool:
+    """Whether two nested states have the same types, order of keys, and bits; all NaN count as one."""
+    if isinstance(first, Tensor):
+        kind = isinstance(second, Tensor) and first.dtype == second.dtype and first.shape == second.shape
+        return kind and bytes_of(first) == bytes_of(second)
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same_state(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same_state, first, second))
+    return repr(first) == repr(second)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The bits of a tensor."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def sign_again(path: Path, **fields: Any) -> None:
+    """Change fields of a checkpoint's manifest and make its digests right, as anybody with write access can."""
+    manifest = json.loads((path / MANIFEST).read_text()) | fields
+    del manifest["digest"]
+    if "files" not in fields:
+        state = (path / STATE).read_bytes()
+        manifest["files"] = {STATE: {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest | {"digest": digest}))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from hjepa_engine import Config, dump_config, load_config
+from hjepa_engine.checkpoints import list_checkpoints
 from hjepa_engine.config import Level, resolve_levels
 from hjepa_engine.config_loading import list_options, parse_yaml
 from hjepa_engine.data import build_loader, open_source
@@ -443,6 +444,28 @@ def files(config, tools):
     return sorted({str(path.relative_to(tools.folder)).split(".")[0] for path in tools.folder.rglob("*")})
 
 
+def kept(config, tools):
+    """Optimiser steps of the checkpoints that a run leaves, the newest first."""
+    finished(config, tools)
+    return [checkpoint.record.step for checkpoint in list_checkpoints(RunFolder(config).checkpoint_path)]
+
+
+def set_aside(config, tools):
+    """Whether the same run again has moved the first one out of its way."""
+    finished(config, tools)
+    finished(config, tools)
+    return (RunFolder(config).path / "previous_1").is_dir()
+
+
+def started_from(config, tools):
+    """A digest of all weights of a run that may start from those of another one, in the folder ``source``."""
+    plain = replace(config.checkpoint, init_from=None, init_parts=None)
+    source = replace(config, run_dir=str(tools.folder / "source"), seed=7, checkpoint=plain)
+    tools.monkeypatch.chdir(tools.folder)
+    finished(source, tools)
+    return trained(config, tools)
+
+
 def records(config, tools):
     finished(config, tools)
     path = RunFolder(config).path / "metrics.jsonl"
@@ -485,6 +508,7 @@ def wandb_calls(config, tools):
     fake = types.ModuleType("wandb")
     fake.init = lambda **arguments: calls.append(arguments) or FakeRun()
     fake.Settings = lambda **arguments: None
+    fake.setup = lambda settings: None
     tools.monkeypatch.setitem(sys.modules, "wandb", fake)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
         tools.monkeypatch.delenv(name, raising=False)
@@ -582,6 +606,11 @@ def loss_value(config, tools):
 ME = __name__
 TENSORBOARD = ("--logging.tensorboard.enabled=true",)
 WANDB = ("--logging.wandb.enabled=true",)
+EVERY_STEP = ("--checkpoint.save_every_steps=1", "--logging.log_frequency=1")
+LAST_ONLY = (*EVERY_STEP, "--checkpoint.keep_best_n=0")
+# The learning rate is 0 in the first step, which warms up, largest in the second, and falls from there.
+BY_RATE = (*EVERY_STEP, "--checkpoint.metric=train/lr")
+ALL = ("--checkpoint.keep_last_n=9",)
 STUCK = ("--training.lr=1e-30", "--training.min_lr=0", "--training.weight_decay=0", "--model.ema.momentum=1")
 SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 
@@ -661,6 +690,19 @@ EFFECTS = {
     ),
     "training.non_finite": Effect("the run goes on", "skip", ending, (f"--loss.type={ME}.nan_loss",), ("done", 4)),
     "training.early_stopping": Effect("ends in epoch 2", "1", ending, ("--training.epochs=4", *STUCK), ("done", 4)),
+    "training.time_limit": Effect("leaves after a step", "1e-9", ending, becomes=("Preempted", 1)),
+    "checkpoint.save_frequency": Effect("every other epoch", "2", kept, ("--training.epochs=4", *ALL), [8, 4]),
+    "checkpoint.save_every_steps": Effect("every step", "1", kept, ALL, [4, 3, 2, 1]),
+    "checkpoint.save_every_minutes": Effect("every step", "1e-9", kept, ALL, [4, 3, 2, 1]),
+    "checkpoint.keep_last_n": Effect("three are left", "3", kept, LAST_ONLY, [4, 3, 2]),
+    "checkpoint.keep_best_n": Effect("the best one is not kept", "0", kept, BY_RATE, [4, 3]),
+    "checkpoint.keep_every_epochs": Effect("the end of each epoch is kept", "1", kept, LAST_ONLY, [4, 3, 2]),
+    "checkpoint.metric": Effect("another one is best", "train/lr", kept, EVERY_STEP, [4, 3, 1]),
+    "checkpoint.mode": Effect("the largest is best", "max", kept, BY_RATE, [4, 3, 2]),
+    "checkpoint.checkpoint_dir": Effect("they are elsewhere", "elsewhere", files),
+    "checkpoint.resume": Effect("the first run is set aside", "never", set_aside, becomes=True),
+    "checkpoint.init_from": Effect("other weights at the start", "source", started_from),
+    "checkpoint.init_parts": Effect("fewer of them", "[predictor]", started_from, ("--checkpoint.init_from=source",)),
     "logging.experiment_name": Effect("another folder", "b", lambda c, t: str(RunFolder(c).path), ("--run_dir=null",)),
     "logging.log_dir": Effect("event files elsewhere", "elsewhere", files, TENSORBOARD),
     "logging.log_frequency": Effect("a record each step", "1", records, becomes=[1, 2, 3, 4]),

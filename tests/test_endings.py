@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import linear_trainer, rows
+from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, load_config
 from hjepa_engine.config import DataConfig
@@ -25,14 +26,13 @@ ROOT = Path(__file__).parent.parent
 SHORT = ["training.max_iters=2", "probe.enabled=false", "logging.progress_bar=false", "logging.log_frequency=1"]
 
 
-def test_sigterm_ends_a_run_with_143_and_a_reason(tmp_path):
+def test_sigterm_ends_a_run_with_75_saved_and_the_same_command_goes_on(tmp_path):
     command = [
         sys.executable,
         str(ROOT / "recipes" / "pretrain.py"),
         "--run_dir",
         "run",
-        "--logging.log_frequency",
-        "1",
+        *("--logging.log_frequency", "1", "--probe.enabled", "false"),
     ]
     process = subprocess.Popen([*command, "--data.num_workers", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -42,23 +42,44 @@ def test_sigterm_ends_a_run_with_143_and_a_reason(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (process.returncode, err.splitlines()[-1]) == (143, "terminated")
-    assert (status["state"], status["exit_code"], status["reason"]) == ("stopped", 143, "terminated")
+    assert process.returncode == 75
+    (saved,) = (tmp_path / "run" / "checkpoints").glob(f"epoch_0000_step_{status['step']:08d}")
+    reason = (
+        f"SIGTERM at step {status['step']}: saved {saved.relative_to(tmp_path)}; run the same command again to go on"
+    )
+    assert err.splitlines()[-1] == reason
+    assert (status["state"], status["exit_code"], status["reason"]) == ("preempted", 75, reason)
     assert status["step"] >= 2
+    again = [*command, "--training.max_iters", str(status["step"] + 2)]
+    answer = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert f"resumed step {status['step']} " in answer.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, status["step"] + 3))
 
 
-def test_a_run_folder_is_never_written_twice_from_python_either(tmp_path):
+def test_a_finished_run_is_not_trained_again_from_python_either(tmp_path):
+    def contents():
+        files = (path for path in sorted(tmp_path.rglob("*")) if path.is_file() and path.name != ".lock")
+        return {path: path.read_bytes() for path in files}
+
     config = load_config(DEFAULT_CONFIG, [f"run_dir={tmp_path}", *SHORT])
     build(config).fit()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(ConfigError, match="holds a run; choose another --run_dir, or delete the folder"):
-        build(config).fit()
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    before = contents()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+    again = build(config)
+    steps = []
+    again.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: steps.append(1))
+    again.fit()
+    assert (steps, again.trainer.state.iteration) == ([], 2)
+    assert contents() == before
 
 
 def test_status_says_that_a_run_was_cut_short(tmp_path):
-    build(load_config(DEFAULT_CONFIG, [f"run_dir={tmp_path}", *SHORT])).fit()
-    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "ended after 2 of 2000 iterations"
+    run = build(load_config(DEFAULT_CONFIG, [f"run_dir={tmp_path}", *SHORT, "training.max_iters=9"]))
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), run.trainer.terminate)
+    run.fit()
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "ended after 2 of 9 iterations"
 
 
 def test_a_batch_that_cannot_be_shared_out_is_a_mistake_in_the_configuration(monkeypatch):
@@ -69,19 +90,14 @@ def test_a_batch_that_cannot_be_shared_out_is_a_mistake_in_the_configuration(mon
 
 
 def test_tensorboard_that_can_no_longer_write_is_dropped_and_training_goes_on(tmp_path, caplog):
-    opened = []
-
-    def tensorboard():
-        opened.append(TensorBoardWriter(tmp_path))
-        return opened[0]
-
+    writer = TensorBoardWriter(tmp_path)
     trainer, _ = linear_trainer()
-    MetricsLogger([tensorboard]).attach(trainer)
+    MetricsLogger([writer]).attach(trainer)
 
     def kill_the_writing_thread(engine):
         engine.state.metrics["x"] = float(engine.state.iteration)
         if engine.state.iteration == 3:
-            worker = opened[0]._writer.file_writer.event_writer._worker
+            worker = writer._writer.file_writer.event_writer._worker
             worker.stop()
             worker.join()
 
@@ -96,7 +112,7 @@ def test_tensorboard_that_can_no_longer_write_is_dropped_and_training_goes_on(tm
 
 def test_metrics_may_be_tensors_and_what_is_no_number_is_not_logged(tmp_path):
     trainer, _ = linear_trainer()
-    MetricsLogger([lambda: JsonlWriter(tmp_path / "metrics.jsonl")]).attach(trainer)
+    MetricsLogger([JsonlWriter(tmp_path / "metrics.jsonl")]).attach(trainer)
 
     def write(engine):
         engine.state.metrics |= {"tensor": torch.tensor(1.5), "whole": 2, "text": "no number", "many": torch.zeros(3)}

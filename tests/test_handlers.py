@@ -214,13 +214,20 @@ class Places:
         self.places.append((epoch, batch))
 
 
+def engine_state(iteration, epoch_length):
+    """What a trainer saves that has done so many iterations."""
+    metrics = {"clock": 0, "values": {}, "written": {}}
+    place = {"iteration": iteration, "epoch_length": epoch_length, "optimizer_step": iteration}
+    return {**place, "epoch_open": False, "metrics": metrics}
+
+
 @pytest.mark.parametrize(("iteration", "places"), [(0, [(0, 0), (1, 0), (2, 0)]), (4, [(1, 1), (2, 0)]), (6, [(2, 0)])])
 def test_every_pass_over_the_data_starts_where_the_engine_is(iteration, places):
     sampler = Places()
     trainer, _ = linear_trainer()
     DataPosition(sampler).attach(trainer)
-    trainer.load_state_dict({"iteration": iteration, "epoch_length": 3, "max_epochs": 3, "optimizer_step": iteration})
-    trainer.run(rows((1, 0), (3, 0), (8, 0)))
+    trainer.load_state_dict(engine_state(iteration, epoch_length=3))
+    trainer.run(rows((1, 0), (3, 0), (8, 0)), max_epochs=3)
     assert sampler.places == places
 
 
@@ -304,7 +311,7 @@ def test_an_open_window_survives_a_restart():
     second, restored = trainer()
     second.load_state_dict(state)
     restored.load_state_dict(sums)
-    second.run(rows(*[(value,) for value in values[4:]]))
+    second.run(rows(*[(value,) for value in values[4:]]), epoch_length=6)
     assert whole.state.metrics["train/loss"] == sum(values) / 6
     assert second.state.metrics["train/loss"] == sum(values) / 6
 
@@ -554,9 +561,12 @@ class Memory:
     """A writer that remembers, or fails where it is told to."""
 
     def __init__(self, fails_in=()):
-        if "open" in fails_in:
+        self.fails_in, self.records, self.opened, self.closed = fails_in, [], [], 0
+
+    def open(self, state):
+        self.opened.append(state)
+        if "open" in self.fails_in:
             raise OSError("no\nspace")
-        self.fails_in, self.records, self.closed = fails_in, [], 0
 
     def write(self, metrics, step, epoch):
         if "write" in self.fails_in:
@@ -568,11 +578,14 @@ class Memory:
         if "close" in self.fails_in:
             raise RuntimeError("no end")
 
+    def state_dict(self):
+        return {"records": len(self.records)}
+
 
 def test_every_value_is_written_once_with_its_step():
     trainer, _ = linear_trainer(log_frequency=2)
     memory = Memory()
-    logger = MetricsLogger([lambda: memory])
+    logger = MetricsLogger([memory])
     logger.attach(trainer)
 
     def window(engine):
@@ -604,7 +617,7 @@ def test_every_value_is_written_once_with_its_step():
         ({"probe/linear": 0.5}, 6, 2),
         ({"early": 1.0}, 1, 2),
     ]
-    assert memory.closed == 1
+    assert (memory.opened, memory.closed) == ([None], 1)
 
 
 @pytest.mark.parametrize("place", ["open", "write", "close"])
@@ -612,7 +625,7 @@ def test_the_failure_of_a_logger_is_not_the_runs(place, caplog):
     config = tiny_config(training__epochs=3)
     alone = pretraining(config).run().weights
     good = Memory()
-    run = pretraining(config, writers=[lambda: Memory([place]), lambda: good])
+    run = pretraining(config, writers=[Memory([place]), good])
     with caplog.at_level(logging.WARNING):
         run.run()
         run.handlers["logger"].close()
@@ -626,18 +639,44 @@ def test_the_failure_of_a_logger_is_not_the_runs(place, caplog):
 
 def test_nothing_is_opened_before_there_is_something_to_write():
     trainer, _ = linear_trainer()
-    opened = []
-    logger = MetricsLogger([lambda: opened.append(1) or Memory()])
+    memory = Memory()
+    logger = MetricsLogger([memory])
     logger.attach(trainer)
     trainer.run(rows((1, 0)))
     logger.close()
-    assert opened == []
+    assert (memory.opened, memory.closed) == ([], 0)
+
+
+def test_a_logger_goes_on_with_the_state_of_its_writers_and_writes_nothing_twice():
+    first, second, writers = linear_trainer()[0], linear_trainer()[0], [Memory(), Memory()]
+    logger, restored = (MetricsLogger([writer]) for writer in writers)
+
+    def write(engine):
+        engine.state.metrics["x"] = float(engine.state.iteration)
+
+    for trainer, handler in ((first, logger), (second, restored)):
+        handler.attach(trainer)
+        trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, write)
+    first.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: engine.terminate())
+    first.run(rows((1, 0), (3, 0), (8, 0)))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    restored.load_state_dict(json.loads(json.dumps(logger.state_dict())))
+    second.run(rows((8, 0)), epoch_length=3)
+    assert [step for _, step, _ in writers[0].records] == [1, 2]
+    assert writers[1].opened == [{"records": 2}]
+    assert writers[1].records == [({"x": 3.0}, 3, 1)]
+
+
+def test_what_an_opened_writer_goes_on_from_is_kept_where_it_was_never_opened():
+    logger = MetricsLogger([Memory()])
+    logger.load_state_dict({"seen": 7, "writers": {"Memory": {"records": 5}, "Gone": {"id": "x"}}})
+    assert logger.state_dict() == {"seen": 7, "writers": {"Memory": {"records": 5}, "Gone": {"id": "x"}}}
 
 
 def test_metrics_are_lines_of_json(tmp_path):
     trainer, _ = linear_trainer(lr=1e-9, log_frequency=2)
     MetricAverager().attach(trainer)
-    logger = MetricsLogger([lambda: JsonlWriter(tmp_path / "metrics.jsonl")])
+    logger = MetricsLogger([JsonlWriter(tmp_path / "metrics.jsonl")])
     logger.attach(trainer)
     trainer.run(rows((1, 0), (3, 0), (math.nan, 0)))
     logger.log_metrics({"worst": math.inf})
@@ -658,12 +697,34 @@ def test_metrics_are_lines_of_json(tmp_path):
     assert records[2] == {"step": 3, "epoch": 1, "worst": None}
 
 
-def test_metrics_are_appended_to_a_file_that_is_there(tmp_path):
-    for step in (1, 2):
-        writer = JsonlWriter(tmp_path / "metrics.jsonl")
+def lines_of(path, state, *steps):
+    """Steps of all records, after a process that goes on from ``state`` has written some; and its state after each."""
+    writer, states = JsonlWriter(path), []
+    writer.open(state)
+    for step in steps:
         writer.write({"a": 1.0}, step, 1)
-        writer.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+        states.append(json.loads(json.dumps(writer.state_dict())))
+    writer.close()
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()], states
+
+
+def test_a_resumed_run_appends_to_the_records_before_its_checkpoint_and_cuts_off_the_later_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    seen, states = lines_of(path, None, 1, 2, 3)
+    assert seen == [1, 2, 3]
+    assert lines_of(path, states[1], 3, 4)[0] == [1, 2, 3, 4]
+    assert lines_of(path, states[0], 9)[0] == [1, 9]
+    assert lines_of(path, None, 5)[0] == [5]  # a new run
+
+
+def test_records_that_were_lost_are_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    _, states = lines_of(path, None, 1, 2)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert lines_of(path, states[1], 3)[0] == [1, 3]
+    (warning,) = caplog.records
+    there, wanted = states[0]["bytes"], states[1]["bytes"]
+    assert warning.getMessage() == f"{path} has lost its end: {there} bytes instead of {wanted}"
 
 
 def read_events(folder):
@@ -685,7 +746,7 @@ def read_events(folder):
 def test_tensorboard_files_hold_what_was_logged(tmp_path):
     trainer, _ = linear_trainer(lr=1e-9, log_frequency=2)
     MetricAverager().attach(trainer)
-    logger = MetricsLogger([lambda: TensorBoardWriter(tmp_path / "deep" / "tensorboard")])
+    logger = MetricsLogger([TensorBoardWriter(tmp_path / "deep" / "tensorboard")])
     logger.attach(trainer)
     trainer.run(rows((1, 0), (3, 0), (8, 0)))
     logger.log_metrics({"worst": math.nan})
@@ -730,6 +791,7 @@ def test_weights_and_biases_files_hold_what_was_logged(tmp_path):
         from pathlib import Path
         from hjepa_engine.writers import WandbWriter
         writer = WandbWriter(Path("logs"), {"seed": 3, "training": {"lr": 0.1}}, "proj", "name", tags=["a", "b"])
+        writer.open(None)
         writer.write({"train/loss": 1.5}, 10, 1)
         writer.write({"val/loss": 2.5}, 10, 1)
         writer.write({"probe/linear": 0.5}, 5, 1)
@@ -794,8 +856,8 @@ def test_the_time_left_of_a_resumed_run_is_judged_by_its_own_iterations(monkeypa
     trainer, _ = linear_trainer()
     ProgressBar(stream=stream).attach(trainer)
     trainer.add_event_handler(Events.ITERATION_STARTED, lambda: now.__setitem__(0, now[0] + 2.0))
-    trainer.load_state_dict({"iteration": 6, "epoch_length": 3, "max_epochs": 4, "optimizer_step": 6})
-    trainer.run(rows((1, 0), (3, 0), (8, 0)))
+    trainer.load_state_dict(engine_state(6, epoch_length=3))
+    trainer.run(rows((1, 0), (3, 0), (8, 0)), max_epochs=4)
     assert stream.getvalue().splitlines()[0] == "epoch 3/4    6.0 s, 2000 ms/it, 6.0 s left"
 
 

@@ -189,7 +189,12 @@ def test_a_run_leaves_its_folder(finished):
         "metrics.jsonl",
         "encoder",
         "tensorboard",
+        "checkpoints",
+        ".lock",
     }
+    saved = ["epoch_0001_step_00000014", "epoch_0001_step_00000020"]  # an epoch's end, and the run's in the second one
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [".lock", *saved, "index.json"]
+    assert json.loads((run / "status.json").read_text())["checkpoint"] == f"run/checkpoints/{saved[1]}"
     assert load_config(run / "config.yaml") == config
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 0
@@ -263,7 +268,8 @@ def test_another_configuration_does_not_touch_a_finished_run(finished, command, 
     _, err, code = command(pretrain, "--config", "tiny.yaml", "--training.lr", "5e-4")
     assert code == 2
     assert err.splitlines()[-1] == (
-        "run_dir run holds a run with another configuration; choose another --run_dir, or delete the folder"
+        "run_dir run holds a run with another configuration: training.lr was 0.001, is 0.0005 now; "
+        "choose another --run_dir"
     )
     assert snapshot(folder) == before
 
@@ -309,7 +315,10 @@ def test_the_probe_is_trained_by_the_engine(finished, monkeypatch, tmp_path):
 def test_a_folder_without_an_encoder_is_exit_code_4(command, tmp_path):
     out, err, code = command(linear_probe, "--run", tmp_path)
     assert (out, code) == ("", 4)
-    assert err == f"{tmp_path} holds no exported encoder: {tmp_path}/encoder/config.json is missing\n"
+    assert err == (
+        f"{tmp_path} holds no exported encoder: {tmp_path}/encoder/config.json is missing; "
+        "before the end of a run, take one from a checkpoint (latest, best)\n"
+    )
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------
@@ -332,9 +341,26 @@ def test_a_loss_that_is_no_number_is_exit_code_5(parts, tmp_path):
 def test_a_run_that_is_not_complete_is_not_taken_for_a_finished_one(command, tmp_path, parts):
     config = write_config(tmp_path / "c.yaml", handlers=[{"class_path": f"{parts}.Bomb"}])
     assert command(pretrain, "--config", config)[2] == 1
-    _, err, code = command(pretrain, "--config", config)
-    assert code == 2
-    assert "run_dir run holds a run that is stopped" in err
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["checkpoint"]) == ("stopped", 2, None)
+    out, _, code = command(pretrain, "--config", config, "--handlers", "[]")
+    assert (code, "was finished already" in out) == (0, False)
+    assert "no checkpoint yet in run/checkpoints: starting from the beginning" in out
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 10)
+
+
+def test_a_run_that_has_failed_goes_on_from_its_last_checkpoint(command, tmp_path, parts):
+    bomb = {"class_path": f"{parts}.Bomb"}
+    config = write_config(tmp_path / "c.yaml", handlers=[bomb], checkpoint__save_every_steps=1)
+    assert command(pretrain, "--config", config)[2] == 1
+    out, _, code = command(pretrain, "--config", config, "--handlers", "[]")
+    # The bomb goes off within iteration 2, which is thus not complete.
+    assert "resumed step 1 (iteration 1 of 10) from run/checkpoints/epoch_0000_step_00000001" in out
+    assert code == 0
+    alone = write_config(tmp_path / "alone.yaml", run_dir="alone")
+    assert command(pretrain, "--config", alone)[2] == 0
+    assert same_bits(weights_of(load_encoder("run")), weights_of(load_encoder("alone")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""Standard output and error that may break, as when the terminal or the reader of a pipe has gone, without ending a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class LenientStream:
+    """A text stream whose failure is named once, and from then on written to nowhere.
+
+    Args:
+        stream: the real one.
+        name: for the warning.
+    """
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._stream, self._name, self._failed = stream, name, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any text stream."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: somebody has closed it
+            self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        _to_nowhere(self._stream)
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("%s cannot be written to: %s; the run goes on without it", self._name, reason)
+
+
+def make_streams_lenient() -> None:
+    """Let no failure of standard output or error, closed ones included, reach those who print."""
+    for number, name, text in ((1, "stdout", "standard output"), (2, "stderr", "standard error")):
+        stream = getattr(sys, name)
+        if (
+            stream is None
+        ):  # closed when the process began: else a file opened later would get its number, and its texts
+            stream = open(os.devnull, "w", encoding="utf-8")
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(stream.fileno(), number)
+        if not isinstance(stream, LenientStream):
+            setattr(sys, name, LenientStream(stream, text))
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let what is still in the stream's buffers, and what other code writes to its descriptor, vanish."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # it is no file
+        return

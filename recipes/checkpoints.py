@@ -1,0 +1,81 @@
+"""List the checkpoints of a run: step, epoch, metrics, size, why each was saved and why it is kept.
+
+    python recipes/checkpoints.py --run RUN_DIR [--verify]
+
+Tensors are not read, unless --verify asks for their checksums; the run may be going on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hjepa_engine.checkpoints import STATE, Checkpoint, checkpoint_folders, list_checkpoints
+from hjepa_engine.cli import command_parser, run_command
+from hjepa_engine.config_loading import config_from
+from hjepa_engine.errors import CheckpointError, ConfigError
+from hjepa_engine.parts import build_policy
+from hjepa_engine.retention import RetentionPolicy
+from hjepa_engine.tensor_files import file_digest
+
+HEADINGS = ("checkpoint", "step", "epoch", "saved", "MB", "saved for", "kept as")
+
+
+def table(checkpoints: Sequence[Checkpoint], policy: RetentionPolicy) -> list[str]:
+    """The lines of the listing, newest checkpoint first."""
+    kept = policy([checkpoint.record for checkpoint in checkpoints])
+    rows = [(*HEADINGS[:5], checkpoints[0].metric, *HEADINGS[5:])]
+    for checkpoint in checkpoints:
+        record = checkpoint.record
+        rows.append(
+            (
+                record.name,
+                str(record.step),
+                str(record.epoch),
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.saved_at)),
+                f"{checkpoint.size / 1e6:.1f}",
+                "-" if record.score is None else f"{record.score:.4g}",
+                ", ".join(checkpoint.reasons),
+                ", ".join(kept.get(record.name, ["nothing: goes with the next save"])),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def policy_of(checkpoint: Checkpoint) -> RetentionPolicy:
+    """The policy that the checkpoint's run was under; the default one where its configuration is of another version."""
+    try:
+        return build_policy(config_from(checkpoint.config))
+    except ConfigError:
+        return RetentionPolicy()
+
+
+def main(argv: Sequence[str]) -> None:
+    """List, and verify if asked to."""
+    parser = command_parser(__doc__ or "", with_config=False)
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="RUN_DIR", help="a run folder or a folder of checkpoints"
+    )
+    parser.add_argument("--verify", action="store_true", help="read every checkpoint and compare its checksum")
+    known = parser.parse_args(argv)
+    problems: list[str] = []
+    found: list[Checkpoint] = []
+    for folder in checkpoint_folders(known.run):
+        found = found or list_checkpoints(folder, lambda path, error: problems.append(f"{path.name}: {error}"))
+    if not found and not problems:
+        raise CheckpointError(f"{known.run} holds no checkpoint")
+    if found:
+        print("\n".join(table(found, policy_of(found[0]))))
+    if known.verify:
+        bad = [found for found in found if file_digest(found.path / STATE) != found.digest]
+        problems += [f"{checkpoint.record.name}: {STATE} does not match its sha256" for checkpoint in bad]
+        print(f"verified: {len(found) - len(bad)} of {len(found)} checkpoints match their checksums")
+    if problems:
+        raise CheckpointError(f"damaged: {'; '.join(problems)}")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

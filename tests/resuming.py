@@ -1,0 +1,164 @@
+"""Runs of the pretraining recipe that are stopped, started again, and compared bit by bit."""
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import NOISE, options
+from ignite.engine import Events
+
+from hjepa_engine import TrainEvents, load_config
+from hjepa_engine.checkpoints import list_checkpoints
+from hjepa_engine.errors import Preempted
+from hjepa_engine.recipes import pretrain
+from hjepa_engine.retention import best
+from hjepa_engine.tensor_files import flatten
+from hjepa_engine.training_state import collect_state
+
+TIMES = {"time", "train/images_per_s", "train/data_wait"}
+#: Everything that draws random numbers or keeps a state; 3 epochs of 5 iterations.
+RICH = {
+    **NOISE,
+    "model.depth": 2,
+    "model.drop_path": 0.3,
+    "data.random_affine": 0.5,
+    "data.color_jitter": 0.5,
+    "data.horizontal_flip": 0.5,
+    "loss.sigreg_weight": 0.1,
+    "loss.variance_weight": 0.1,
+    "training.epochs": 3,
+    "training.clip_grad": 0.5,
+    "training.level_lrs": "[1e-3, 3e-3]",
+    "training.early_stopping": 5,
+    "checkpoint.save_every_steps": 4,
+    "probe.enabled": "false",
+}
+ITERATIONS = 15
+
+
+class OnlineProbe:
+    """A linear head with an optimiser of its own, trained on what the step has put out."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(7)
+        self.head = torch.nn.Linear(16, 3)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.optimizer = torch.optim.Adam(self.head.parameters(), 0.05)
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.learn)
+
+    def learn(self, engine):
+        features = engine.state.output["context_tokens"].float().mean(dim=1)
+        loss = torch.nn.functional.cross_entropy(self.head(features), engine.state.batch["labels"] % 3)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        engine.state.metrics["probe/online"] = loss.item()
+
+    def state_dict(self):
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Drawer:
+    """Draw from every global generator between steps, and keep all that was drawn."""
+
+    def __init__(self):
+        self.drawn, self.total = [], 0.0
+
+    def attach(self, engine):
+        for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
+            engine.add_event_handler(event, self.draw)
+
+    def draw(self):
+        self.drawn += [torch.rand(()).item(), np.random.rand(), random.random()]
+        self.total = 0.9 * self.total + sum(self.drawn[-3:])
+
+    def state_dict(self):
+        return {"drawn": self.drawn, "total": self.total}
+
+    def load_state_dict(self, state):
+        self.drawn, self.total = list(state["drawn"]), state["total"]
+
+
+class Steps:
+    """Note the learning rate of every optimiser step that is taken, of all runs."""
+
+    taken = []
+
+    def attach(self, engine):
+        engine.add_event_handler(TrainEvents.STEP_STARTED, self.note)
+
+    def note(self, engine):
+        groups = engine.stateful_handlers()["OptimizerStep"].optimizer.param_groups
+        self.taken.append(next(group["lr"] for group in groups if group["level"] is None))
+
+
+LOADERS = []
+
+
+def close_loaders():
+    while LOADERS:
+        LOADERS.pop()._iterator = None
+
+
+def ask_at(run, iteration):
+    """Request a stop in the middle of an iteration."""
+
+    def ask(engine):
+        if engine.state.iteration == iteration:
+            run.preemption.request("asked")
+
+    run.trainer.add_event_handler(TrainEvents.LOSS_READY, ask)
+
+
+def train(folder, values, handlers=(), stop=None, ask=ask_at, reason="asked"):
+    """Build a run and train it, with handlers of its own, until it ends or ``ask(run, stop)`` stops it."""
+    run = pretrain.build(load_config(None, options({**values, "run_dir": str(folder)})))
+    for handler in handlers:
+        handler().attach(run.trainer)
+    if stop is not None:
+        ask(run, stop)
+    with contextlib.nullcontext() if stop is None else pytest.raises(Preempted, match=reason):
+        run.fit()
+    close_loaders()
+    return run
+
+
+def outcome(run, with_generators=True):
+    """All that a run leaves behind but times: its state without tensors, the tensors, the log, the best checkpoint."""
+    state = collect_state(run.trainer)
+    for name in TIMES:
+        state["engine"]["metrics"]["values"].pop(name, None)
+    del state["handlers"]["MetricsLogger"]["writers"]  # a file is as long as the numbers for times are
+    if not with_generators:
+        del state["ranks"][0]["random"]
+    structure, tensors = flatten(state)
+    lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
+    records = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    foremost = best([checkpoint.record for checkpoint in list_checkpoints(run.folder.checkpoint_path)])
+    place = foremost and (foremost.iteration, foremost.score)
+    return json.loads(structure), {name: tensor.clone() for name, tensor in tensors.items()}, records, place
+
+
+def assert_same(one, other):
+    assert one[2] == other[2]
+    assert one[0] == other[0]
+    assert one[3] == other[3]
+    assert one[1].keys() == other[1].keys()
+    assert [name for name in one[1] if not torch.equal(one[1][name], other[1][name])] == []
+
+
+def contents(folder):
+    """Every file but the lock: bytes and time of the last change."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
