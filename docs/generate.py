@@ -29,11 +29,12 @@ A mistake is one line that names the key, the rule and the value, and exit code 
 | --- | --- |
 | 0 | done |
 | 1 | an unexpected error; `--debug` shows its traceback |
-| 2 | the configuration is wrong, or the run folder holds another run |
-| 3 | data is missing, too little or damaged |
-| 4 | there are no usable exported weights |
+| 2 | the configuration is wrong, or the run folder is in use or holds another run |
+| 3 | data is missing, too little or damaged, or a loader process was killed |
+| 4 | there is no usable checkpoint or exported encoder where one must be, or the last checkpoint could not be written |
 | 5 | a guard has stopped the run (non-finite loss) |
-| 130, 143 | interrupted from the keyboard, terminated (SIGTERM) |
+| 75 | interrupted and saved: run the same command again ([Checkpoints](checkpoints.md)) |
+| 130 | Ctrl-C outside of training, or twice |
 
 A level (`model.levels`) has these keys: {levels}. A handler (`handlers`) has {handlers}.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -110,5 +111,6 @@ class Preemption:
             return
         self.request(name)
         again = " (again: leave at once)" if number == signal.SIGINT else ""
-        # Not print(): a signal may come while something else is being printed.
-        os.write(2, f"\n{name}: finishing the step, then saving{again}\n".encode())
+        # Not print(): a signal may come while something else is being printed. Ctrl-C may have ended who reads it.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: finishing the step, then saving{again}\n".encode())

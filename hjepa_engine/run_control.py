@@ -15,6 +15,7 @@ from hjepa_engine.cli import exit_code_of, one_line
 from hjepa_engine.data.loading import worker_failure
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, ConfigError, DataError, LeaveNow, Preempted
+from hjepa_engine.randomness import seed_everything
 from hjepa_engine.run_folder import MAY_CHANGE_ELSEWHERE, RunFolder, State, config_changes
 from hjepa_engine.training_state import (
     bits_environment,
@@ -81,6 +82,7 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
             _say(take_weights(trainer.modules, Path(config.checkpoint.init_from), parts))
         if how == "never" and (aside := rank_zero(folder.set_aside)):
             _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
+        seed_everything(config.seed, "start", idist.get_rank())  # for handlers that draw before the first batch
         return None
     checkpoint, remarks = found
     state = trainer.state

@@ -107,7 +107,7 @@ class RunFolder:
         """What ``status.json`` says; None where there is none."""
         try:
             return dict(json.loads((self.path / "status.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError) as error:
             raise ConfigError(f"run_dir {self.path} holds a damaged status.json; choose another one") from error
@@ -153,7 +153,9 @@ class RunFolder:
             ConfigError: another process does, or the folder cannot be written to.
         """
         self.unlock()
-        for folder in {self.path.absolute(), self.checkpoint_path.absolute()}:
+        for key, folder in {"run_dir": self.path, "checkpoint.checkpoint_dir": self.checkpoint_path}.items():
+            if key != "run_dir" and folder.absolute() == self.path.absolute():
+                continue
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 file = open(folder / ".lock", "a+", encoding="utf-8")
@@ -167,7 +169,7 @@ class RunFolder:
                 raise ConfigError(f"{folder} is in use by {other}") from error
             except OSError as error:
                 self.unlock()
-                raise ConfigError(f"run_dir {folder} cannot be written to: {error.strerror}") from error
+                raise ConfigError(f"{key} {folder} cannot be written to: {error.strerror}") from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

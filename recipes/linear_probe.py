@@ -123,6 +123,11 @@ def judge(config: Config, encoder: nn.Module, folder: Path | None = None, bar: b
     return {name: probe(config, candidate, name, folder, bar) for name, candidate in encoders.items()}
 
 
+def as_metrics(results: dict[str, float]) -> dict[str, float]:
+    """The accuracies as they are logged: ``probe/linear``, ``probe/linear_random``, ``probe/linear_pixels``."""
+    return {f"probe/linear_{name}".removesuffix("_trained"): accuracy for name, accuracy in results.items()}
+
+
 def describe(results: dict[str, float], config: Config) -> str:
     """The table that recipes print."""
     labels = config.probe.labels_per_class

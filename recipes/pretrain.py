@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -20,7 +21,7 @@ from torch import nn
 
 from hjepa_engine import Config, create_evaluator, create_trainer
 from hjepa_engine.cli import read_config, run_command
-from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.data import build_loader, open_source, release_workers
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     Checkpointer,
@@ -55,7 +56,7 @@ from hjepa_engine.parts import (
     process_group,
     steps_per_epoch,
 )
-from hjepa_engine.recipes.linear_probe import describe, judge
+from hjepa_engine.recipes.linear_probe import as_metrics, describe, judge
 from hjepa_engine.run_control import ending, start_run
 from hjepa_engine.run_folder import RunFolder, plain_config
 from hjepa_engine.training_state import rank_zero
@@ -72,6 +73,7 @@ class Run:
     config: Config
     trainer: Trainer
     data: torch.utils.data.DataLoader[dict[str, object]]
+    val_data: torch.utils.data.DataLoader[dict[str, object]]
     logger: MetricsLogger
     folder: RunFolder
     checkpointer: Checkpointer
@@ -112,6 +114,7 @@ class Run:
         finally:
             self.preemption.close()
             self.logger.close()
+            release_workers(self.data, self.val_data)
             self.folder.unlock()
 
     def _train_and_judge(self) -> dict[str, float]:
@@ -120,8 +123,7 @@ class Run:
         results: dict[str, float] = {}
         if config.probe.enabled:
             results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)
-            named = {"linear" if name == "trained" else f"linear_{name}": value for name, value in results.items()}
-            self.logger.log_metrics(named, prefix="probe/")
+            self.logger.log_metrics(as_metrics(results))
         self.checkpointer.close()
         return results
 
@@ -138,7 +140,6 @@ def build(config: Config) -> Run:
     context_encoder, target_encoder = modules["context_encoder"], modules["target_encoder"]
     optimizer = build_run_optimizer(config, modules)
     masks, step = build_masks(config, unwrap(context_encoder).grid), build_step(config)
-    own_handlers = build_handlers(config)
     schedules = build_schedules(config, steps_per_epoch(len(data), training.accumulation_steps))
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     ema = TargetEncoderEMA(context_encoder, target_encoder, config.model.ema.momentum)
@@ -173,9 +174,7 @@ def build(config: Config) -> Run:
         ema,
         ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
         ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None, level_lr_metric),
-        ParamSchedule(
-            optimizer, "weight_decay", schedules.weight_decay, lambda group: group["decay"], "train/weight_decay"
-        ),
+        ParamSchedule(optimizer, "weight_decay", schedules.weight_decay, itemgetter("decay"), "train/weight_decay"),
         ParamSchedule(ema, "momentum", schedules.momentum),
         MetricAverager(),
         Throughput(),
@@ -188,11 +187,11 @@ def build(config: Config) -> Run:
         preemption,
         *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
-        *own_handlers,
+        *build_handlers(config),
     ]
     for handler in handlers:
         handler.attach(trainer)
-    return Run(config, trainer, data, logger, folder, checkpointer, preemption)
+    return Run(config, trainer, data, val_data, logger, folder, checkpointer, preemption)
 
 
 def main(argv: Sequence[str]) -> None:

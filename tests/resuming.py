@@ -76,7 +76,7 @@ class Drawer:
         self.drawn, self.total = [], 0.0
 
     def attach(self, engine):
-        for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
+        for event in (Events.GET_BATCH_STARTED, Events.ITERATION_STARTED, Events.EPOCH_COMPLETED):
             engine.add_event_handler(event, self.draw)
 
     def draw(self):
@@ -151,14 +151,25 @@ def outcome(run, with_generators=True):
 
 
 def assert_same(one, other):
-    assert one[2] == other[2]
-    assert one[0] == other[0]
-    assert one[3] == other[3]
+    """Two outcomes have the same bits; else the message has what differs."""
+    leaves = [flat(dict(zip(("state", "log", "best"), (run[0], run[2], run[3]), strict=True))) for run in (one, other)]
+    differ = {name: [run.get(name) for run in leaves] for name in leaves[0].keys() | leaves[1].keys()}
+    differ = {name: values for name, values in differ.items() if values[0] != values[1]}
+    assert not differ, dict(sorted(differ.items()))
     assert one[1].keys() == other[1].keys()
-    assert [name for name in one[1] if not torch.equal(one[1][name], other[1][name])] == []
+    differ = [name for name in one[1] if not torch.equal(one[1][name], other[1][name])]
+    assert not differ, differ
 
 
 def contents(folder):
     """Every file but the lock: bytes and time of the last change."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def flat(state, path=""):
+    """Every leaf of nested dicts and lists by its path: where two states differ is then seen."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else None
+    if items is None:
+        return {path: state}
+    return {key: value for name, item in items for key, value in flat(item, f"{path}.{name}").items()}

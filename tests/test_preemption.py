@@ -303,3 +303,17 @@ def test_loader_processes_vanish_when_the_main_process_is_killed(server, tmp_pat
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert server.orphans(15) == []
+
+
+def test_a_volley_of_signals_changes_neither_the_exit_code_nor_the_last_line(server, tmp_path):
+    rng = random.Random(0)
+    for number, name in enumerate((TERM, USR1, TERM, USR1)):
+        run = tmp_path / f"run_{number}"
+        child = start(server, run, data__num_workers=2 * (number % 2))
+        child.until(lambda run=run: trained(run) >= 1)
+        while child.poll(rng.uniform(0, 0.02)) is None:
+            os.killpg(child.pid, name)
+        assert child.code == 75
+        assert "Traceback" not in child.said
+        assert child.last_line == status_of(run)["reason"] or "outside of training" in child.last_line
+    assert server.orphans(10) == []

@@ -119,28 +119,50 @@ def ask_in_validation(evaluators):
 
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_stop_inside_a_validation_repeats_it_as_a_whole(uninterrupted, tmp_path, evaluators, epoch):
+    class Counter(Drawer):
+        """Counts validations as they begin, before they are stopped."""
+
+        def attach(self, engine):
+            super().attach(engine)
+            evaluators[-1].add_event_handler(Events.STARTED, self.draw)
+
     ask = ask_in_validation(evaluators)
     for _ in range(3):  # again and again: what the epoch's end has changed by then must not be saved
-        stopped = train(tmp_path, RICH, (Drawer, OnlineProbe), (epoch, 1), ask)
+        stopped = train(tmp_path, RICH, (Counter, OnlineProbe), (epoch, 1), ask)
         assert stopped.trainer.state.iteration == 5 * epoch
+        newest = list_checkpoints(stopped.folder.checkpoint_path)[0].record
+        assert (newest.epoch, newest.ends_epoch, newest.score) == (epoch - 1, False, None)
         assert len(evaluators[-1].state.batch["images"]) > 0
-    assert_same(outcome(train(tmp_path, RICH, (Drawer, OnlineProbe))), uninterrupted(RICH, (Drawer, OnlineProbe)))
+    assert_same(outcome(train(tmp_path, RICH, (Counter, OnlineProbe))), uninterrupted(RICH, (Counter, OnlineProbe)))
+
+
+def ask_behind_validation(run, epoch):
+    run.trainer.add_event_handler(
+        TrainEvents.EPOCH_COMMITTED,
+        lambda engine: run.preemption.request("asked") if engine.state.epoch == epoch else None,
+    )
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_a_stop_behind_a_validation_does_not_repeat_it(uninterrupted, tmp_path, evaluators, epoch):
-    def ask(run, epoch):
-        run.trainer.add_event_handler(
-            TrainEvents.EPOCH_COMMITTED,
-            lambda engine: run.preemption.request("asked") if engine.state.epoch == epoch else None,
-        )
-
-    stopped = train(tmp_path, RICH, stop=epoch, ask=ask)
+    stopped = train(tmp_path, RICH, stop=epoch, ask=ask_behind_validation)
     newest = list_checkpoints(stopped.folder.checkpoint_path)[0]
     assert (newest.record.epoch, newest.record.ends_epoch) == (epoch, True)
     run = train(tmp_path, RICH)
     assert evaluators[-1].state.iteration == (0 if epoch == 3 else evaluators[-2].state.iteration)
     assert_same(outcome(run), uninterrupted(RICH))
+
+
+def test_a_run_that_early_stopping_had_ended_when_it_was_stopped_stays_ended(uninterrupted, tmp_path):
+    values = {**RICH, **KINDS["stopping early"][0]}
+    whole = uninterrupted(values)
+    epochs = whole[0]["engine"]["iteration"] // 5
+    assert epochs < 6 and whole[0]["handlers"]["EarlyStopping"]["bad"] == 1
+    train(tmp_path, values, stop=epochs, ask=ask_behind_validation)
+    Steps.taken.clear()
+    run = train(tmp_path, values, (Steps,))
+    assert Steps.taken == []
+    assert_same(outcome(run), whole)
 
 
 def test_a_run_that_dies_in_its_probe_is_judged_again_without_training(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from hjepa_engine.parts import process_group
 from hjepa_engine.types import unwrap
 
 #: 3 epochs of 7 iterations: processes agree upon a stop after iterations 10 and 20, inside an epoch.
-TWO = {**RICH, "data.fake_size": 56, "data.random_affine": 0, "data.color_jitter": 0}
+TWO = {**RICH, "logging.log_frequency": 4, "data.fake_size": 56, "data.random_affine": 0, "data.color_jitter": 0}
 #: What differs between one and two processes is left out.
 ALIKE = {
     **TWO,

@@ -308,7 +308,6 @@ class InterruptPipeline:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.xfail(strict=True, reason="the handler of the signal writes to standard error without a guard")
 def test_a_run_in_a_pipeline_is_saved_on_ctrl_c_though_its_reader_is_gone(tmp_path, server):
     words = options({**RUN, "run_dir": tmp_path / "run"})
     handlers = f"--handlers=[{{class_path: {__name__}.InterruptPipeline}}]"

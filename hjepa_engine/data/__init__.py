@@ -2,7 +2,14 @@
 
 from hjepa_engine.data.datasets import Source, open_source
 from hjepa_engine.data.features import FeatureBatches, few_labels
-from hjepa_engine.data.loading import KeyedDataset, build_loader, collate, eval_transform, train_transform
+from hjepa_engine.data.loading import (
+    KeyedDataset,
+    build_loader,
+    collate,
+    eval_transform,
+    release_workers,
+    train_transform,
+)
 from hjepa_engine.data.sampler import EpochBatchSampler
 
 __all__ = [
@@ -15,5 +22,6 @@ __all__ = [
     "eval_transform",
     "few_labels",
     "open_source",
+    "release_workers",
     "train_transform",
 ]

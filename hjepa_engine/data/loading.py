@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ignite.distributed as idist
@@ -142,6 +146,9 @@ def build_loader(
         len(source.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )
     transform = train_transform(config, source) if train else eval_transform(config, source)
+    is_ending = multiprocessing.RawValue("b", 0)
+    if config.num_workers:
+        before_exit(partial(_announce_end, is_ending, os.getpid()))
     loader = DataLoader(
         KeyedDataset(source, transform, seed),
         batch_sampler=sampler,
@@ -149,11 +156,17 @@ def build_loader(
         collate_fn=collate,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, is_ending),
         # Without one of its own, a loader draws from the global generator at every pass.
         generator=torch.Generator(),
     )
     return loader, sampler
+
+
+def release_workers(*loaders: DataLoader[Any]) -> None:
+    """End loader processes that wait for another pass; left to the garbage collector, torch takes 5 s for each."""
+    for loader in loaders:
+        loader._iterator = None
 
 
 def worker_failure(error: BaseException) -> DataError | None:
@@ -161,7 +174,7 @@ def worker_failure(error: BaseException) -> DataError | None:
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         what = " ".join(text.split()).rstrip(".")
-    elif isinstance(error, (ConnectionError, EOFError)):
+    elif isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):
         what = f"the connection to a DataLoader worker was lost: {text or type(error).__name__}"
     else:
         return None
@@ -169,19 +182,34 @@ def worker_failure(error: BaseException) -> DataError | None:
     return DataError(f"{what}; {hint}")
 
 
-def _init_worker(worker: int) -> None:
+#: Threads, and with them everything that ``atexit`` knows of, come after this.
+before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
+
+
+def _announce_end(is_ending: Any, process: int) -> None:
+    if os.getpid() == process:  # a loader's process inherits this, and ends too
+        is_ending.value = 1
+
+
+def _init_worker(is_ending: Any, worker: int) -> None:
     """One thread, and no heed to signals that are meant for the main process, which may reach its whole group."""
     torch.set_num_threads(1)
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_obey_parent, args=(is_ending, os.getppid()), daemon=True).start()
 
 
-def _obey_parent() -> None:
-    """End this process on a SIGTERM of its parent, which sends one when it exits, and on nobody else's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _obey_parent(is_ending: Any, parent: int) -> None:
+    """End this process when its parent sends SIGTERM, ends or is gone, and on nobody else's SIGTERM.
+
+    Of several signals that wait to be taken only the first is kept, so the parent's alone may be lost, and it would wait
+    for this process for ever.
+    """
+    while os.getppid() == parent and not is_ending.value:
+        taken = signal.sigtimedwait({signal.SIGTERM}, 0.2)
+        if taken is not None and taken.si_pid == parent:
+            break
     os._exit(0)
