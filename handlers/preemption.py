@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any, NoReturn
@@ -57,7 +58,9 @@ class Preemption:
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.check)
 
     def listen(self) -> None:
-        """Take the signals over."""
+        """Take the signals over; only a program's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for name in SIGNALS:
             self._former[name] = signal.signal(name, self._hear)
 

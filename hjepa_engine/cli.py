@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import logging
 import os
 import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tqdm import tqdm
 
 from hjepa_engine.config import Config
 from hjepa_engine.config_loading import dump_config, list_options, load_config
 from hjepa_engine.errors import ConfigError, LeaveNow, Preempted, RunError
-from hjepa_engine.streams import make_streams_lenient
+from hjepa_engine.process import before_exit, make_streams_lenient
 
 EXIT_CODES = """\
 exit codes:
@@ -88,10 +86,10 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
     try:
         body(argv)
-        _before_exit(_exit_undisturbed)
+        before_exit(_exit_undisturbed)
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
-        _before_exit(_exit_undisturbed)
+        before_exit(_exit_undisturbed)
         _close_progress_bars()
         if "--debug" in argv:
             traceback.print_exc()
@@ -99,10 +97,6 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         if isinstance(error, LeaveNow):
             os._exit(exit_code_of(error))  # an ordinary exit would wait for the checkpoint that is being written
         sys.exit(exit_code_of(error))
-
-
-#: Threads are waited for before the callbacks of ``atexit`` run.
-_before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
 
 
 def _exit_undisturbed() -> None:

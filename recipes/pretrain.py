@@ -112,8 +112,8 @@ class Run:
                 results |= self._train_and_judge()
             return results
         finally:
-            self.preemption.close()
             self.logger.close()
+            self.preemption.close()
             release_workers(self.data, self.val_data)
             self.folder.unlock()
 

@@ -155,10 +155,11 @@ class Witness:
     Args:
         path: appended to.
         run_dir: of the run.
+        pause: seconds that every iteration takes longer.
     """
 
-    def __init__(self, path: str, run_dir: str) -> None:
-        self.run_dir = Path(run_dir)
+    def __init__(self, path: str, run_dir: str, pause: float = 0.0) -> None:
+        self.run_dir, self.pause = Path(run_dir), pause
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def attach(self, engine: Any) -> None:
@@ -173,6 +174,7 @@ class Witness:
             (Events.EPOCH_COMPLETED, "validated"),
         ):
             engine.add_event_handler(event, self.write, what)
+        engine.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(self.pause))
 
     def write(self, engine: Any, what: str) -> None:
         """Write a line."""
@@ -198,9 +200,9 @@ TINY_RUN = {
 _TIMED = ("train/images_per_s", "train/data_wait")
 
 
-def command(run: Path, **changes: Any) -> list[str]:
+def command(run: Path, pause: float = 0.0, **changes: Any) -> list[str]:
     """Options of a tiny run in folder ``run``, witnessed beside it; ``data__num_workers=2`` sets ``data.num_workers``."""
-    arguments = {"path": str(run.with_suffix(".jsonl")), "run_dir": str(run)}
+    arguments = {"path": str(run.with_suffix(".jsonl")), "run_dir": str(run), "pause": pause}
     witness = {"class_path": "forkserver.Witness", "init_args": arguments}
     named = {key.replace("__", "."): value for key, value in changes.items()}
     return options({**TINY_RUN, "run_dir": run, "handlers": json.dumps([witness]), **named})

@@ -154,7 +154,7 @@ def assert_same(one, other):
     """Two outcomes have the same bits; else the message has what differs."""
     leaves = [flat(dict(zip(("state", "log", "best"), (run[0], run[2], run[3]), strict=True))) for run in (one, other)]
     differ = {name: [run.get(name) for run in leaves] for name in leaves[0].keys() | leaves[1].keys()}
-    differ = {name: values for name, values in differ.items() if values[0] != values[1]}
+    differ = {name: pair for name, pair in differ.items() if repr(pair[0]) != repr(pair[1])}  # NaN is NaN here
     assert not differ, dict(sorted(differ.items()))
     assert one[1].keys() == other[1].keys()
     differ = [name for name in one[1] if not torch.equal(one[1][name], other[1][name])]

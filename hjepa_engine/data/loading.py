@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +20,7 @@ from hjepa_engine.config import DataConfig
 from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
 from hjepa_engine.errors import ConfigError, DataError
+from hjepa_engine.process import before_exit
 from hjepa_engine.randomness import key, seed_everything
 
 _SUBSTITUTES = 8
@@ -180,10 +179,6 @@ def worker_failure(error: BaseException) -> DataError | None:
         return None
     hint = "often memory or /dev/shm was full, and fewer data.num_workers help; run the same command again to go on"
     return DataError(f"{what}; {hint}")
-
-
-#: Threads, and with them everything that ``atexit`` knows of, come after this.
-before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
 
 
 def _announce_end(is_ending: Any, process: int) -> None:

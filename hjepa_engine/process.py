@@ -1,13 +1,19 @@
-"""Standard output and error that may break, as when the terminal or the reader of a pipe has gone, without ending a run."""
+"""The process: what happens before it exits, and standard streams that may break without ending a run."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+#: Call a function when the process begins to exit. ``atexit`` alone comes later, when threads have been waited for.
+before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
 
 
 class LenientStream:
@@ -52,9 +58,7 @@ def make_streams_lenient() -> None:
     """Let no failure of standard output or error, closed ones included, reach those who print."""
     for number, name, text in ((1, "stdout", "standard output"), (2, "stderr", "standard error")):
         stream = getattr(sys, name)
-        if (
-            stream is None
-        ):  # closed when the process began: else a file opened later would get its number, and its texts
+        if stream is None:  # closed when the process began: a file opened later would get its number, and its texts
             stream = open(os.devnull, "w", encoding="utf-8")
             try:
                 os.fstat(number)
