@@ -20,7 +20,7 @@ import torch
 
 from hjepa_engine.checkpoints import replace_file
 from hjepa_engine.config import Config
-from hjepa_engine.config_loading import dump_config, load_config, parse_yaml
+from hjepa_engine.config_loading import config_from, dump_config, load_config, parse_yaml
 from hjepa_engine.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -249,8 +249,8 @@ def plain_config(config: Config) -> dict[str, Any]:
 
 
 def config_changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
-    """Keys that differ between a saved plain configuration and the present one."""
-    old, new = _flat(saved), _flat(plain_config(config))
+    """Keys that differ between a saved plain configuration and the present one; keys that it lacks had their default."""
+    old, new = (_flat(plain_config(each)) for each in (config_from(dict(saved)), config))
     return [Change(key, old.get(key), new.get(key)) for key in new if old.get(key) != new.get(key)]
 
 

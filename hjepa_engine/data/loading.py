@@ -154,7 +154,7 @@ def build_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
-        persistent_workers=config.num_workers > 0,
+        persistent_workers=config.num_workers > 0 and not alone,  # such data is read once
         worker_init_fn=partial(_init_worker, is_ending),
         # Without one of its own, a loader draws from the global generator at every pass.
         generator=torch.Generator(),
