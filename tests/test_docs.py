@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hjepa_engine.run_folder import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     *("--model.embed_dim", "16", "--model.depth", "1", "--model.num_heads", "2", "--data.fake_size", "32"),
@@ -85,3 +87,20 @@ def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:\s\"]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_keys_that_may_change_are_those_of_the_documentation():
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    paragraphs = [text for text in page.split("\n\n") if "These may change" in text or "these may differ" in text]
+    same, elsewhere = (re.findall(r"`([a-z_.]+\*?)`", text.rpartition("goes on: ")[2]) for text in paragraphs)
+    assert same == [key + "*" * key.endswith(".") for key in MAY_CHANGE]
+    assert [*same, *elsewhere] == [key + "*" * key.endswith(".") for key in MAY_CHANGE_ELSEWHERE]
+
+
+def test_the_job_script_of_the_documentation_is_valid_and_its_options_exist():
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if "#SBATCH" in block)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    known = run(ROOT, "-m", "torch.distributed.run", "--help")
+    launch = script.split("torchrun")[1].split("recipes/")[0]
+    assert all(option in known for option in re.findall(r"--[a-z_-]+", launch))
