@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Events
 
-from hjepa_engine.checkpoint_writer import CheckpointWriter, StateCopy
-from hjepa_engine.checkpoints import describe_record
+from hjepa_engine.checkpoint_writer import CheckpointWriter, StateCopy, describe_record
+from hjepa_engine.distributed import rank_zero
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.events import TrainEvents
@@ -55,7 +56,7 @@ class Checkpointer:
             if value is not None and value <= 0:
                 raise ValueError(f"every_{name} must be positive or None, got {value}")
         self.writer = CheckpointWriter(Path(folder), policy or RetentionPolicy(), on_saved)
-        self.metric, self.config = metric, dict(config or {})
+        self.metric, self.config = metric, json.loads(json.dumps(dict(config or {})))
         self.every_epochs, self.every_steps, self.every_minutes = every_epochs, every_steps, every_minutes
         self._open_end: StateCopy | None = None
         self._moment, self._last_step, self._last_save = 0, 0, 0.0
@@ -72,8 +73,7 @@ class Checkpointer:
     def prepare(self, engine: Trainer) -> None:
         """Make the folder ready; find out now, not hours later, whether the state can be saved at all."""
         flat_state(engine)
-        if idist.get_rank() == 0:
-            self.writer.prepare()
+        rank_zero(self.writer.prepare)
         self._last_save = time.monotonic()
         self._open_end = self._copy(engine) if engine.state.epoch_open else None
 
@@ -99,7 +99,7 @@ class Checkpointer:
         due = {
             "epoch": self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0,
             "steps": self.every_steps and step != self._last_step and step % self.every_steps == 0,
-            "minutes": self.every_minutes and self._time_is_up(state.iteration),
+            "minutes": self.every_minutes and rank_zero(self._time_is_up),
             "end": engine.should_terminate or state.iteration >= end,
         }
         return [reason for reason, is_due in due.items() if is_due]
@@ -107,10 +107,8 @@ class Checkpointer:
     def save_now(self, engine: Trainer) -> None:
         """Save the interrupted run and wait until it is on disk; ``CheckpointError`` if that fails."""
         self._save(self._open_end or self._copy(engine), ["interrupted"])
-        self.wait(engine)
         self.close()
-        if idist.get_world_size() > 1:
-            idist.barrier()  # no rank leaves before the file is there
+        self.wait(engine)
 
     def wait(self, engine: Trainer) -> None:
         """Wait until everything is on disk, or has failed to get there."""
@@ -118,7 +116,10 @@ class Checkpointer:
         engine.state.checkpoint = self.writer.newest
 
     def close(self) -> None:
-        """Wait for the last write; ``CheckpointError`` if it has failed."""
+        """Wait for the last write; ``CheckpointError`` on all ranks if it has failed. Collective."""
+        rank_zero(self._check)
+
+    def _check(self) -> None:
         self.writer.wait()
         if self.writer.failure is not None:
             kept = f"the newest one is {self.writer.newest}" if self.writer.newest else "this run has written none"
@@ -132,11 +133,8 @@ class Checkpointer:
         """Restore what ``state_dict`` returned."""
         self._moment, self._last_step = state_dict["moment"], state_dict["last_step"]
 
-    def _time_is_up(self, iteration: int) -> bool:
-        is_up = time.monotonic() - self._last_save >= 60 * (self.every_minutes or 0.0)
-        if idist.get_world_size() > 1:  # rank 0's clock, now and then
-            is_up = iteration % 10 == 0 and bool(idist.broadcast(float(is_up), src=0))
-        return is_up
+    def _time_is_up(self) -> bool:
+        return time.monotonic() - self._last_save >= 60 * (self.every_minutes or 0.0)
 
     def _copy(self, engine: Trainer) -> StateCopy:
         state = engine.state

@@ -57,7 +57,7 @@ class OptimizerStep:
         self.optimizer, self.accumulation_steps, self.clip_grad = optimizer, accumulation_steps, clip_grad
         self.scaler = scaler or GradScaler("cpu", enabled=False)
         self._loss: Tensor | float = 0.0
-        self._skipped_updates = 0
+        self._first = self._skipped_updates = 0
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -73,6 +73,8 @@ class OptimizerStep:
         if window.place == 0 and isinstance(self._loss, Tensor):
             self._loss = 0.0  # a window that was cut off leaves nothing behind
             self.optimizer.zero_grad(set_to_none=True)
+        if not isinstance(self._loss, Tensor):
+            self._first = window.place  # above 0 where a longer run goes on behind a window that max_iters had cut
         for module in engine.modules.values():
             if isinstance(module, DistributedDataParallel):
                 module.require_backward_grad_sync = window.is_last  # what module.no_sync() sets
@@ -80,7 +82,7 @@ class OptimizerStep:
     def step(self, engine: Trainer) -> None:
         """Backward; at the end of the window, step."""
         window = self._window(engine)
-        loss = engine.state.output["loss"] / window.size
+        loss = engine.state.output["loss"] / (window.size - self._first)
         self.scaler.scale(loss).backward()
         self._loss = self._loss + loss.detach()
         engine.state.window_open = not window.is_last

@@ -24,7 +24,8 @@ class Preemption:
     """End the run on SIGTERM, SIGUSR1, SIGINT or after a time limit: finish the step, save, raise ``Preempted``.
 
     An accumulation window is completed first. A second SIGINT raises ``LeaveNow`` at once. All ranks leave at the
-    same iteration, whichever of them was asked.
+    same iteration, whichever of them was asked. The signals are given back when the run ends or is interrupted; after
+    another error, call :meth:`close`.
 
     Listens to: ``STARTED``, ``TrainEvents.SAVE_POINT``, ``COMPLETED``.
     Reads: ``engine.state.checkpoint``, for the message.
@@ -32,16 +33,14 @@ class Preemption:
 
     Args:
         time_limit: minutes from the making of this handler until the run is ended; None: no limit.
-        every: iterations between two agreements of several processes; a single process looks after every step.
     """
 
-    def __init__(self, time_limit: float | None = None, every: int = 10) -> None:
+    def __init__(self, time_limit: float | None = None) -> None:
         if time_limit is not None and time_limit <= 0:
             raise ValueError(f"time_limit must be positive or None, got {time_limit}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.time_limit, self.every = time_limit, every
+        self.time_limit = time_limit
         self.reason: str | None = None
+        self._is_interrupted = False
         self._began = time.monotonic()
         self._trainer: Trainer | None = None
         self._former: dict[signal.Signals, Any] = {}
@@ -54,13 +53,14 @@ class Preemption:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def watch(self, evaluator: StepEngine) -> None:
-        """End long evaluations too; they run again after the resume."""
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.check)
+        """End long evaluations at an epoch's end too; they run again after the resume."""
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.check_evaluation)
 
     def listen(self) -> None:
         """Take the signals over; only a program's main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self.close()
         for name in SIGNALS:
             self._former[name] = signal.signal(name, self._hear)
 
@@ -84,12 +84,16 @@ class Preemption:
         """
         self.reason = self.reason or reason
 
-    def check(self, engine: StepEngine) -> None:
+    def check_evaluation(self) -> None:
+        """End the run if it was asked to and its state is whole: not where an evaluation runs in mid-iteration."""
+        assert self._trainer is not None
+        if self._trainer.state.epoch_open:
+            self.check()
+
+    def check(self) -> None:
         """End the run if it was asked to."""
         if self.time_limit is not None and time.monotonic() - self._began >= 60 * self.time_limit:
             self.request(f"time limit of {self.time_limit:g} minutes")
-        if idist.get_world_size() > 1 and engine.state.iteration % self.every:
-            return
         if self._agree(self.reason is not None):
             self._leave()
 
@@ -99,18 +103,18 @@ class Preemption:
     def _leave(self) -> NoReturn:
         assert self._trainer is not None
         self._trainer.fire_event(TrainEvents.INTERRUPTED)
+        reason, self.reason = self.reason or "another process was asked to stop", None
+        self.close()
         state = self._trainer.state
         saved = f"saved {state.checkpoint}; " if getattr(state, "checkpoint", None) else ""
-        raise Preempted(
-            f"{self.reason or 'another process was asked to stop'} at step {state.optimizer_step}: {saved}run the same "
-            "command again to go on"
-        )
+        raise Preempted(f"{reason} at step {state.optimizer_step}: {saved}run the same command again to go on")
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        was_interrupted, self._is_interrupted = self._is_interrupted, self._is_interrupted or number == signal.SIGINT
+        if was_interrupted and number == signal.SIGINT:
+            raise LeaveNow
         if self.reason is not None:
-            if number == signal.SIGINT:
-                raise LeaveNow
             return
         self.request(name)
         again = " (again: leave at once)" if number == signal.SIGINT else ""

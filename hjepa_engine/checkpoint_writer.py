@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hjepa_engine.checkpoints import list_checkpoints, prune, sweep, write_checkpoint, write_index
 from hjepa_engine.errors import ConfigError
-from hjepa_engine.retention import RetentionPolicy
+from hjepa_engine.retention import Record, RetentionPolicy
 from hjepa_engine.tensor_files import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class CheckpointWriter:
         name, structure, tensors, description = copy
         began = time.perf_counter()
         try:
+            if not self.folder.is_dir():  # somebody has removed it
+                self.folder.mkdir(parents=True)
             self.newest = self.folder / write_checkpoint(self.folder, name, structure, tensors, description)
         except OSError as error:
             reason = self._explain(copy, error)
@@ -141,3 +144,15 @@ class CheckpointWriter:
             need = sum(tensor.numel() * tensor.element_size() for tensor in copy.tensors.values()) / 1e6
             text += f" (it needs {need:.1f} MB, {shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free)"
         return text
+
+
+def describe_record(record: Record, metric: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Fields of a manifest, but for ``reasons``, ``config`` and ``environment``; what is not finite is left out."""
+    score = record.score if record.score is not None and math.isfinite(record.score) else None
+    return {
+        **{name: value for name, value in record._asdict().items() if name != "name"},
+        "score": score,
+        "metric": metric,
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        "saved_at": round(time.time(), 3),
+    }

@@ -7,14 +7,13 @@ under a temporary name, synced, and renamed into place, so that a folder with it
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +87,9 @@ def write_checkpoint(
     os.mkdir(temporary)
     try:
         size, digest = _write_file(temporary / STATE, lambda write: write_tensors(write, structure, tensors))
-        manifest = {"format": FORMAT, "files": {STATE: {"bytes": size, "sha256": digest}}, **description}
+        files = {STATE: {"bytes": size, "sha256": digest}}
+        # As it will be read: JSON knows no keys but texts, and the digest sorts them.
+        manifest = json.loads(json.dumps({"format": FORMAT, "files": files, **description}))
         text = json.dumps({**manifest, "digest": _digest_of(manifest)}, indent=1)
         _write_file(temporary / MANIFEST, lambda write: write(text.encode()))
         _sync_folder(temporary)
@@ -316,18 +317,6 @@ def load_one(path: Path) -> tuple[Checkpoint, Any]:
     raise CheckpointError(f"{path} holds no checkpoint")
 
 
-def describe_record(record: Record, metric: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Fields of a manifest, but for ``reasons``, ``config`` and ``environment``; what is not finite is left out."""
-    score = record.score if record.score is not None and math.isfinite(record.score) else None
-    return {
-        **{name: value for name, value in record._asdict().items() if name != "name"},
-        "score": score,
-        "metric": metric,
-        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
-        "saved_at": round(time.time(), 3),
-    }
-
-
 def _warn(path: Path, error: Exception) -> str:
     what = f"{path.name} {'is damaged' if isinstance(error, Damaged) else 'cannot be read'}: {error}"
     logger.warning("checkpoint %s", what)
@@ -359,6 +348,12 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some network file systems cannot, and do it by themselves
+            raise
     finally:
         os.close(descriptor)
 

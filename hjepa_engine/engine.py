@@ -126,6 +126,14 @@ class StepEngine(Engine):
         self.register_events(*TrainEvents, event_to_attr=EVENT_TO_ATTR)
         self.state.metrics, self.state.optimizer_step = Metrics(), 0
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As Ignite's, which after an error goes on with a generator that has ended: with no iteration at all."""
+        try:
+            return super().run(*args, **kwargs)
+        except BaseException:
+            self._internal_run_generator = None
+            raise
+
     @abstractmethod
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         """One iteration; Ignite keeps what it returns as ``state.output``."""
@@ -276,6 +284,11 @@ class Evaluator(StepEngine):
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         with torch.no_grad():
             return self._run_step(batch)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As Ignite's; an evaluation that was cut short is started anew."""
+        self.state.max_epochs = self.state.max_iters = None
+        return super().run(*args, **kwargs)
 
     def _enter(self) -> None:
         self.state.metrics = Metrics()

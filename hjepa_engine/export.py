@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,11 +33,17 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         folder: made if need be.
         description: ``encoder``, the arguments that build it, and whatever a user of the weights has to know
             (``stats``, mean and standard deviation of each channel).
+
+    Raises:
+        ExportError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(encoder).state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
-    (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS)
+        (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error
 
 
 def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEncoder:
@@ -55,7 +62,12 @@ def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEn
     if checkpoint is not None:
         found, state = load_one(find_checkpoint(folder, checkpoint).path)
         encoder = TargetEncoder(**encoder_arguments(config_from(found.config)))
-        encoder.load_state_dict(state["modules"]["target_encoder"])
+        try:
+            encoder.load_state_dict(state["modules"]["target_encoder"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ExportError(
+                f"{found.path} holds no target encoder that fits: {str(error).splitlines()[0]}"
+            ) from error
         return encoder.requires_grad_(False).eval()
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"

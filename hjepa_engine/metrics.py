@@ -49,14 +49,16 @@ class WeightedMeans:
         """Take values () in; a name may be missing from some calls, its mean is over the others."""
         for name, value in values.items():
             term = value.detach().double() * weight
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            self._sums[name] = self._sums[name].to(term.device) + term if name in self._sums else term
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def compute(self) -> dict[str, float]:
         """The means, with one device synchronisation. Collective: all ranks must call it with the same names."""
         if not self._sums:
             return {}
-        sums = torch.stack(list(self._sums.values()))
+        # A resumed sum is on the CPU until its name is seen again.
+        device = next((value.device for value in self._sums.values() if value.device.type != "cpu"), None)
+        sums = torch.stack([value.to(device) for value in self._sums.values()])
         weights = torch.tensor(list(self._weights.values()), dtype=torch.float64, device=sums.device)
         both = torch.stack([sums, weights])
         if idist.get_world_size() > 1:

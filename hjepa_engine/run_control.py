@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -13,14 +13,15 @@ from hjepa_engine.checkpoint_writer import CheckpointWriter
 from hjepa_engine.checkpoints import Checkpoint, load_one
 from hjepa_engine.cli import exit_code_of, one_line
 from hjepa_engine.data.loading import worker_failure
+from hjepa_engine.distributed import rank_zero
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, ConfigError, DataError, LeaveNow, Preempted
 from hjepa_engine.randomness import seed_everything
-from hjepa_engine.run_folder import MAY_CHANGE_ELSEWHERE, RunFolder, State, config_changes
+from hjepa_engine.run_folder import MAY_CHANGE_ELSEWHERE, Change, RunFolder, State, config_changes
 from hjepa_engine.training_state import (
     bits_environment,
     changes_of_environment,
-    rank_zero,
+    load_everywhere,
     restore_state,
     resume,
     take_weights,
@@ -47,41 +48,38 @@ def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations
     """
     found = _find_start(trainer, folder, epoch_length, iterations)
     rank_zero(folder.enter)
-    folder.write_status("running", trainer.state.optimizer_step, checkpoint=None if found is None else found.path)
+    own = found.path if found is not None and found.path.parent == folder.checkpoint_path else None
+    folder.write_status("running", trainer.state.optimizer_step, checkpoint=own)
 
 
 def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> Checkpoint | None:
     config = folder.config
     how = config.checkpoint.resume
     found: tuple[Checkpoint, list[str]] | None = None
-    changes = folder.changes()
+    changes: list[Change] = []
     if how != "never":
-        folder.refuse(changes)
+        folder.refuse(folder.changes(), f"run_dir {folder.path}")
         found = resume(trainer, folder.checkpoint_path)
-        if (
-            found is not None and not (folder.path / "config.yaml").exists()
-        ):  # say, several runs with one checkpoint_dir
-            changes = config_changes(found[0].config, config) if found[0].config else []
-            folder.refuse(changes)
-        status = folder.status() or {}
-        if found is None and status.get("checkpoint") and not _lies_in(status["checkpoint"], how):
-            raise CheckpointError(
-                f"{folder.checkpoint_path} holds no checkpoint, but {status['checkpoint']} was saved; "
-                "--checkpoint.resume never sets the run aside and starts anew"
-            )
-        if found is None and how == "must":
-            raise CheckpointError(f"checkpoint.resume is must, but {folder.checkpoint_path} holds no checkpoint")
-        if found is None and how != "auto":
-            found = _resume_elsewhere(trainer, folder, Path(how))
-            changes = config_changes(found[0].config, config) if found[0].config else []
+        if found is None:
+            found = _resume_elsewhere(trainer, folder, how)
+        else:
+            _refuse_older(found[0], how)
+        if found is not None and found[0].config:
+            changes = config_changes(found[0].config, config)
+            if found[0].path.parent == folder.checkpoint_path:
+                folder.refuse(
+                    changes, f"checkpoint.checkpoint_dir {folder.checkpoint_path}"
+                )  # say, one for several runs
     if found is None:
         if how != "never" and folder.status() is not None:
             _say(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
         if config.checkpoint.init_from is not None:
             parts = config.checkpoint.init_parts
             _say(take_weights(trainer.modules, Path(config.checkpoint.init_from), parts))
-        if how == "never" and (aside := rank_zero(folder.set_aside)):
-            _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
+        if how == "never":
+            idist.barrier()  # everybody has read what is about to move
+            if aside := rank_zero(folder.set_aside):
+                _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
         seed_everything(config.seed, "start", idist.get_rank())  # for handlers that draw before the first batch
         return None
     checkpoint, remarks = found
@@ -129,30 +127,53 @@ def ending(
         reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
         folder.write_status("done", step, 0, reason, results, trainer.state.checkpoint)
     except BaseException as raised:
-        error = worker_failure(raised) or raised
+        error = (worker_failure(raised) if folder.config.data.num_workers else None) or raised
         if not isinstance(error, LeaveNow):
-            writer.wait()
+            with suppress(Exception):  # the error at hand counts
+                writer.wait()
         state: State = "preempted" if isinstance(error, Preempted) else "stopped"
         step, code = trainer.state.optimizer_step, exit_code_of(error)
-        folder.write_status(state, step, code, one_line(error), checkpoint=writer.newest)
-        raise error from (None if error is raised else raised)
+        folder.write_status(state, step, code, one_line(error), checkpoint=writer.newest, any_rank=state == "stopped")
+        if error is raised:
+            raise
+        raise error from raised
 
 
-def _resume_elsewhere(trainer: Trainer, folder: RunFolder, path: Path) -> tuple[Checkpoint, list[str]]:
-    checkpoint, state = load_one(path)
+def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Checkpoint, list[str]] | None:
+    """Resume where the run's own folder holds no checkpoint: from the one that ``checkpoint.resume`` names, if it does."""
+    saved = (folder.status() or {}).get("checkpoint")
+    path = None if how in ("auto", "must") else Path(how)
+    is_own = saved is not None and path is not None and path.resolve() in (p := Path(saved).resolve(), *p.parents)
+    if saved is not None and not is_own:
+        raise CheckpointError(
+            f"{folder.checkpoint_path} holds no checkpoint, but {saved} was saved; give the former checkpoint_dir or "
+            "--checkpoint.resume never, which sets the run aside and starts anew"
+        )
+    if path is None:
+        if how == "must":
+            raise CheckpointError(f"checkpoint.resume is must, but {folder.checkpoint_path} holds no checkpoint")
+        return None
+    found = load_everywhere(lambda: load_one(path))
+    assert found is not None
+    checkpoint, state = found
     changes = config_changes(checkpoint.config, folder.config) if checkpoint.config else []
     if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE_ELSEWHERE)]:
         raise ConfigError(
             f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; checkpoint.init_from takes the weights alone"
         )
-    if logger_state := state["handlers"].get("MetricsLogger"):
-        logger_state["writers"] = {}  # they tell how the other run's logs go on
+    if not is_own and "MetricsLogger" in state["handlers"]:
+        state["handlers"]["MetricsLogger"]["writers"] = {}  # they tell how the other run's logs go on
     return checkpoint, restore_state(trainer, state)
 
 
-def _lies_in(checkpoint: str, how: str) -> bool:
-    """Whether a run that has not saved yet began at ``checkpoint``, of the other run that ``checkpoint.resume`` names."""
-    return how not in ("auto", "must") and Path(how) in (Path(checkpoint), *Path(checkpoint).parents)
+def _refuse_older(newest: Checkpoint, how: str) -> None:
+    """Do not let it pass in silence that a run goes on from its newest checkpoint when an older one was asked for."""
+    if how not in ("auto", "must"):
+        asked = Path(how).resolve()
+        if asked.parent == newest.path.parent.resolve() and asked.name != newest.path.name:
+            raise ConfigError(
+                f"checkpoint.resume {how} is not the newest checkpoint of this run; to go on from it, give another --run_dir"
+            )
 
 
 def _say(text: str) -> None:

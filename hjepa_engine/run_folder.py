@@ -91,6 +91,7 @@ class RunFolder:
         self.path = Path(config.run_dir or Path("runs") / config.logging.experiment_name)
         self._locks: list[Any] = []
         self._newest: Path | None = None
+        self._has_ended = False
 
     @property
     def log_path(self) -> Path:
@@ -119,15 +120,20 @@ class RunFolder:
             return []
         return config_changes(plain_config(load_config(saved)), self.config)
 
-    def refuse(self, changes: Sequence[Change]) -> None:
+    @staticmethod
+    def refuse(changes: Sequence[Change], where: str) -> None:
         """Refuse to go on with changes that make another run.
+
+        Args:
+            changes: since the run, or its checkpoint, was written.
+            where: what holds that run.
 
         Raises:
             ConfigError: there are any.
         """
         if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE)]:
             raise ConfigError(
-                f"run_dir {self.path} holds a run with another configuration: {'; '.join(map(str, refused[:3]))}"
+                f"{where} holds a run with another configuration: {'; '.join(map(str, refused[:3]))}"
                 f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}; choose another --run_dir"
             )
 
@@ -137,11 +143,11 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds a run with another configuration.
         """
-        status = self.status()
-        if status is None or self.config.checkpoint.resume == "never":
+        status = None if self.config.checkpoint.resume == "never" else self.status()
+        if status is None:
             return None
         changes = self.changes()
-        self.refuse(changes)
+        self.refuse(changes, f"run_dir {self.path}")
         if status.get("state") == "done" and not any(change.key.startswith(_LENGTH) for change in changes):
             return dict(status["results"])
         return None
@@ -184,7 +190,7 @@ class RunFolder:
         run, checkpoints = self.path.absolute(), self.checkpoint_path.absolute()
         # Elsewhere than in the run folder, only checkpoints are the run's for sure.
         elsewhere = [item for item in list_folder(checkpoints) if item.name.startswith(_OF_CHECKPOINTS)]
-        if self.status() is None and not elsewhere:
+        if not (self.path / "status.json").exists() and not elsewhere:
             return None
         number = 1
         while any((folder / f"previous_{number}").exists() for folder in (run, checkpoints)):
@@ -203,6 +209,7 @@ class RunFolder:
         Raises:
             ConfigError: the folder cannot be written to.
         """
+        self._has_ended = False
         try:
             for stray in self.path.glob(".*.tmp"):
                 stray.unlink()
@@ -219,10 +226,17 @@ class RunFolder:
         reason: str = "",
         results: Any = None,
         checkpoint: Path | None = None,
+        any_rank: bool = False,
     ) -> None:
-        """Say how the run is: state, optimiser step, exit code, why, the probe's results, the newest checkpoint."""
-        if idist.get_rank() != 0:
+        """Say how the run is: state, optimiser step, exit code, why, the probe's results, the newest checkpoint.
+
+        Rank 0 writes; with ``any_rank`` others do too, for an error that rank 0 may not hear of.
+        """
+        if idist.get_rank() != 0 and not any_rank:
             return
+        if state == "running" and self._has_ended:
+            return  # a checkpoint that got finished while the process was leaving
+        self._has_ended = state != "running"
         self._newest = checkpoint or self._newest
         record = {
             "state": state,
@@ -251,7 +265,8 @@ def plain_config(config: Config) -> dict[str, Any]:
 def config_changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
     """Keys that differ between a saved plain configuration and the present one; keys that it lacks had their default."""
     old, new = (_flat(plain_config(each)) for each in (config_from(dict(saved)), config))
-    return [Change(key, old.get(key), new.get(key)) for key in new if old.get(key) != new.get(key)]
+    keys = [*new, *(key for key in old if key not in new)]
+    return [Change(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

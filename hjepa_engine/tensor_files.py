@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -43,6 +44,8 @@ def flatten(state: Any) -> tuple[str, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
 
     def encode(value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, Tensor):
@@ -118,9 +121,9 @@ class Snapshot:
             buffer = old.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer.copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+            self._buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         return dict(self._buffers)
 
 

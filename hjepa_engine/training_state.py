@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hjepa_engine.checkpoints import Checkpoint, list_checkpoints, load_newest, load_one
+from hjepa_engine.distributed import rank_zero
 from hjepa_engine.engine import Metrics, Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.tensor_files import flatten
@@ -56,7 +57,9 @@ def flat_state(trainer: Trainer) -> tuple[str, dict[str, Tensor]]:
         CheckpointError: a handler's state holds something that cannot be saved.
     """
     try:
-        return flatten(collect_state(trainer))
+        state = collect_state(trainer)
+        _modules_in(state)
+        return flatten(state)
     except TypeError as error:
         raise CheckpointError(f"the state cannot be saved: {error}") from error
 
@@ -84,11 +87,14 @@ def restore_state(trainer: Trainer, state: State) -> list[str]:
 
 def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]]) -> list[str]:
     _check_modules(trainer.modules, _modules_in(state))
-    handlers, rank, ranks = trainer.stateful_handlers(), idist.get_rank(), state["ranks"]
-    own = ranks[min(rank, len(ranks) - 1)]
+    handlers, ranks = trainer.stateful_handlers(), state["ranks"]
+    if not ranks:
+        raise ValueError("it lacks the states of its processes")
+    same_processes = len(ranks) == idist.get_world_size()
+    own = ranks[idist.get_rank()] if same_processes else {"handlers": {}}
     saved = {**state["handlers"], **own["handlers"]}
     remarks = []
-    if len(ranks) != idist.get_world_size():
+    if not same_processes:
         remarks.append(f"{len(ranks)} processes wrote the checkpoint, there are {idist.get_world_size()} now")
     for name in saved.keys() - handlers.keys():
         if saved[name]:
@@ -109,7 +115,7 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
     if not all(type(engine[name]) is int for name in ("iteration", "epoch_length", "optimizer_step")):
         raise CheckpointError("the checkpoint does not say how far the run was")
     Metrics().load_state_dict(engine["metrics"])  # can it be read at all?
-    if len(ranks) == idist.get_world_size():
+    if same_processes:
         restore_random_state(own["random"], trainer.device)
     for name, module in trainer.modules.items():  # from here on nothing can fail
         unwrap(module).load_state_dict(state["modules"][name])
@@ -190,42 +196,21 @@ def resume(trainer: Trainer, folder: Path) -> tuple[Checkpoint, list[str]] | Non
     Raises:
         CheckpointError: there are checkpoints but none is usable, or they are of another run; nothing is changed.
     """
-    found = rank_zero(lambda: load_newest(folder))
-    if found is None:
-        return None
-    checkpoint, state = found if isinstance(found[1], dict) else load_one(found[0].path)
-    return checkpoint, restore_state(trainer, state)
+    found = load_everywhere(lambda: load_newest(folder))
+    return None if found is None else (found[0], restore_state(trainer, found[1]))
 
 
-def resume_from(trainer: Trainer, path: Path) -> tuple[Checkpoint, list[str]]:
-    """As :func:`resume`, from the checkpoint (or the newest one of the run) in ``path``.
+def load_everywhere(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tuple[Checkpoint, Any] | None:
+    """What ``load`` finds on rank 0; the other ranks read the very same checkpoint. Collective."""
+    found: tuple[Checkpoint, Any] | None = None
 
-    Raises:
-        CheckpointError: there is none, it is damaged, or of another run; nothing is changed.
-    """
-    checkpoint, state = load_one(path)
-    return checkpoint, restore_state(trainer, state)
+    def choose() -> Path | None:
+        nonlocal found
+        found = load()
+        return None if found is None else found[0].path
 
-
-def rank_zero(action: Callable[[], Any]) -> Any:
-    """The result or error of ``action`` on rank 0, on all ranks.
-
-    A pair's second item is not sent around: others get ``(first, None)``.
-    """
-    if idist.get_world_size() == 1:
-        return action()
-    answer: list[Any] = [None, None]
-    result = None
-    if idist.get_rank() == 0:
-        try:
-            result = action()
-            answer[0] = (result[0], None) if isinstance(result, tuple) else result
-        except Exception as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return result if idist.get_rank() == 0 else answer[0]
+    path = rank_zero(choose)
+    return found if path is None or idist.get_rank() == 0 else load_one(path)
 
 
 def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
@@ -241,8 +226,9 @@ def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     places = (path, path / "model.safetensors", path / "encoder" / "model.safetensors")
     exported = next((place for place in places if place.is_file()), None)
     if exported is None or list_checkpoints(path / "checkpoints"):
-        checkpoint, state = load_one(path)
-        return str(checkpoint.path), _modules_in(state)
+        found = load_everywhere(lambda: load_one(path))
+        assert found is not None
+        return str(found[0].path), _modules_in(found[1])
     try:
         weights = load_file(exported)
     except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, LookupError) as error:

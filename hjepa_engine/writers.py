@@ -234,7 +234,7 @@ class WandbWriter:
         """Start a run of W&B, or go on with the one of the checkpoint."""
         import wandb  # here, not in the thread: it takes seconds, and loader processes must not be forked meanwhile
 
-        self._id = secrets.token_hex(4) if state is None else state["id"]
+        self._id = (state or {}).get("id") or secrets.token_hex(4)
         self.folder.mkdir(parents=True, exist_ok=True)
         mode = self.mode
         if mode == "auto":

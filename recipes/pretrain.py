@@ -22,6 +22,7 @@ from torch import nn
 from hjepa_engine import Config, create_evaluator, create_trainer
 from hjepa_engine.cli import read_config, run_command
 from hjepa_engine.data import build_loader, open_source, release_workers
+from hjepa_engine.distributed import rank_zero
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     Checkpointer,
@@ -59,7 +60,6 @@ from hjepa_engine.parts import (
 from hjepa_engine.recipes.linear_probe import as_metrics, describe, judge
 from hjepa_engine.run_control import ending, start_run
 from hjepa_engine.run_folder import RunFolder, plain_config
-from hjepa_engine.training_state import rank_zero
 from hjepa_engine.types import unwrap
 from hjepa_engine.writers import build_writers
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hjepa_engine import Config, create_evaluator, create_trainer, load_config
-from hjepa_engine.checkpoints import MANIFEST, STATE, describe_record, write_checkpoint
+from hjepa_engine.checkpoint_writer import describe_record
+from hjepa_engine.checkpoints import MANIFEST, STATE, write_checkpoint
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.handlers import (

@@ -103,14 +103,6 @@ class Steps:
         self.taken.append(next(group["lr"] for group in groups if group["level"] is None))
 
 
-LOADERS = []
-
-
-def close_loaders():
-    while LOADERS:
-        LOADERS.pop()._iterator = None
-
-
 def ask_at(run, iteration):
     """Request a stop in the middle of an iteration."""
 
@@ -130,7 +122,6 @@ def train(folder, values, handlers=(), stop=None, ask=ask_at, reason="asked"):
         ask(run, stop)
     with contextlib.nullcontext() if stop is None else pytest.raises(Preempted, match=reason):
         run.fit()
-    close_loaders()
     return run
 
 

@@ -15,8 +15,8 @@ import torch
 from helpers import linear_trainer, rows, same_bits, same_state, weights_of
 from ignite.engine import Events
 
-from hjepa_engine.checkpoint_writer import CheckpointWriter
-from hjepa_engine.checkpoints import INDEX, MANIFEST, STATE, describe_record, list_checkpoints, load_newest
+from hjepa_engine.checkpoint_writer import CheckpointWriter, describe_record
+from hjepa_engine.checkpoints import INDEX, MANIFEST, STATE, list_checkpoints, load_newest
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.handlers import Checkpointer, RetentionPolicy
 from hjepa_engine.retention import Record

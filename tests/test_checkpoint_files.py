@@ -110,7 +110,6 @@ def test_paths_that_collide_get_names_of_their_own():
         ({"deep": [print]}, "here.0.deep.0 is of type builtin_function_or_method"),
         (torch.ones(1, dtype=torch.complex64), "here.0 is a tensor of torch.complex64"),
         (torch.eye(2).to_sparse(), "here.0 is a tensor of torch.float32, torch.sparse_coo"),
-        (torch.tensor(1.0).numpy()[()], "here.0 is of type float32"),
         ([0.5] * 1_000_000, "the state holds 0 tensors and 5.0 MB of other things"),
     ],
 )

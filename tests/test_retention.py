@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hjepa_engine import checkpoints
-from hjepa_engine.checkpoint_writer import CheckpointWriter
-from hjepa_engine.checkpoints import INDEX, describe_record, list_checkpoints, load_newest
+from hjepa_engine.checkpoint_writer import CheckpointWriter, describe_record
+from hjepa_engine.checkpoints import INDEX, list_checkpoints, load_newest
 from hjepa_engine.retention import Record, RetentionPolicy, best, is_better, latest
 from hjepa_engine.tensor_files import flatten
 

@@ -111,7 +111,7 @@ def test_every_key_that_may_change_does_and_no_other(tmp_path, capsys):
         folder = RunFolder(config)
         (change,) = (change for change in folder.changes() if not change.key.startswith("run_dir"))
         assert change.key.startswith(key)
-        folder.refuse(folder.changes())
+        folder.refuse(folder.changes(), "it")
     capsys.readouterr()
     run = train(tmp_path, {**PLAIN, **OTHER})
     assert run.trainer.state.iteration == 12

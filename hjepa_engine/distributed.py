@@ -1,0 +1,32 @@
+"""What several processes do together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import ignite.distributed as idist
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def rank_zero(action: Callable[[], Result]) -> Result:
+    """The result of ``action``, which only rank 0 runs; if it raises, all ranks do. Collective.
+
+    Args:
+        action: with a small result.
+    """
+    if idist.get_world_size() == 1:
+        return action()
+    answer: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    if idist.get_rank() == 0:
+        try:
+            answer = [(action(), None)]
+        except Exception as error:
+            answer = [(None, error)]
+    dist.broadcast_object_list(answer, src=0)
+    result, raised = answer[0]
+    if raised is not None:
+        raise raised
+    return result  # type: ignore[return-value]
