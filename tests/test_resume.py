@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import same_bits
 from ignite.engine import Events
-from resuming import ITERATIONS, LOADERS, RICH, Drawer, OnlineProbe, Steps, assert_same, contents, outcome, train
+from resuming import ITERATIONS, RICH, Drawer, OnlineProbe, Steps, assert_same, contents, outcome, train
 
 from hjepa_engine import TrainEvents
 from hjepa_engine.checkpoints import list_checkpoints, load_one
@@ -29,8 +29,7 @@ def loaders(monkeypatch):
     arguments, create = {}, torch.utils.data.DataLoader
 
     def make(*args, **kwargs):
-        LOADERS.append(create(*args, **{**kwargs, **(arguments if kwargs["num_workers"] else {})}))
-        return LOADERS[-1]
+        return create(*args, **{**kwargs, **(arguments if kwargs["num_workers"] else {})})
 
     monkeypatch.setattr("hjepa_engine.data.loading.DataLoader", make)
     return arguments
