@@ -12,7 +12,7 @@ import ignite.distributed as idist
 from ignite.engine import Events
 
 from hjepa_engine.checkpoint_writer import CheckpointWriter, StateCopy, describe_record
-from hjepa_engine.distributed import rank_zero
+from hjepa_engine.distributed import any_rank, rank_zero
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.events import TrainEvents
@@ -99,7 +99,7 @@ class Checkpointer:
         due = {
             "epoch": self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0,
             "steps": self.every_steps and step != self._last_step and step % self.every_steps == 0,
-            "minutes": self.every_minutes and rank_zero(self._time_is_up),
+            "minutes": self.every_minutes and any_rank(time.monotonic() - self._last_save >= 60 * self.every_minutes),
             "end": engine.should_terminate or state.iteration >= end,
         }
         return [reason for reason, is_due in due.items() if is_due]
@@ -132,9 +132,6 @@ class Checkpointer:
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore what ``state_dict`` returned."""
         self._moment, self._last_step = state_dict["moment"], state_dict["last_step"]
-
-    def _time_is_up(self) -> bool:
-        return time.monotonic() - self._last_save >= 60 * (self.every_minutes or 0.0)
 
     def _copy(self, engine: Trainer) -> StateCopy:
         state = engine.state

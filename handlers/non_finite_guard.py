@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import ignite.distributed as idist
 import torch
 
+from hjepa_engine.distributed import any_rank
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import GuardStop
 from hjepa_engine.events import TrainEvents
@@ -48,8 +48,7 @@ class NonFiniteGuard:
         """Judge the window."""
         loss, norm = engine.state.window_loss, engine.state.output["grad_norm"]
         bad_loss, bad_norm = (~torch.stack([loss.float(), norm.float()]).isfinite()).tolist()  # one read of the device
-        if idist.get_world_size() > 1:  # the loss is each rank's own; gradients are equal on all
-            bad_loss = bool(idist.all_reduce(int(bad_loss), op="MAX"))
+        bad_loss = any_rank(bad_loss)  # the loss is each rank's own; gradients are equal on all
         self.in_a_row = self.in_a_row + 1 if bad_loss or bad_norm else 0
         ours = bad_loss or (bad_norm and not self.scaled)
         limit = (1 if self.action == "stop" else self.patience) if ours else _MOST_OVERFLOWS

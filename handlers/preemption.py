@@ -10,9 +10,9 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-import ignite.distributed as idist
 from ignite.engine import Events
 
+from hjepa_engine.distributed import any_rank
 from hjepa_engine.engine import StepEngine, Trainer
 from hjepa_engine.errors import LeaveNow, Preempted
 from hjepa_engine.events import TrainEvents
@@ -73,7 +73,7 @@ class Preemption:
     def finish(self, engine: Trainer) -> None:
         """Give the signals back; end the run if one has come after its last save point: much may still be to follow."""
         self.close()
-        if self._agree(self.reason is not None):
+        if any_rank(self.reason is not None):
             self._leave()
 
     def request(self, reason: str) -> None:
@@ -94,11 +94,8 @@ class Preemption:
         """End the run if it was asked to."""
         if self.time_limit is not None and time.monotonic() - self._began >= 60 * self.time_limit:
             self.request(f"time limit of {self.time_limit:g} minutes")
-        if self._agree(self.reason is not None):
+        if any_rank(self.reason is not None):
             self._leave()
-
-    def _agree(self, is_asked: bool) -> bool:
-        return bool(idist.all_reduce(int(is_asked), op="MAX")) if idist.get_world_size() > 1 else is_asked
 
     def _leave(self) -> NoReturn:
         assert self._trainer is not None

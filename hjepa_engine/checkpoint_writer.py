@@ -120,7 +120,7 @@ class CheckpointWriter:
             # The newest may lie, in the order of places, behind some that could not be read when the run began.
             kept = {*self.policy(records), self.newest.name}
             prune(self.folder, [record.name for record in records if record.name not in kept])
-            write_index(self.folder, self.policy)
+            write_index(self.folder, [record for record in records if record.name in kept], self.policy)
             if self.on_saved is not None:
                 self.on_saved(self.newest, description)
         except OSError as error:  # the checkpoint itself is safe

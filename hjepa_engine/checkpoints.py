@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,8 @@ def sweep(folder: Path) -> None:
             _remove(folder / name)
 
 
-def write_index(folder: Path, policy: RetentionPolicy) -> None:
+def write_index(folder: Path, found: Sequence[Record], policy: RetentionPolicy) -> None:
     """Write ``index.json``: ``latest``, ``best`` and all checkpoints, for people and scripts; nothing here reads it."""
-    found = [checkpoint.record for checkpoint in list_checkpoints(folder)]
     newest, foremost, kept = latest(found), best(found, policy.mode), policy(found)
     index = {
         "latest": newest and newest.name,
@@ -349,10 +348,8 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network file systems cannot, and do it by themselves
+        # Some network file systems cannot, and do it by themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)

@@ -11,6 +11,11 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank. Collective, and small enough for every step."""
+    return bool(idist.all_reduce(int(flag), op="MAX")) if idist.get_world_size() > 1 else flag
+
+
 def rank_zero(action: Callable[[], Result]) -> Result:
     """The result of ``action``, which only rank 0 runs; if it raises, all ranks do. Collective.
 

@@ -67,9 +67,8 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
         if found is not None and found[0].config:
             changes = config_changes(found[0].config, config)
             if found[0].path.parent == folder.checkpoint_path:
-                folder.refuse(
-                    changes, f"checkpoint.checkpoint_dir {folder.checkpoint_path}"
-                )  # say, one for several runs
+                # One folder of checkpoints may have been given to several runs.
+                folder.refuse(changes, f"checkpoint.checkpoint_dir {folder.checkpoint_path}")
     if found is None:
         if how != "never" and folder.status() is not None:
             _say(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
