@@ -1,6 +1,8 @@
 """Handlers: one concern each, attached to engine events."""
 
+from hjepa_engine.handlers.batch_collapse import BatchCollapse
 from hjepa_engine.handlers.checkpointer import Checkpointer
+from hjepa_engine.handlers.collapse_monitor import CollapseMonitor
 from hjepa_engine.handlers.damaged_images import DamagedImages
 from hjepa_engine.handlers.data_position import DataPosition
 from hjepa_engine.handlers.early_stopping import EarlyStopping
@@ -20,7 +22,9 @@ from hjepa_engine.handlers.validation import Validation
 from hjepa_engine.retention import RetentionPolicy
 
 __all__ = [
+    "BatchCollapse",
     "Checkpointer",
+    "CollapseMonitor",
     "DamagedImages",
     "DataPosition",
     "EarlyStopping",

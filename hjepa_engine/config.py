@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hjepa_engine.config_monitoring import (
+    CollapseConfig,
+    GuardConfig,
+    LoggingConfig,
+    OnlineProbeConfig,
+    PicturesConfig,
+)
 from hjepa_engine.config_rules import problems
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.limits import limit_problems, limited
@@ -245,46 +252,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class WandbConfig:
-    """Weights & Biases."""
-
-    enabled: bool = False
-    """Write there too."""
-    project: str = "hjepa"
-    """Project of the run."""
-    entity: str | None = None
-    """User or team; the account's own by default."""
-    tags: list[str] = field(default_factory=list)
-    """Tags of the run."""
-    mode: Literal["auto", "online", "offline"] = "auto"
-    """``auto``: offline where there is no API key."""
-
-
-@dataclass
-class TensorboardConfig:
-    """TensorBoard event files."""
-
-    enabled: bool = False
-    """Write them."""
-
-
-@dataclass
-class LoggingConfig:
-    """What is written where while a run goes on; ``metrics.jsonl`` always is."""
-
-    experiment_name: str = "hjepa"
-    """Name of the run, and of its folder by default."""
-    log_dir: str | None = None
-    """Folder of TensorBoard's and W&B's files; the run folder by default."""
-    log_frequency: int = limited(50, least=1)
-    """Optimiser steps between two records; an epoch's end writes one too."""
-    progress_bar: bool = True
-    """Show progress on standard error."""
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
-
-
-@dataclass
 class ProbeConfig:
     """The linear probe that judges the frozen encoder."""
 
@@ -325,7 +292,11 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    online_probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
     handlers: list[HandlerConfig] = field(default_factory=list)
     """Handlers of your own, attached after the others: ``class_path`` and ``init_args`` each."""
     run_dir: str | None = None

@@ -69,6 +69,13 @@ def problems(config: Any) -> Iterator[str]:
         yield "checkpoint.resume must be auto, must, never or a path, got ''"
     if checkpoint.init_parts is not None and checkpoint.init_from is None:
         yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"
+    if config.logging.watch != "none" and config.logging.watch_frequency % config.logging.log_frequency:
+        yield (
+            f"logging.watch_frequency must be a multiple of log_frequency ({config.logging.log_frequency}), "
+            f"got {config.logging.watch_frequency}"
+        )
+    if config.collapse.lidar_views == 1:
+        yield "collapse.lidar_views must be 0 or at least 2, got 1"
     if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:
         yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
     if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda"):

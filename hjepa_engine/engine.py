@@ -124,7 +124,7 @@ class StepEngine(Engine):
         self.step, self.modules = step, modules
         self.device, self.amp_dtype = torch.device(device), amp_dtype
         self.register_events(*TrainEvents, event_to_attr=EVENT_TO_ATTR)
-        self.state.metrics, self.state.optimizer_step = Metrics(), 0
+        self.state.metrics, self.state.media, self.state.optimizer_step = Metrics(), {}, 0
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """As Ignite's, which after an error goes on with a generator that has ended: with no iteration at all."""
@@ -233,6 +233,7 @@ class Trainer(StepEngine):
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         self._stepped = False
         self.state.output = self._run_step(batch)
+        self._fire_event(TrainEvents.STEP_COMPLETED)
         self._fire_event(TrainEvents.LOSS_READY)
         # A live loss would keep the graph, and with it all activations, until the next iteration has replaced it.
         return detach(self.state.output)
@@ -255,9 +256,12 @@ class Trainer(StepEngine):
             super()._fire_event(TrainEvents.EPOCH_COMMITTED)
             state.epoch_open = False
             super()._fire_event(TrainEvents.SAVE_POINT)
-        elif event_name == Events.STARTED and state.epoch_open:
-            # Saved behind an epoch's last iteration: its end is still to come.
-            self._fire_event(Events.EPOCH_COMPLETED)
+        elif event_name == Events.STARTED:
+            if state.iteration == 0:
+                super()._fire_event(TrainEvents.METRICS_READY)
+            elif state.epoch_open:
+                # Saved behind an epoch's last iteration: its end is still to come.
+                self._fire_event(Events.EPOCH_COMPLETED)
 
     def _log_window_ends(self) -> bool:
         state = self.state

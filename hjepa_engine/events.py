@@ -13,6 +13,8 @@ class TrainEvents(EventEnum):
 
     STEP_STARTED = "step_started"
     """Batch, masks and parameters are as the step will see them; the step comes next. [iteration]"""
+    STEP_COMPLETED = "step_completed"
+    """The step has run, nothing else has yet: clocks. [iteration]"""
     LOSS_READY = "loss_ready"
     """The step has run, ``state.output`` still has its graph: backward. [iteration]"""
     GRADIENTS_READY = "gradients_ready"
@@ -22,7 +24,8 @@ class TrainEvents(EventEnum):
     WINDOW_COMPLETED = "window_completed"
     """A log window has ended: handlers write its floats to ``state.metrics``. [optimizer_step]"""
     METRICS_READY = "metrics_ready"
-    """The floats of the log window are complete: loggers and progress bars read them. [optimizer_step]"""
+    """The floats of the log window are complete: loggers and progress bars read them. Fires once more when a new run
+    starts, for what is measured before the first step. [optimizer_step]"""
     ITERATION_COMMITTED = "iteration_committed"
     """Last of an iteration, after every handler of ``ITERATION_COMPLETED`` and ``METRICS_READY``. [iteration]"""
     VALIDATION_COMPLETED = "validation_completed"
@@ -39,6 +42,7 @@ class TrainEvents(EventEnum):
 #: The counter of ``engine.state`` that an event's filters look at.
 EVENT_TO_ATTR = {
     TrainEvents.STEP_STARTED: "iteration",
+    TrainEvents.STEP_COMPLETED: "iteration",
     TrainEvents.LOSS_READY: "iteration",
     TrainEvents.GRADIENTS_READY: "optimizer_step",
     TrainEvents.OPTIMIZER_STEPPED: "optimizer_step",

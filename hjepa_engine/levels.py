@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,20 @@ def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
     maps = tokens.view(batch * blocks, *masks.block, dim).permute(0, 3, 1, 2)
     cells = F.avg_pool2d(maps, level.pool, ceil_mode=True, count_include_pad=False)
     return cells.flatten(2).transpose(1, 2).reshape(batch, blocks, -1, dim)
+
+
+def pool_map(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
+    """Means of all windows of ``level``'s size in the patch features (B, N, D), wherever they begin: (B, cells, D)."""
+    if level.pool == "image":
+        return features.mean(dim=1, keepdim=True)
+    size = [min(level.pool, side) for side in grid]
+    maps = features.view(len(features), *grid, -1).permute(0, 3, 1, 2)
+    return F.avg_pool2d(maps, size, stride=1).flatten(2).transpose(1, 2)
+
+
+def windows(grid: tuple[int, int], level: Level) -> int:
+    """How many windows of ``level``'s size there are: the cells of :func:`pool_map`."""
+    return 1 if level.pool == "image" else math.prod(side - min(level.pool, side) + 1 for side in grid)
 
 
 def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:

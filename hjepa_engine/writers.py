@@ -17,9 +17,11 @@ from queue import SimpleQueue
 from typing import Any, Literal, Protocol
 
 import ignite.distributed as idist
+import PIL.Image
 
 from hjepa_engine.config import Config
 from hjepa_engine.config_loading import dump_config, parse_yaml
+from hjepa_engine.media import Histogram, Image, Media, Text
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ class Writer(Protocol):
 
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
         """Write one record."""
+
+    def write_media(self, media: Mapping[str, Media], step: int, epoch: int) -> None:
+        """Write images, histograms, texts and objects by name."""
 
     def close(self) -> None:
         """Flush and release."""
@@ -80,6 +85,23 @@ class JsonlWriter:
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
         """Write one line."""
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._add(values, step, epoch)
+
+    def write_media(self, media: Mapping[str, Media], step: int, epoch: int) -> None:
+        """Write one line; images become PNG files in ``media/`` beside the file, the line has their paths."""
+        self._add({name: self._plain(name, item, step) for name, item in media.items()}, step, epoch)
+
+    def _plain(self, name: str, item: Media, step: int) -> Any:
+        if isinstance(item, Image):
+            path = self.path.parent / "media" / f"{name.replace('/', '_')}_{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            PIL.Image.fromarray(item.pixels).save(path)
+            return str(path.relative_to(self.path.parent))
+        if isinstance(item, Histogram):
+            return {"counts": item.counts, "edges": item.edges, "non_finite": item.non_finite}
+        return item.text if isinstance(item, Text) else item.value
+
+    def _add(self, values: Mapping[str, Any], step: int, epoch: int) -> None:
         record = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}
         self._pending += (json.dumps(record) + "\n").encode()
         try:

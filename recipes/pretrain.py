@@ -58,6 +58,7 @@ from hjepa_engine.parts import (
     steps_per_epoch,
 )
 from hjepa_engine.recipes.linear_probe import as_metrics, describe, judge
+from hjepa_engine.recipes.monitoring import build_monitors
 from hjepa_engine.run_control import ending, start_run
 from hjepa_engine.run_folder import RunFolder, plain_config
 from hjepa_engine.types import unwrap
@@ -187,6 +188,7 @@ def build(config: Config) -> Run:
         preemption,
         *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
+        *build_monitors(config, trainer, train),
         *build_handlers(config),
     ]
     for handler in handlers:

@@ -2,6 +2,7 @@
 
 from hjepa_engine.data.datasets import Source, open_source
 from hjepa_engine.data.features import FeatureBatches, few_labels
+from hjepa_engine.data.image_set import ImageSet
 from hjepa_engine.data.loading import (
     KeyedDataset,
     build_loader,
@@ -15,6 +16,7 @@ from hjepa_engine.data.sampler import EpochBatchSampler
 __all__ = [
     "EpochBatchSampler",
     "FeatureBatches",
+    "ImageSet",
     "KeyedDataset",
     "Source",
     "build_loader",

@@ -88,9 +88,14 @@ def train_transform(config: DataConfig, source: Source) -> v2.Compose:
 
 
 def eval_transform(config: DataConfig, source: Source) -> v2.Compose:
-    """Resize the shorter side, cut the middle out."""
+    """Resize the shorter side, cut the middle out, normalise."""
+    return v2.Compose([eval_pixels(config), *_normalise(source)])
+
+
+def eval_pixels(config: DataConfig) -> v2.Compose:
+    """Resize the shorter side, cut the middle out; still uint8."""
     size = config.image_size
-    steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size), *_normalise(source)]
+    steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
     return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps])
 
 

@@ -1,6 +1,7 @@
 """Pure step functions: modules and a batch in, a dict of tensors out."""
 
+from hjepa_engine.steps.feature_maps import feature_map_step
 from hjepa_engine.steps.hjepa import hjepa_step
 from hjepa_engine.steps.linear_probe import feature_step, linear_probe_step
 
-__all__ = ["feature_step", "hjepa_step", "linear_probe_step"]
+__all__ = ["feature_map_step", "feature_step", "hjepa_step", "linear_probe_step"]

@@ -1,0 +1,141 @@
+"""Is the representation collapsing? Measured on a fixed set of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from ignite.engine import Events
+from torch import Tensor
+
+from hjepa_engine.collapse import FeatureStatistics, ViewStatistics, alpha_req
+from hjepa_engine.data.views import random_views
+from hjepa_engine.engine import Evaluator, Trainer
+from hjepa_engine.events import TrainEvents
+from hjepa_engine.media import Anything
+
+#: Singular values that a logged spectrum has at most.
+_POINTS = 64
+
+
+class Images(Protocol):
+    """Batches with ``images`` (B, C, H, W), the same in every pass."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+
+class CollapseMonitor:
+    """Measure how much the features of both encoders, and of every level, still tell images apart.
+
+    The images are fixed, so that readings compare over time. Features are centred at each place of their map: tokens that
+    differ between places and not between images are collapsed, and would pass for healthy otherwise. A reading is taken
+    before the first step, then every ``every`` optimiser steps, at the end of the log window, and at the end of the run.
+    All ranks measure, each its own images.
+
+    Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``.
+    Reads: the evaluator's ``state.output``: features (B, places, D) by name, ``<name>`` or ``<name>_level_<l>``.
+    Writes: ``engine.state.metrics["collapse/<name>_<key>"]``, with ``_level_<l>`` behind the key, where the keys are
+    ``std``, ``norm``, ``rank`` and ``rank_share`` (see :meth:`FeatureStatistics.summary`) and, not for levels, ``rank_me``,
+    ``alpha_req`` and ``lidar`` where asked for; ``engine.state.media["collapse/<name>_spectrum"]``, at most 64 of the
+    ``singular_values`` divided by their sum, each with its ``rank`` from 1.
+
+    Args:
+        evaluator: runs a step with such outputs, like :func:`~hjepa_engine.steps.feature_map_step`.
+        images: the fixed set (of this rank); at least max(2 D, 2048) features, or the rank cannot be trusted.
+        every: optimiser steps between readings.
+        alpha_req: measure alpha-ReQ too.
+        lidar_views: measure LiDAR too, on the mean token of this many random views of each image; 0: do not.
+        seed: names the views.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        images: Iterable[dict[str, Any]],
+        every: int = 1000,
+        alpha_req: bool = False,
+        lidar_views: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if lidar_views == 1 or lidar_views < 0:
+            raise ValueError(f"lidar_views must be 0 or at least 2, got {lidar_views}")
+        self.evaluator, self.images, self.every, self.alpha_req = evaluator, images, every, alpha_req
+        self.lidar_views, self.seed = lidar_views, seed
+        self.due = every
+        self._statistics: dict[str, FeatureStatistics] = {}
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.read_if_due)
+
+    def start(self, engine: Trainer) -> None:
+        """Take the reading before the first step."""
+        if engine.state.iteration == 0:
+            self.due = self.every
+            self.read(engine)
+
+    def read_if_due(self, engine: Trainer) -> None:
+        """Take a reading if it is time to."""
+        state = engine.state
+        end = state.max_iters or state.max_epochs * state.epoch_length
+        if state.optimizer_step >= self.due or state.iteration >= end:
+            self.due = state.optimizer_step + self.every
+            self.read(engine)
+
+    def read(self, engine: Trainer) -> None:
+        """Take a reading. Collective."""
+        self._statistics = {}
+        self.evaluator.run(self.images)
+        for name, statistics in self._statistics.items():
+            self._write(engine, name, statistics.reduced())
+        if self.lidar_views:
+            self._read_lidar(engine)
+        self._statistics = {}
+
+    def _add(self, evaluator: Evaluator) -> None:
+        for name, features in evaluator.state.output.items():
+            if name not in self._statistics:
+                self._statistics[name] = FeatureStatistics(features.shape[-1], features.shape[1], features.device)
+            self._statistics[name].add(features)
+
+    def _write(self, engine: Trainer, name: str, statistics: FeatureStatistics) -> None:
+        encoder, is_level, level = name.partition("_level_")
+        values = statistics.singular_values()
+        found = statistics.summary() | ({"alpha_req": alpha_req(values)} if self.alpha_req else {})
+        for key in ("std", "norm", "rank", "rank_share") if is_level else found:
+            engine.state.metrics[f"collapse/{encoder}_{key}{is_level}{level}"] = found[key]
+        if not is_level:
+            engine.state.media[f"collapse/{encoder}_spectrum"] = Anything(thinned(values))
+
+    def _read_lidar(self, engine: Trainer) -> None:
+        found: dict[str, ViewStatistics] = {}
+        for number, batch in enumerate(self.images):
+            views = random_views(batch["images"], self.lidar_views, self.seed, number)
+            outputs = [self.evaluator.run([{"images": view}]).output for view in views]
+            for name in [name for name in outputs[0] if "_level_" not in name]:
+                means = torch.stack([output[name].float().mean(dim=1) for output in outputs])
+                found.setdefault(name, ViewStatistics(means.shape[-1], means.device)).add(means)
+        for name, statistics in found.items():
+            engine.state.metrics[f"collapse/{name}_lidar"] = statistics.lidar()
+
+    def state_dict(self) -> dict[str, int]:
+        """The step of the next reading."""
+        return {"due": self.due}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.due = state_dict["due"]
+
+
+def thinned(singular_values: Tensor) -> dict[str, list[float]]:
+    """At most 64 of a spectrum's values, each divided by the sum of all, evenly spread over the logarithm of their rank."""
+    dim = len(singular_values)
+    rank = torch.logspace(0, torch.tensor(float(dim)).log10().item(), _POINTS).round().long().clamp(1, dim).unique()
+    share = singular_values / singular_values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    picked = share[rank.to(share.device) - 1].tolist()
+    return {"rank": rank.tolist(), "share": [float(f"{value:.4g}") for value in picked]}

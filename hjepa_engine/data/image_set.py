@@ -1,0 +1,87 @@
+"""A fixed set of images in memory, for whatever looks at the same ones again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from hjepa_engine.config import DataConfig
+from hjepa_engine.data.datasets import Source
+from hjepa_engine.data.loading import KeyedDataset, collate, eval_pixels
+from hjepa_engine.randomness import isolated
+
+
+class ImageSet:
+    """Evenly spaced samples of a source, resized and cut as for evaluation, kept as bytes; normalised when read.
+
+    Read from the source at the first use; nothing random is drawn from the outside's generators.
+
+    Args:
+        config: of the data.
+        source: where the images are.
+        count: how many; all, where there are fewer.
+        batch_size: of the batches that iterating yields: ``images`` (B, C, H, W), normalised, and ``labels`` (B,).
+        seed: seed of the run.
+        rank: which share of the set is this process's own.
+        world_size: number of shares.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        count: int,
+        batch_size: int = 256,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        self.config, self.source, self.batch_size, self.seed = config, source, batch_size, seed
+        total = len(source.images)
+        count = min(count, total)
+        self.indices = [number * total // count for number in range(count)][rank::world_size]
+        self._images: Tensor | None = None
+        self._labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def load(self) -> None:
+        """Read the images now, if that has not happened yet."""
+        if self._images is None:
+            dataset = KeyedDataset(self.source, eval_pixels(self.config), self.seed)
+            workers = self.config.num_workers if len(self.indices) > 1000 else 0
+            keys = [(0, index) for index in self.indices]
+            loader: DataLoader[dict[str, Any]] = DataLoader(
+                dataset, 64, sampler=keys, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+            )
+            with isolated():
+                batches = list(loader)
+            self._images = torch.cat([batch["images"] for batch in batches])
+            self._labels = torch.cat([batch["labels"] for batch in batches])
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images (n, C, H, W), uint8."""
+        self.load()
+        assert self._images is not None
+        return self._images
+
+    @property
+    def labels(self) -> Tensor:
+        """Class numbers (n,)."""
+        self.load()
+        assert self._labels is not None
+        return self._labels
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*self.source.stats)])
+        for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+            yield {"images": normalise(pixels), "labels": labels}

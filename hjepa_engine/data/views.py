@@ -1,0 +1,44 @@
+"""Random views of images that are there already."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hjepa_engine.randomness import uniform_rows
+
+
+def random_views(
+    images: Tensor, number: int, *parts: int | str, scale: tuple[float, float] = (0.3, 1.0)
+) -> list[Tensor]:
+    """Random square crops of images (B, C, H, W), half of them mirrored, resized to (H, W).
+
+    Args:
+        images: to cut from.
+        number: of views of each image.
+        *parts: name the draw.
+        scale: smallest and largest area of a crop, as a share of the image.
+
+    Returns:
+        ``number`` tensors (B, C, H, W).
+    """
+    draws = torch.from_numpy(uniform_rows(0, number * len(images), 4, "views", *parts))
+    low, high = scale
+    side = (low + (high - low) * draws[:, 0]).sqrt()
+    mirror = torch.where(draws[:, 1] < 0.5, 1.0, -1.0)
+    left, top = (1 - side) * (2 * draws[:, 2] - 1), (1 - side) * (2 * draws[:, 3] - 1)
+    zero = torch.zeros_like(side)
+    theta = torch.stack([torch.stack([side * mirror, zero, left], 1), torch.stack([zero, side, top], 1)], 1)
+    views = []
+    for chosen in theta.to(images).split(len(images)):
+        grid = F.affine_grid(chosen, list(images.shape), align_corners=False)
+        views.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
+    return views
+
+
+def images_needed(dim: int, samples_per_image: int) -> int:
+    """How many images have max(2 D, 2048) features, and 128 at each place at least."""
+    return max(128, math.ceil(max(2 * dim, 2048) / samples_per_image))
