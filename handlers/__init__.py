@@ -2,6 +2,7 @@
 
 from hjepa_engine.handlers.batch_collapse import BatchCollapse
 from hjepa_engine.handlers.checkpointer import Checkpointer
+from hjepa_engine.handlers.collapse_guard import CollapseGuard
 from hjepa_engine.handlers.collapse_monitor import CollapseMonitor
 from hjepa_engine.handlers.damaged_images import DamagedImages
 from hjepa_engine.handlers.data_position import DataPosition
@@ -24,6 +25,7 @@ from hjepa_engine.retention import RetentionPolicy
 __all__ = [
     "BatchCollapse",
     "Checkpointer",
+    "CollapseGuard",
     "CollapseMonitor",
     "DamagedImages",
     "DataPosition",

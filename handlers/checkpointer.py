@@ -27,7 +27,7 @@ class Checkpointer:
     and tried again at the next occasion. :func:`~hjepa_engine.training_state.resume` is the way back.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.SAVE_POINT`` and ``INTERRUPTED``, ``COMPLETED``.
-    Reads: ``engine.state.metrics``.
+    Reads: ``engine.state.metrics``; ``engine.state.suspect_since``: what was saved before is kept.
     Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is interrupted.
 
     Args:
@@ -142,7 +142,9 @@ class Checkpointer:
         description = describe_record(record, self.metric, state.metrics.since(0)[0])
         description |= {"config": self.config, "environment": bits_environment(engine.device)}
         structure, tensors = flat_state(engine)
-        return self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
+        copy = self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
+        self.writer.suspect_since = state.suspect_since
+        return copy
 
     def _save(self, copy: StateCopy, reasons: list[str]) -> None:
         self._last_save = time.monotonic()

@@ -26,7 +26,7 @@ class MetricsLogger:
     A value is written once, with the optimiser step at which it was new. A writer that fails is named in one warning
     and dropped: its failure is not the run's. The ``log_...`` methods are for values of your own.
 
-    Listens to: ``TrainEvents.METRICS_READY``, ``VALIDATION_COMPLETED`` and ``EPOCH_COMMITTED``, ``COMPLETED``.
+    Listens to: ``TrainEvents.METRICS_READY``, ``COMPLETED``.
     Reads: ``engine.state.metrics``; empties ``engine.state.media``.
 
     Args:
@@ -44,12 +44,7 @@ class MetricsLogger:
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         self._engine = engine
-        for event in (
-            TrainEvents.METRICS_READY,
-            TrainEvents.VALIDATION_COMPLETED,
-            TrainEvents.EPOCH_COMMITTED,
-            Events.COMPLETED,
-        ):
+        for event in (TrainEvents.METRICS_READY, Events.COMPLETED):
             engine.add_event_handler(event, self.write)
 
     def write(self, engine: StepEngine) -> None:
@@ -113,7 +108,12 @@ class MetricsLogger:
         return {"seen": self._seen, "writers": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; nothing is touched before there is something to write."""
+        """Restore what ``state_dict`` returned; nothing is touched before there is something to write.
+
+        Writers that are open go on from there too: what they have written since is cut off where that is possible.
+        """
+        self.close()
+        self._off = []
         self._seen, self._states = state_dict["seen"], dict(state_dict["writers"])
 
     def _now(self, step: int | None) -> tuple[int, int]:

@@ -21,7 +21,8 @@ class ParamSchedule(ParamScheduler):
     resumed run obeys its present configuration.
 
     Listens to: ``ITERATION_STARTED``.
-    Reads: ``engine.state.optimizer_step``.
+    Reads: ``engine.state.optimizer_step``; ``engine.state.lr_scale``, a factor of every ``lr`` (1, unless the run was rolled
+    back).
     Writes: ``param_name`` of the selected groups; where ``metric`` is given, ``engine.state.metrics[metric]`` at the end
     of a log window, the value of the first selected group (of each level, with ``_level_{l}`` appended).
 
@@ -45,6 +46,7 @@ class ParamSchedule(ParamScheduler):
         super().__init__(optimizer, param_name)
         self.schedule, self.select, self.metric = schedule, select or (lambda group: True), metric
         self._state_attrs: list[str] = []
+        self._scale = 1.0
 
     @property
     def optimizer_param_groups(self) -> list[Group]:
@@ -61,6 +63,7 @@ class ParamSchedule(ParamScheduler):
         """Write the value of the coming optimiser step."""
         if engine is not None:
             self.event_index = engine.state.optimizer_step
+            self._scale = getattr(engine.state, "lr_scale", 1.0) if self.param_name == "lr" else 1.0
         value = self.get_param()
         for group in self.optimizer_param_groups:
             group[self.param_name] = value[group["level"]] if isinstance(value, list) else value
@@ -68,7 +71,9 @@ class ParamSchedule(ParamScheduler):
     def get_param(self) -> list[float] | float:
         """The schedule's value at the present optimiser step."""
         value = self.schedule(self.event_index)
-        return [float(item) for item in value] if isinstance(value, Sequence) else float(value)
+        if isinstance(value, Sequence):
+            return [self._scale * float(item) for item in value]
+        return self._scale * float(value)
 
     def report(self, engine: StepEngine) -> None:
         """Write the value that the last optimiser step used to the metrics."""

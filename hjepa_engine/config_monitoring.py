@@ -94,7 +94,7 @@ class GuardRule:
     readings: int = limited(3, least=1)
     """So many readings in a row must be wrong."""
     after: int = limited(0, least=0)
-    """Readings up to this optimiser step do not count."""
+    """Readings before this optimiser step are not wrong; later ones are compared with them all the same."""
     action: Literal["warn", "stop", "rollback"] = "warn"
     """``warn`` once per occurrence; ``stop`` the run (exit code 5); ``rollback`` to the newest checkpoint from before the
     first wrong reading, with a lower learning rate."""
@@ -114,6 +114,7 @@ class GuardRule:
 def default_rules() -> list[GuardRule]:
     """Warnings that healthy runs do not get."""
     return [
+        GuardRule("collapse/target_std", drop=0.75, readings=2),
         GuardRule("collapse/target_rank_share", below=0.02, readings=2, after=500),
         GuardRule("train/loss", spike=5.0, readings=2, after=500),
     ]
@@ -124,7 +125,7 @@ class GuardConfig:
     """What happens when something goes wrong: docs/health.md has rules for common cases."""
 
     rules: list[GuardRule] = field(default_factory=default_rules)
-    """On logged metrics; by default a low rank and a spike of the loss are warned of."""
+    """On logged metrics; by default features that lose their variance or rank, and a spike of the loss, are warned of."""
     lr_factor: float = limited(0.5, above=0, most=1)
     """Factor of all learning rates after a rollback."""
     max_rollbacks: int = limited(2, least=1)

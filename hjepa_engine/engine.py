@@ -161,6 +161,7 @@ class Trainer(StepEngine):
         super().__init__(step, modules, device, amp_dtype)
         self.log_frequency = log_frequency
         self.state.window_open = self.state.epoch_open = False
+        self.state.suspect_since, self.state.rollbacks, self.state.lr_scale = None, 0, 1.0
         self._stepped = self._resumed = False
         self._stateful: list[Any] = []
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
@@ -190,16 +191,19 @@ class Trainer(StepEngine):
             epoch_length=state.epoch_length,
             optimizer_step=state.optimizer_step,
             epoch_open=state.epoch_open,
+            rollbacks=state.rollbacks,
+            lr_scale=state.lr_scale,
             metrics=state.metrics.state_dict(),
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned: the next :meth:`run` goes on from there."""
         state = self.state
-        for name in ("iteration", "epoch_length", "optimizer_step", "epoch_open"):
+        for name in ("iteration", "epoch_length", "optimizer_step", "epoch_open", "rollbacks", "lr_scale"):
             setattr(state, name, state_dict[name])
         state.epoch = state.iteration // state.epoch_length
         state.metrics.load_state_dict(state_dict["metrics"])
+        state.media, state.window_open, state.suspect_since = {}, False, None
         self._resumed = True
 
     def run(
@@ -253,6 +257,7 @@ class Trainer(StepEngine):
             if not state.window_open:
                 super()._fire_event(TrainEvents.SAVE_POINT)
         elif event_name == Events.EPOCH_COMPLETED:
+            super()._fire_event(TrainEvents.METRICS_READY)
             super()._fire_event(TrainEvents.EPOCH_COMMITTED)
             state.epoch_open = False
             super()._fire_event(TrainEvents.SAVE_POINT)

@@ -44,6 +44,19 @@ class LeaveNow(KeyboardInterrupt):
 
 
 class GuardStop(RunError):
-    """A guard has ended the run (non-finite loss): exit code 5."""
+    """A guard has ended the run (collapse, non-finite loss): exit code 5."""
 
     exit_code = 5
+
+
+class Rollback(GuardStop):
+    """A guard asks to go back to a checkpoint from before it saw something wrong; where nobody does, it ends the run.
+
+    Args:
+        message: what was seen.
+        before: iteration of the first wrong reading.
+    """
+
+    def __init__(self, message: str, before: int) -> None:
+        super().__init__(message)
+        self.before = before

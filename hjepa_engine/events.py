@@ -24,8 +24,8 @@ class TrainEvents(EventEnum):
     WINDOW_COMPLETED = "window_completed"
     """A log window has ended: handlers write its floats to ``state.metrics``. [optimizer_step]"""
     METRICS_READY = "metrics_ready"
-    """The floats of the log window are complete: loggers and progress bars read them. Fires once more when a new run
-    starts, for what is measured before the first step. [optimizer_step]"""
+    """The floats of the log window are complete: loggers and progress bars read them. Fires too behind an epoch's end, and
+    when a new run starts, for what is measured before the first step. [optimizer_step]"""
     ITERATION_COMMITTED = "iteration_committed"
     """Last of an iteration, after every handler of ``ITERATION_COMPLETED`` and ``METRICS_READY``. [iteration]"""
     VALIDATION_COMPLETED = "validation_completed"

@@ -13,7 +13,7 @@ from hjepa_engine.config import Level, resolve_levels
 from hjepa_engine.data import ImageSet, Source
 from hjepa_engine.data.views import images_needed
 from hjepa_engine.engine import Trainer
-from hjepa_engine.handlers import BatchCollapse, CollapseMonitor
+from hjepa_engine.handlers import BatchCollapse, CollapseGuard, CollapseMonitor
 from hjepa_engine.levels import windows
 from hjepa_engine.steps import feature_map_step
 from hjepa_engine.types import unwrap
@@ -30,6 +30,8 @@ def build_monitors(config: Config, trainer: Trainer, train: Source) -> list[Any]
     monitors: list[Any] = []
     if config.collapse.enabled:
         monitors += [_collapse_monitor(config, trainer, train), BatchCollapse(config.collapse.batch_every)]
+    if config.guard.rules:
+        monitors.append(CollapseGuard(config.guard.rules))
     return monitors
 
 

@@ -59,6 +59,7 @@ from hjepa_engine.parts import (
 )
 from hjepa_engine.recipes.linear_probe import as_metrics, describe, judge
 from hjepa_engine.recipes.monitoring import build_monitors
+from hjepa_engine.rolling_back import train_with_rollbacks
 from hjepa_engine.run_control import ending, start_run
 from hjepa_engine.run_folder import RunFolder, plain_config
 from hjepa_engine.types import unwrap
@@ -120,7 +121,14 @@ class Run:
 
     def _train_and_judge(self) -> dict[str, float]:
         config, limit = self.config, self.config.training.max_iters
-        self.trainer.run(self.data, config.training.epochs if limit is None else None, limit and self.iterations)
+        length = config.training.epochs if limit is None else None, limit and self.iterations
+        train_with_rollbacks(
+            lambda: self.trainer.run(self.data, *length),
+            self.trainer,
+            self.checkpointer.writer,
+            config.guard,
+            self.folder,
+        )
         results: dict[str, float] = {}
         if config.probe.enabled:
             results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)

@@ -1,0 +1,89 @@
+"""Act when a logged metric says that something is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ignite.distributed as idist
+
+from hjepa_engine.config_monitoring import GuardRule, default_rules
+from hjepa_engine.distributed import rank_zero
+from hjepa_engine.engine import Trainer
+from hjepa_engine.errors import GuardStop, Rollback
+from hjepa_engine.events import TrainEvents
+from hjepa_engine.guarding import Verdict, Watch
+
+logger = logging.getLogger(__name__)
+
+
+class CollapseGuard:
+    """Judge logged metrics by rules; warn, end the run, or ask for a rollback.
+
+    A rule looks at each new value of its metric, once per log window and at an epoch's end, when everybody else has read
+    it. Rank 0 decides for all.
+
+    Listens to: ``TrainEvents.METRICS_READY``, ``ITERATION_COMMITTED``, ``EPOCH_COMMITTED``.
+    Reads: ``engine.state.metrics``, ``engine.state.rollbacks``.
+    Writes: ``engine.state.suspect_since``, the iteration of the first of the wrong readings that may lead to a rollback
+    (None: there are none), so that the checkpoint before it is kept; raises :class:`~hjepa_engine.errors.GuardStop` or
+    :class:`~hjepa_engine.errors.Rollback`.
+
+    Args:
+        rules: see :class:`~hjepa_engine.config_monitoring.GuardRule`.
+    """
+
+    def __init__(self, rules: Sequence[GuardRule] | None = None) -> None:
+        self.watches = [Watch(rule) for rule in (default_rules() if rules is None else rules)]
+        self._seen, self._is_new = 0, False
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(TrainEvents.METRICS_READY, self.notice)
+        engine.add_event_handler(TrainEvents.ITERATION_COMMITTED, self.check)
+        engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.check)
+
+    def notice(self) -> None:
+        """There are new values: they are judged when everybody has read them."""
+        self._is_new = True
+
+    def check(self, engine: Trainer) -> None:
+        """Judge what is new. Collective."""
+        if not self._is_new:
+            return
+        self._is_new = False
+        for verdict in rank_zero(lambda: self.judge(engine)):
+            if verdict.action == "stop":
+                raise GuardStop(verdict.text)
+            if verdict.action == "rollback":
+                raise Rollback(verdict.text, verdict.since)
+            if idist.get_rank() == 0:
+                logger.warning("%s", verdict.text)
+
+    def judge(self, engine: Trainer) -> list[Verdict]:
+        """What the rules say of the values that are new."""
+        state = engine.state
+        fresh, self._seen = state.metrics.since(self._seen)
+        verdicts = [
+            watch.look(fresh[watch.rule.metric], state.optimizer_step, state.iteration)
+            for watch in self.watches
+            if watch.rule.metric in fresh
+        ]
+        suspects = [
+            watch.since for watch in self.watches if watch.rule.action == "rollback" and watch.since is not None
+        ]
+        state.suspect_since = min(suspects, default=None)
+        # A warning must not be lost to a rule behind it that ends the run.
+        return sorted(filter(None, verdicts), key=lambda verdict: verdict.action != "warn")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each rule has seen, by the rule."""
+        return {"seen": self._seen, "watches": {str(watch.rule): watch.state_dict() for watch in self.watches}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; rules that were not there begin anew."""
+        self._seen, self._is_new = state_dict["seen"], False
+        for watch in self.watches:
+            if str(watch.rule) in state_dict["watches"]:
+                watch.load_state_dict(state_dict["watches"][str(watch.rule)])
