@@ -47,7 +47,7 @@ class LoggingConfig:
     system_metrics: bool = True
     """Log memory, load, power and temperature of GPUs, and memory and load of the host."""
     watch: Literal["none", "gradients", "parameters", "all"] = "none"
-    """Log histograms of every parameter, of its gradient, or of both."""
+    """Log histograms of every trainable parameter, of its gradient, or of both."""
     watch_frequency: int = limited(500, least=1)
     """Optimiser steps between two sets of histograms; a multiple of ``log_frequency``."""
     report: bool = True
@@ -115,6 +115,7 @@ def default_rules() -> list[GuardRule]:
     """Warnings that healthy runs do not get."""
     return [
         GuardRule("collapse/target_std", drop=0.75, readings=2),
+        GuardRule("collapse/batch_target_std", drop=0.75, readings=2),
         GuardRule("collapse/target_rank_share", below=0.02, readings=2, after=500),
         GuardRule("train/loss", spike=5.0, readings=2, after=500),
     ]
@@ -134,7 +135,8 @@ class GuardConfig:
 
 @dataclass
 class OnlineProbeConfig:
-    """Probes of the target encoder while it is trained, on labelled images of their own; no gradient reaches it."""
+    """Probes of the target encoder while it is trained: on labelled images of their own, they read the mean of the patch
+    tokens, and no gradient reaches the encoder."""
 
     every: int | None = limited(None, least=1)
     """Epochs between probes, one before the first step and one after the last besides; null: none."""
@@ -143,11 +145,11 @@ class OnlineProbeConfig:
     val_images: int = limited(1000, least=1)
     """Labelled images, held out, to judge on."""
     neighbours: int = limited(20, least=1)
-    """Neighbours that vote in ``probe/knn``."""
+    """Neighbours that vote in ``probe/knn``; all, where there are fewer."""
     temperature: float = limited(0.07, above=0)
     """Of their weights exp(cosine similarity / temperature)."""
     linear_epochs: int = limited(20, least=0)
-    """Epochs of the linear head of ``probe/online_linear``, with the other settings of ``probe``; 0: none."""
+    """Epochs of the linear head of ``probe/online_linear``, with batch size, rate and weight decay of ``probe``; 0: none."""
 
 
 @dataclass

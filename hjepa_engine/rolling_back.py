@@ -49,7 +49,7 @@ def roll_back(
     trainer: Trainer, writer: CheckpointWriter, options: GuardConfig, run_folder: Path, request: Rollback
 ) -> None:
     """Put the trainer back to the newest checkpoint from before ``request.before``. Collective."""
-    past = trainer.state.rollbacks
+    past, lr_scale = trainer.state.rollbacks, trainer.state.lr_scale
     if past >= options.max_rollbacks:
         raise GuardStop(f"{request}; the run was rolled back {past} times already")
     rank_zero(writer.wait)
@@ -61,8 +61,7 @@ def roll_back(
     # A crash from here on costs nothing: whatever is the newest checkpoint then, the run comes here again.
     rank_zero(lambda: _keep_log(run_folder, past + 1))
     restore_state(trainer, state)
-    trainer.state.rollbacks = past + 1
-    trainer.state.lr_scale *= options.lr_factor
+    trainer.state.rollbacks, trainer.state.lr_scale = past + 1, lr_scale * options.lr_factor
     rank_zero(lambda: _forget_later(writer.folder, checkpoint))
     if idist.get_rank() == 0:
         logger.warning(

@@ -60,10 +60,18 @@ TINY: dict[str, Any] = {
     "training.weight_decay_end": 0.4,
     "logging.log_frequency": 2,
     "logging.progress_bar": "false",
+    "logging.report": "false",
+    "pictures.enabled": "false",
     "device": "cpu",
 }
 #: 40 images of noise: quick, and enough where it does not matter what is learned.
 NOISE: dict[str, Any] = {**TINY, "data.dataset": "fake", "data.fake_size": 40}
+
+
+def is_time(name: str) -> bool:
+    """Whether a logged value tells of clock or machine: such values differ between runs that are equal."""
+    timed = name in ("time", "train/images_per_s", "train/data_wait") or name.endswith("_ms")
+    return timed or name.startswith("system/")
 
 
 def options(values: dict[str, Any]) -> list[str]:
