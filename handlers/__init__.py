@@ -8,15 +8,20 @@ from hjepa_engine.handlers.damaged_images import DamagedImages
 from hjepa_engine.handlers.data_position import DataPosition
 from hjepa_engine.handlers.early_stopping import EarlyStopping
 from hjepa_engine.handlers.encoder_export import EncoderExport
+from hjepa_engine.handlers.gpu_stats import GpuStats
 from hjepa_engine.handlers.mask_sampler import MaskSampler
 from hjepa_engine.handlers.metric_averager import MetricAverager
 from hjepa_engine.handlers.metrics_logger import MetricsLogger
 from hjepa_engine.handlers.non_finite_guard import NonFiniteGuard
+from hjepa_engine.handlers.online_probe import OnlineProbe
 from hjepa_engine.handlers.optimizer_step import OptimizerStep
 from hjepa_engine.handlers.param_schedule import ParamSchedule
+from hjepa_engine.handlers.parameter_histograms import ParameterHistograms
+from hjepa_engine.handlers.pictures import Pictures
 from hjepa_engine.handlers.preemption import Preemption
 from hjepa_engine.handlers.progress_bar import ProgressBar
 from hjepa_engine.handlers.step_seed import StepSeed
+from hjepa_engine.handlers.step_timing import StepTiming
 from hjepa_engine.handlers.target_encoder_ema import TargetEncoderEMA
 from hjepa_engine.handlers.throughput import Throughput
 from hjepa_engine.handlers.validation import Validation
@@ -31,16 +36,21 @@ __all__ = [
     "DataPosition",
     "EarlyStopping",
     "EncoderExport",
+    "GpuStats",
     "MaskSampler",
     "MetricAverager",
     "MetricsLogger",
     "NonFiniteGuard",
+    "OnlineProbe",
     "OptimizerStep",
     "ParamSchedule",
+    "ParameterHistograms",
+    "Pictures",
     "Preemption",
     "ProgressBar",
     "RetentionPolicy",
     "StepSeed",
+    "StepTiming",
     "TargetEncoderEMA",
     "Throughput",
     "Validation",

@@ -62,7 +62,7 @@ class BatchCollapse:
             ("context", context, state.batch["masks"].context_idx),
         ):
             if name not in self._statistics:
-                self._statistics[name] = FeatureStatistics(tokens.shape[-1], target.shape[1], tokens.device)
+                self._statistics[name] = FeatureStatistics(tokens.shape[-1], target.shape[1], engine.amp_dtype)
             statistics = self._statistics[name]
             wanted = self._needed(statistics) - statistics.samples
             if wanted > 0:
@@ -89,11 +89,9 @@ class BatchCollapse:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.due, self._statistics = state_dict["due"], {}
-        for name, saved in state_dict["statistics"].items():
-            places, dim = saved["mean"].shape
-            self._statistics[name] = FeatureStatistics(dim, places, saved["mean"].device)
-            self._statistics[name].load_state_dict(saved)
+        saved = state_dict["statistics"]
+        self.due = state_dict["due"]
+        self._statistics = {name: FeatureStatistics.from_state_dict(state) for name, state in saved.items()}
 
 
 def spread(tokens: Tensor, place_idx: Tensor, most: int) -> tuple[Tensor, Tensor]:

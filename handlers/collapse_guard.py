@@ -24,7 +24,7 @@ class CollapseGuard:
     A rule looks at each new value of its metric, once per log window and at an epoch's end, when everybody else has read
     it. Rank 0 decides for all.
 
-    Listens to: ``TrainEvents.METRICS_READY``, ``ITERATION_COMMITTED``, ``EPOCH_COMMITTED``.
+    Listens to: ``TrainEvents.RECORD_DUE``, ``ITERATION_COMMITTED``, ``EPOCH_COMMITTED``.
     Reads: ``engine.state.metrics``, ``engine.state.rollbacks``.
     Writes: ``engine.state.suspect_since``, the iteration of the first of the wrong readings that may lead to a rollback
     (None: there are none), so that the checkpoint before it is kept; raises :class:`~hjepa_engine.errors.GuardStop` or
@@ -40,7 +40,7 @@ class CollapseGuard:
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(TrainEvents.METRICS_READY, self.notice)
+        engine.add_event_handler(TrainEvents.RECORD_DUE, self.notice)
         engine.add_event_handler(TrainEvents.ITERATION_COMMITTED, self.check)
         engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.check)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ class CollapseMonitor:
     The images are fixed, so that readings compare over time. Features are centred at each place of their map: tokens that
     differ between places and not between images are collapsed, and would pass for healthy otherwise. A reading is taken
     before the first step, then every ``every`` optimiser steps, at the end of the log window, and at the end of the run.
-    All ranks measure, each its own images.
+    With ``epoch_ends`` every epoch ends with a reading too. All ranks measure, each its own images.
 
     Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``.
     Reads: the evaluator's ``state.output``: features (B, places, D) by name, ``<name>`` or ``<name>_level_<l>``.
@@ -47,6 +48,7 @@ class CollapseMonitor:
         alpha_req: measure alpha-ReQ too.
         lidar_views: measure LiDAR too, on the mean token of this many random views of each image; 0: do not.
         seed: names the views.
+        epoch_ends: read at the end of each epoch too, for the checkpoint that is saved there.
     """
 
     def __init__(
@@ -57,16 +59,15 @@ class CollapseMonitor:
         alpha_req: bool = False,
         lidar_views: int = 0,
         seed: int = 0,
+        epoch_ends: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if lidar_views == 1 or lidar_views < 0:
             raise ValueError(f"lidar_views must be 0 or at least 2, got {lidar_views}")
         self.evaluator, self.images, self.every, self.alpha_req = evaluator, images, every, alpha_req
-        self.lidar_views, self.seed = lidar_views, seed
+        self.lidar_views, self.seed, self.epoch_ends = lidar_views, seed, epoch_ends
         self.due = every
-        self._statistics: dict[str, FeatureStatistics] = {}
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._add)
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -83,30 +84,35 @@ class CollapseMonitor:
         """Take a reading if it is time to."""
         state = engine.state
         end = state.max_iters or state.max_epochs * state.epoch_length
-        if state.optimizer_step >= self.due or state.iteration >= end:
+        ends_epoch = self.epoch_ends and state.iteration % state.epoch_length == 0
+        is_due = state.optimizer_step >= self.due
+        if is_due:
             self.due = state.optimizer_step + self.every
+        if is_due or ends_epoch or state.iteration >= end:
             self.read(engine)
 
     def read(self, engine: Trainer) -> None:
         """Take a reading. Collective."""
-        self._statistics = {}
-        self.evaluator.run(self.images)
-        for name, statistics in self._statistics.items():
+        found: dict[str, FeatureStatistics] = {}
+
+        def add(evaluator: Evaluator) -> None:
+            for name, features in evaluator.state.output.items():
+                if name not in found:
+                    found[name] = FeatureStatistics(features.shape[-1], features.shape[1], evaluator.amp_dtype)
+                found[name].add(features)
+
+        with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, add):
+            self.evaluator.run(self.images)
+        for name, statistics in found.items():
             self._write(engine, name, statistics.reduced())
         if self.lidar_views:
             self._read_lidar(engine)
-        self._statistics = {}
-
-    def _add(self, evaluator: Evaluator) -> None:
-        for name, features in evaluator.state.output.items():
-            if name not in self._statistics:
-                self._statistics[name] = FeatureStatistics(features.shape[-1], features.shape[1], features.device)
-            self._statistics[name].add(features)
+        self.evaluator.state.output = self.evaluator.state.batch = None  # memory that the next training step needs
 
     def _write(self, engine: Trainer, name: str, statistics: FeatureStatistics) -> None:
         encoder, is_level, level = name.partition("_level_")
         values = statistics.singular_values()
-        found = statistics.summary() | ({"alpha_req": alpha_req(values)} if self.alpha_req else {})
+        found = statistics.summary(values) | ({"alpha_req": alpha_req(values)} if self.alpha_req else {})
         for key in ("std", "norm", "rank", "rank_share") if is_level else found:
             engine.state.metrics[f"collapse/{encoder}_{key}{is_level}{level}"] = found[key]
         if not is_level:
@@ -119,7 +125,7 @@ class CollapseMonitor:
             outputs = [self.evaluator.run([{"images": view}]).output for view in views]
             for name in [name for name in outputs[0] if "_level_" not in name]:
                 means = torch.stack([output[name].float().mean(dim=1) for output in outputs])
-                found.setdefault(name, ViewStatistics(means.shape[-1], means.device)).add(means)
+                found.setdefault(name, ViewStatistics(means.shape[-1], self.evaluator.amp_dtype)).add(means)
         for name, statistics in found.items():
             engine.state.metrics[f"collapse/{name}_lidar"] = statistics.lidar()
 
@@ -132,10 +138,13 @@ class CollapseMonitor:
         self.due = state_dict["due"]
 
 
-def thinned(singular_values: Tensor) -> dict[str, list[float]]:
-    """At most 64 of a spectrum's values, each divided by the sum of all, evenly spread over the logarithm of their rank."""
+def thinned(singular_values: Tensor) -> dict[str, list[Any]]:
+    """At most 64 of a spectrum's values, each divided by the sum of all, evenly spread over the logarithm of their rank.
+
+    Shares are None where they are not finite: JSON has no NaN.
+    """
     dim = len(singular_values)
-    rank = torch.logspace(0, torch.tensor(float(dim)).log10().item(), _POINTS).round().long().clamp(1, dim).unique()
+    rank = torch.logspace(0, math.log10(dim), _POINTS, dtype=torch.float64).round().long().clamp(1, dim).unique()
     share = singular_values / singular_values.sum().clamp(min=torch.finfo(torch.float64).tiny)
     picked = share[rank.to(share.device) - 1].tolist()
-    return {"rank": rank.tolist(), "share": [float(f"{value:.4g}") for value in picked]}
+    return {"rank": rank.tolist(), "share": [float(f"{value:.4g}") if value == value else None for value in picked]}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TextIO
 
 import ignite.distributed as idist
 from ignite.engine import Events
@@ -13,16 +15,18 @@ from tqdm import tqdm
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.pace import Pace, duration
 
 
 class ProgressBar:
     """A progress bar over the run, with an estimate of the time left, and one summary line per epoch.
 
-    The estimate knows only this process's own iterations, so that it is right after a resume. Where the output is no
-    terminal there is no bar, only the lines. Silent on ranks other than 0.
+    The estimate is :class:`~hjepa_engine.pace.Pace`'s: it knows this process only, so that it is right after a resume, and
+    counts what lies between epochs once it has seen it, and not what follows the last one. Where the output is no terminal
+    there is no bar, only the lines. Silent on ranks other than 0.
 
-    Listens to: ``STARTED``, ``EPOCH_STARTED``, ``ITERATION_COMPLETED``, ``TrainEvents.METRICS_READY`` and
-    ``EPOCH_COMMITTED``, ``COMPLETED``.
+    Listens to: ``STARTED``, ``EPOCH_STARTED``, ``ITERATION_STARTED`` and ``ITERATION_COMPLETED``, ``COMPLETED``;
+    ``TrainEvents.METRICS_READY`` and ``EPOCH_COMMITTED``.
     Reads: ``engine.state.metrics``.
 
     Args:
@@ -40,9 +44,10 @@ class ProgressBar:
         stream: TextIO | None = None,
     ) -> None:
         self.metrics, self.name, self.summaries, self.stream = metrics, name, summaries, stream or sys.stderr
-        self._bar: tqdm[None] | None = None
+        self._bar: _Bar | None = None
+        self._pace = Pace()
         self._run_began = self._epoch_began = 0.0
-        self._first_iteration = self._first_epoch_iteration = 0
+        self._first_epoch_iteration = 0
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
@@ -50,25 +55,28 @@ class ProgressBar:
             return
         engine.add_event_handler(Events.STARTED, self.open)
         engine.add_event_handler(Events.EPOCH_STARTED, self.start_epoch)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.start_iteration)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
         engine.add_event_handler(TrainEvents.METRICS_READY, self.show)
-        if self.summaries:
-            engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.summarise)
+        engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.end_epoch)
         engine.add_event_handler(Events.COMPLETED, self.close)
 
     def open(self, engine: StepEngine) -> None:
         """Show the empty bar."""
-        self._run_began, self._first_iteration = time.monotonic(), engine.state.iteration
-        self._bar = tqdm(
+        if self._bar is not None:
+            self._bar.close()  # of a run that is put back to an earlier checkpoint
+        self._run_began, self._pace = time.monotonic(), Pace(time.monotonic)
+        self._bar = _Bar(
             total=total_iterations(engine),
             initial=engine.state.iteration,
             file=self.stream,
             disable=not self.stream.isatty(),
             desc=self.name,
-            unit="it",
             dynamic_ncols=True,
             leave=False,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {left} left, {rate_fmt}{postfix}]",
         )
+        self._bar.left = partial(self._left, engine)
 
     def start_epoch(self, engine: StepEngine) -> None:
         """Name the epoch."""
@@ -76,8 +84,13 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.set_description(f"{self.name}, epoch {engine.state.epoch}/{total_epochs(engine)}", refresh=False)
 
+    def start_iteration(self) -> None:
+        """The batch is there: an epoch's turn is over."""
+        self._pace.batch()
+
     def advance(self) -> None:
         """One iteration more."""
+        self._pace.iteration()
         if self._bar is not None:
             self._bar.update()
 
@@ -86,17 +99,15 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.set_postfix_str(self._values(engine), refresh=False)
 
-    def summarise(self, engine: StepEngine) -> None:
+    def end_epoch(self, engine: StepEngine) -> None:
         """One line: values, time of the epoch and of a step, time left."""
-        state, now = engine.state, time.monotonic()
-        done = state.iteration - self._first_iteration
-        left = (total_iterations(engine) - state.iteration) * (now - self._run_began) / max(1, done)
-        in_epoch = max(1, state.iteration - self._first_epoch_iteration)
-        line = (
-            f"epoch {state.epoch}/{total_epochs(engine)}  {self._values(engine)}  "
-            f"{duration(now - self._epoch_began)}, {1000 * (now - self._epoch_began) / in_epoch:.0f} ms/it, "
-            f"{duration(left)} left"
-        )
+        self._pace.epoch()
+        if not self.summaries:
+            return
+        seconds = time.monotonic() - self._epoch_began
+        iterations = max(1, engine.state.iteration - self._first_epoch_iteration)
+        times = f"{duration(seconds)}, {1000 * seconds / iterations:.0f} ms/it, {self._left(engine)} left"
+        line = f"epoch {engine.state.epoch}/{total_epochs(engine)}  {self._values(engine)}  {times}"
         tqdm.write(line, file=self.stream)
         self.stream.flush()
 
@@ -105,36 +116,36 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elapsed = duration(time.monotonic() - self._run_began)
-        tqdm.write(f"{self.name}: {engine.state.iteration} iterations, {elapsed} in this process", file=self.stream)
+        times = f"{engine.state.iteration} iterations, {duration(time.monotonic() - self._run_began)} in this process"
+        tqdm.write(f"{self.name}: {times}", file=self.stream)
         self.stream.flush()
+
+    def _left(self, engine: StepEngine) -> str:
+        total, done, length = total_iterations(engine), engine.state.iteration, engine.state.epoch_length
+        left = self._pace.left(total - done, total // length - done // length)
+        return "?" if left is None else duration(left)
 
     def _values(self, engine: StepEngine) -> str:
         values = engine.state.metrics
         return "  ".join(f"{name} {values[name]:.4g}" for name in self.metrics if name in values)
 
 
+class _Bar(tqdm):  # type: ignore[misc]
+    """A bar that asks for the time left when it is drawn."""
+
+    left: Callable[[], str] = staticmethod(lambda: "?")
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "left": self.left()}
+
+
 def total_iterations(engine: StepEngine) -> int:
     """Iterations of the whole run."""
-    state = engine.state
-    if state.max_iters is not None:
-        return state.max_iters
-    return state.max_epochs * state.epoch_length
+    limit = engine.state.max_iters
+    return engine.state.max_epochs * engine.state.epoch_length if limit is None else limit
 
 
 def total_epochs(engine: StepEngine) -> int:
     """Epochs of the whole run, the last of which ``max_iters`` may cut short."""
     return math.ceil(total_iterations(engine) / engine.state.epoch_length)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as people write them.
-
-    >>> duration(5.2), duration(65), duration(3725)
-    ('5.2 s', '1:05', '1:02:05')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,9 +116,9 @@ class CheckpointWriter:
             logger.warning("checkpoints can be written again: %s is saved", self.newest)
         self.failure = None
         self.seconds = time.perf_counter() - began
-        self._look_for_score(description)
         try:
             records = [checkpoint.record for checkpoint in list_checkpoints(self.folder)]
+            self._look_for_score(description, records)
             # The newest may lie, in the order of places, behind some that could not be read when the run began.
             kept = {*self.policy(records), self.newest.name}
             good = [record for record in records if record.iteration < (self.suspect_since or 0)]
@@ -130,17 +130,20 @@ class CheckpointWriter:
         except OSError as error:  # the checkpoint itself is safe
             logger.warning("checkpoint %s is saved, but not tidied up after: %s", self.newest, error)
 
-    def _look_for_score(self, description: Mapping[str, Any]) -> None:
-        """Say once, after the first epoch, that the metric to go by is not there."""
+    def _look_for_score(self, description: Mapping[str, Any], records: Sequence[Record]) -> None:
+        """Say that there is no metric to go by: after the first epoch, or at the end if it was never new at a save."""
         metric, metrics = description["metric"], description["metrics"]
-        if not description["ends_epoch"] or self._looked or not self.policy.keep_best_n:
+        if not self.policy.keep_best_n:
             return
-        self._looked = True
-        if metric not in metrics:
-            known = ", ".join(sorted(metrics)) or "none"
-            logger.warning(
-                "checkpoint.metric %s has no finite value: no checkpoint counts as best; known: %s", metric, known
-            )
+        if description["ends_epoch"] and not self._looked:
+            self._looked = True
+            if metric not in metrics:
+                known = ", ".join(sorted(metrics)) or "none"
+                logger.warning(
+                    "checkpoint.metric %s has no finite value: no checkpoint counts as best; known: %s", metric, known
+                )
+        if "end" in description["reasons"] and metric in metrics and all(record.score is None for record in records):
+            logger.warning("checkpoint.metric %s was new at no save: no checkpoint counts as best", metric)
 
     def _explain(self, copy: StateCopy, error: OSError) -> str:
         text = f"checkpoint {self.folder / copy.name} cannot be written: {error.strerror or error}"

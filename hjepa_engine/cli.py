@@ -52,13 +52,16 @@ def command_parser(description: str, with_config: bool = True) -> argparse.Argum
     return parser
 
 
-def read_config(description: str, default: Path, argv: Sequence[str]) -> Config | None:
+def read_config(
+    description: str, default: Path, argv: Sequence[str], preview: Callable[[Config], None] | None = None
+) -> Config | None:
     """The configuration that a command line asks for; None where it only asked to see it.
 
     Args:
         description: for ``--help``.
         default: the file that is read without ``--config``.
         argv: the arguments.
+        preview: what ``--preview`` does; None: there is no such option.
 
     Raises:
         ConfigError: one line that says what is wrong.
@@ -68,10 +71,15 @@ def read_config(description: str, default: Path, argv: Sequence[str]) -> Config 
         "--config", type=Path, default=default, metavar="FILE", help=f"YAML file (default: {default.name})"
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    if preview is not None:
+        parser.add_argument("--preview", action="store_true", help="print and draw schedules and masks, and exit")
     known, overrides = parser.parse_known_args(argv)
     config = load_config(known.config, overrides)
     if known.print_config:
         print(dump_config(config), end="")
+        return None
+    if preview is not None and known.preview:
+        preview(config)
         return None
     return config
 

@@ -135,8 +135,7 @@ class GuardConfig:
 
 @dataclass
 class OnlineProbeConfig:
-    """Probes of the target encoder while it is trained: on labelled images of their own, they read the mean of the patch
-    tokens, and no gradient reaches the encoder."""
+    """Probes of the target encoder while it is trained, on the mean patch token of labelled images of their own."""
 
     every: int | None = limited(None, least=1)
     """Epochs between probes, one before the first step and one after the last besides; null: none."""

@@ -69,6 +69,7 @@ def problems(config: Any) -> Iterator[str]:
         yield "checkpoint.resume must be auto, must, never or a path, got ''"
     if checkpoint.init_parts is not None and checkpoint.init_from is None:
         yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"
+    yield from metric_problems(config)
     if config.logging.watch != "none" and config.logging.watch_frequency % config.logging.log_frequency:
         yield (
             f"logging.watch_frequency must be a multiple of log_frequency ({config.logging.log_frequency}), "
@@ -80,3 +81,31 @@ def problems(config: Any) -> Iterator[str]:
         yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
     if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda"):
         yield f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"
+
+
+def metric_problems(config: Any) -> Iterator[str]:
+    """Why ``checkpoint.metric`` would not be there, or not be new, when checkpoints are saved: none would be best."""
+    metric, save, online = config.checkpoint.metric, config.checkpoint.save_frequency, config.online_probe
+    collapse, where = config.collapse, f"where checkpoint.metric is {metric}"
+    if metric in ("probe/linear", "probe/linear_random", "probe/linear_pixels"):
+        yield f"checkpoint.metric must be measured during training, as probe/online_linear is, got {metric}"
+    elif metric.startswith("collapse/batch_"):
+        yield f"checkpoint.metric must be measured at an epoch's end, as collapse/target_rank is, got {metric}"
+    elif metric in ("probe/knn", "probe/online_linear"):
+        if online.every is None:
+            yield f"online_probe.every must be given {where}, got None"
+        elif save is None:
+            yield f"checkpoint.save_frequency must be given {where}, got None"
+        elif online.every % save and save % online.every:
+            yield f"online_probe.every must be a multiple or divisor of save_frequency ({save}) {where}, got {online.every}"
+        if metric == "probe/online_linear" and not online.linear_epochs:
+            yield f"online_probe.linear_epochs must be at least 1 {where}, got 0"
+    elif metric.startswith("collapse/"):
+        if save is None:
+            yield f"checkpoint.save_frequency must be given {where}, got None"
+        if not collapse.enabled:
+            yield f"collapse.enabled must be true {where}, got False"
+        if metric.endswith("_alpha_req") and not collapse.alpha_req:
+            yield f"collapse.alpha_req must be true {where}, got False"
+        if metric.endswith("_lidar") and not collapse.lidar_views:
+            yield f"collapse.lidar_views must be at least 2 {where}, got 0"

@@ -134,6 +134,23 @@ class StepEngine(Engine):
             self._internal_run_generator = None
             raise
 
+    def detach(self, handler: Any) -> None:
+        """Take a handler off all events: from now on the engine runs as if it had never been attached.
+
+        Args:
+            handler: an object whose ``attach`` was called with this engine, or a function that was added to events.
+
+        Raises:
+            ValueError: it is not attached.
+        """
+        kept = {
+            event: [entry for entry in entries if _owner(entry[0]) is not handler]
+            for event, entries in self._event_handlers.items()
+        }
+        if all(len(entries) == len(self._event_handlers[event]) for event, entries in kept.items()):
+            raise ValueError(f"{type(handler).__name__} is not attached to this engine")
+        self._event_handlers.update(kept)
+
     @abstractmethod
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         """One iteration; Ignite keeps what it returns as ``state.output``."""
@@ -143,6 +160,13 @@ class StepEngine(Engine):
         self._fire_event(TrainEvents.STEP_STARTED)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.step(self.modules, batch)
+
+
+def _owner(handler: Any) -> Any:
+    """The object whose method an event's handler is, or the function itself."""
+    if hasattr(handler, "_parent"):  # Ignite's wrapper around the handler of a filtered event
+        handler = handler._parent()
+    return getattr(handler, "__self__", handler)
 
 
 class Trainer(StepEngine):
@@ -168,11 +192,16 @@ class Trainer(StepEngine):
 
     def add_event_handler(self, event_name: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
         """As Ignite's; remembers whose handler it is, so that whatever has a state is saved and resumed."""
-        owner = getattr(handler, "__self__", handler)
+        owner = _owner(handler)
         is_stateful = hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
         if is_stateful and owner is not self and not any(owner is known for known in self._stateful):
             self._stateful.append(owner)
         return super().add_event_handler(event_name, handler, *args, **kwargs)
+
+    def detach(self, handler: Any) -> None:
+        """As :meth:`StepEngine.detach`; its state is saved no more."""
+        super().detach(handler)
+        self._stateful = [other for other in self._stateful if other is not handler]
 
     def stateful_handlers(self) -> dict[str, Any]:
         """Attached handlers with ``state_dict`` and ``load_state_dict``, by class name; a second one is ``Name_2``."""
@@ -252,18 +281,19 @@ class Trainer(StepEngine):
             if self._log_window_ends():
                 super()._fire_event(TrainEvents.WINDOW_COMPLETED)
                 super()._fire_event(TrainEvents.METRICS_READY)
+                super()._fire_event(TrainEvents.RECORD_DUE)
             super()._fire_event(TrainEvents.ITERATION_COMMITTED)
             state.epoch_open = state.epoch_length is not None and state.iteration % state.epoch_length == 0
             if not state.window_open:
                 super()._fire_event(TrainEvents.SAVE_POINT)
         elif event_name == Events.EPOCH_COMPLETED:
-            super()._fire_event(TrainEvents.METRICS_READY)
+            super()._fire_event(TrainEvents.RECORD_DUE)
             super()._fire_event(TrainEvents.EPOCH_COMMITTED)
             state.epoch_open = False
             super()._fire_event(TrainEvents.SAVE_POINT)
         elif event_name == Events.STARTED:
             if state.iteration == 0:
-                super()._fire_event(TrainEvents.METRICS_READY)
+                super()._fire_event(TrainEvents.RECORD_DUE)
             elif state.epoch_open:
                 # Saved behind an epoch's last iteration: its end is still to come.
                 self._fire_event(Events.EPOCH_COMPLETED)

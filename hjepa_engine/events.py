@@ -24,8 +24,10 @@ class TrainEvents(EventEnum):
     WINDOW_COMPLETED = "window_completed"
     """A log window has ended: handlers write its floats to ``state.metrics``. [optimizer_step]"""
     METRICS_READY = "metrics_ready"
-    """The floats of the log window are complete: loggers and progress bars read them. Fires too behind an epoch's end, and
-    when a new run starts, for what is measured before the first step. [optimizer_step]"""
+    """The floats of the log window are complete: progress bars and your own handlers read them. [optimizer_step]"""
+    RECORD_DUE = "record_due"
+    """Loggers write what is new. Fires behind ``METRICS_READY`` and behind an epoch's end, and when a new run starts, for
+    what is measured before its first step. [optimizer_step]"""
     ITERATION_COMMITTED = "iteration_committed"
     """Last of an iteration, after every handler of ``ITERATION_COMPLETED`` and ``METRICS_READY``. [iteration]"""
     VALIDATION_COMPLETED = "validation_completed"
@@ -48,6 +50,7 @@ EVENT_TO_ATTR = {
     TrainEvents.OPTIMIZER_STEPPED: "optimizer_step",
     TrainEvents.WINDOW_COMPLETED: "optimizer_step",
     TrainEvents.METRICS_READY: "optimizer_step",
+    TrainEvents.RECORD_DUE: "optimizer_step",
     TrainEvents.ITERATION_COMMITTED: "iteration",
     TrainEvents.VALIDATION_COMPLETED: "epoch",
     TrainEvents.EPOCH_COMMITTED: "epoch",

@@ -1,9 +1,31 @@
-"""Objects by their dotted path."""
+"""Objects by their dotted path, and imports that do not happen."""
 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Make ``import name`` fail meanwhile, as if it were not installed; a module that is imported already stays.
+
+    >>> with hidden("this"):
+    ...     import this
+    Traceback (most recent call last):
+    ModuleNotFoundError: import of this halted; None in sys.modules
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(name)
 
 
 def import_object(path: str) -> Any:

@@ -39,6 +39,8 @@ def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
 
 def pool_map(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
     """Means of all windows of ``level``'s size in the patch features (B, N, D), wherever they begin: (B, cells, D)."""
+    if level.pool == 1:
+        return features
     if level.pool == "image":
         return features.mean(dim=1, keepdim=True)
     size = [min(level.pool, side) for side in grid]
@@ -46,9 +48,9 @@ def pool_map(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
     return F.avg_pool2d(maps, size, stride=1).flatten(2).transpose(1, 2)
 
 
-def windows(grid: tuple[int, int], level: Level) -> int:
-    """How many windows of ``level``'s size there are: the cells of :func:`pool_map`."""
-    return 1 if level.pool == "image" else math.prod(side - min(level.pool, side) + 1 for side in grid)
+def disjoint_windows(grid: tuple[int, int], level: Level) -> int:
+    """How many windows of ``level``'s size lie side by side; those of :func:`pool_map` overlap, and say no more."""
+    return 1 if level.pool == "image" else math.prod(max(1, side // level.pool) for side in grid)
 
 
 def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor
 
+from hjepa_engine.collapse import spectrum_rank
+
 
 def effective_rank(features: Tensor) -> float:
     """Effective rank of ``features`` (samples, D), from 1 to D (Roy and Vetterli, EUSIPCO 2007).
@@ -29,9 +31,7 @@ def effective_rank(features: Tensor) -> float:
     values = torch.linalg.svdvals(centred)
     # Rounding leaves about this much of a constant column behind.
     noise = features.abs().max() * torch.finfo(torch.float64).eps * max(features.shape)
-    values = values[values > noise]
-    share = values / values.sum()
-    return float(torch.special.entr(share).sum().exp())
+    return spectrum_rank(torch.where(values > noise, values, 0.0))
 
 
 class WeightedMeans:

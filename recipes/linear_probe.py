@@ -18,29 +18,17 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from torch import Tensor, nn
+from torch import nn
 
-from hjepa_engine import Config, create_evaluator, create_trainer, load_config, load_encoder
+from hjepa_engine import Config, create_evaluator, load_config, load_encoder
 from hjepa_engine.cli import command_parser, run_command
-from hjepa_engine.data import FeatureBatches, build_loader, few_labels, open_source
+from hjepa_engine.data import build_loader, few_labels, open_source
 from hjepa_engine.engine import StepEngine
-from hjepa_engine.handlers import (
-    DataPosition,
-    MetricAverager,
-    MetricsLogger,
-    OptimizerStep,
-    ParamSchedule,
-    ProgressBar,
-    Validation,
-)
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import choose_device
-from hjepa_engine.randomness import key
-from hjepa_engine.schedules import CosineScheduler
-from hjepa_engine.steps import feature_step, linear_probe_step
+from hjepa_engine.recipes.heads import Labelled, standardised, train_head
+from hjepa_engine.steps import feature_step
 from hjepa_engine.writers import JsonlWriter
-
-Labelled = tuple[Tensor, Tensor]
 
 
 def read_features(config: Config, encoder: nn.Module | None, device: torch.device) -> tuple[Labelled, Labelled, int]:
@@ -59,14 +47,11 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
         evaluator.run(build_loader(config.data, source, config.seed, train=False, alone=True)[0])
         splits.append((torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])))
         found.clear()
-    (features, labels), (val_features, val_labels) = splits
+    (features, labels), val = splits
     if config.probe.labels_per_class is not None:
         chosen = few_labels(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]
-    mean, std = features.mean(dim=0), features.std(dim=0)
-    # A feature that is constant in the training images (the border of digits) would blow up in others.
-    std = torch.where(std < 1e-4 * std.max(), 1.0, std)
-    return ((features - mean) / std, labels), ((val_features - mean) / std, val_labels), source.num_classes
+    return *standardised((features, labels), val), source.num_classes
 
 
 def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | None = None, bar: bool = False) -> float:
@@ -79,38 +64,14 @@ def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | N
         folder: where ``probe_<name>.jsonl`` is written; None: nowhere.
         bar: whether to show progress.
     """
-    settings, device = config.probe, choose_device(config.device)
+    device = choose_device(config.device)
     train, val, num_classes = read_features(config, encoder, device)
-    batches = FeatureBatches(*train, min(settings.batch_size, len(train[0])), config.seed)
-    torch.manual_seed(key(config.seed, "linear probe"))
-    modules = nn.ModuleDict({"head": nn.Linear(train[0].shape[1], num_classes)}).to(device)
-    optimizer = torch.optim.AdamW(modules.parameters(), settings.lr, weight_decay=settings.weight_decay)
-
-    trainer = create_trainer(linear_probe_step, modules, device)
-    evaluator = create_evaluator(linear_probe_step, modules, device)
-    MetricAverager(prefix="").attach(evaluator)
     writers = []
     if folder is not None and idist.get_rank() == 0:
         writers.append(JsonlWriter(folder / f"probe_{name}.jsonl"))
-    logger = MetricsLogger(writers)
-    for handler in (
-        OptimizerStep(optimizer),
-        ParamSchedule(
-            optimizer, "lr", CosineScheduler(settings.lr, 0.0, settings.epochs, len(batches)), metric="train/lr"
-        ),
-        DataPosition(batches.sampler),
-        MetricAverager(),
-        Validation(evaluator, FeatureBatches(*val, 4096, shuffle=False), every=settings.epochs),
-        logger,
-    ):
-        handler.attach(trainer)
-    if bar:
-        ProgressBar(("train/loss", "train/accuracy", "val/accuracy"), name=f"probe of {name}", summaries=False).attach(
-            trainer
-        )
-    accuracy = trainer.run(batches, max_epochs=settings.epochs).metrics["val/accuracy"]
-    logger.close()
-    return float(accuracy)
+    return train_head(
+        train, val, num_classes, config.probe, config.seed, device, writers, f"probe of {name}" if bar else None
+    )
 
 
 def judge(config: Config, encoder: nn.Module, folder: Path | None = None, bar: bool = False) -> dict[str, float]:

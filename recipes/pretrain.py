@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-from torch import nn
 
 from hjepa_engine import Config, create_evaluator, create_trainer
 from hjepa_engine.cli import read_config, run_command
-from hjepa_engine.data import build_loader, open_source, release_workers
-from hjepa_engine.distributed import rank_zero
-from hjepa_engine.engine import Trainer
+from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.handlers import (
     Checkpointer,
     DamagedImages,
@@ -57,84 +53,15 @@ from hjepa_engine.parts import (
     process_group,
     steps_per_epoch,
 )
-from hjepa_engine.recipes.linear_probe import as_metrics, describe, judge
+from hjepa_engine.recipes.linear_probe import describe
 from hjepa_engine.recipes.monitoring import build_monitors
-from hjepa_engine.rolling_back import train_with_rollbacks
-from hjepa_engine.run_control import ending, start_run
+from hjepa_engine.recipes.preview import preview
+from hjepa_engine.recipes.run import Run
 from hjepa_engine.run_folder import RunFolder, plain_config
 from hjepa_engine.types import unwrap
 from hjepa_engine.writers import build_writers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digit_pages.yaml"
-
-
-@dataclass
-class Run:
-    """A run whose parts are built and attached: add handlers to ``trainer``, then call :meth:`fit`."""
-
-    config: Config
-    trainer: Trainer
-    data: torch.utils.data.DataLoader[dict[str, object]]
-    val_data: torch.utils.data.DataLoader[dict[str, object]]
-    logger: MetricsLogger
-    folder: RunFolder
-    checkpointer: Checkpointer
-    preemption: Preemption
-
-    @property
-    def modules(self) -> nn.ModuleDict:
-        """``context_encoder``, ``target_encoder`` and ``predictor``."""
-        return self.trainer.modules
-
-    @property
-    def iterations(self) -> int:
-        """Length of the whole run."""
-        training = self.config.training
-        return min(training.max_iters or sys.maxsize, training.epochs * len(self.data))
-
-    def describe(self) -> str:
-        """One line: data, encoder, levels, device, length."""
-        encoder, data = unwrap(self.modules["target_encoder"]), self.config.data
-        parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
-        return (
-            f"{data.dataset} in batches of {data.batch_size}; encoder of {parameters:.2f} M parameters on "
-            f"{encoder.grid[0]} x {encoder.grid[1]} patches, {len(unwrap(self.modules['predictor']).levels)} levels; "
-            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
-        )
-
-    def fit(self) -> dict[str, float]:
-        """Train from the newest checkpoint on; then, where ``probe.enabled``, judge the encoder with the linear probe.
-
-        A run that is asked to stop is saved and raises ``Preempted``.
-        """
-        rank_zero(self.folder.lock)
-        try:
-            start_run(self.trainer, self.folder, len(self.data), self.iterations)
-            with ending(self.folder, self.trainer, self.checkpointer.writer, self.iterations) as results:
-                results |= self._train_and_judge()
-            return results
-        finally:
-            self.logger.close()
-            self.preemption.close()
-            release_workers(self.data, self.val_data)
-            self.folder.unlock()
-
-    def _train_and_judge(self) -> dict[str, float]:
-        config, limit = self.config, self.config.training.max_iters
-        length = config.training.epochs if limit is None else None, limit and self.iterations
-        train_with_rollbacks(
-            lambda: self.trainer.run(self.data, *length),
-            self.trainer,
-            self.checkpointer.writer,
-            config.guard,
-            self.folder,
-        )
-        results: dict[str, float] = {}
-        if config.probe.enabled:
-            results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)
-            self.logger.log_metrics(as_metrics(results))
-        self.checkpointer.close()
-        return results
 
 
 def build(config: Config) -> Run:
@@ -196,7 +123,7 @@ def build(config: Config) -> Run:
         preemption,
         *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
-        *build_monitors(config, trainer, train),
+        *build_monitors(config, trainer, train, preemption),
         *build_handlers(config),
     ]
     for handler in handlers:
@@ -206,7 +133,7 @@ def build(config: Config) -> Run:
 
 def main(argv: Sequence[str]) -> None:
     """Pretrain as the command line says."""
-    config = read_config(__doc__ or "", DEFAULT_CONFIG, argv)
+    config = read_config(__doc__ or "", DEFAULT_CONFIG, argv, lambda config: preview(config, build))
     if config is None:
         return
     with process_group(config.device):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from helpers import NOISE, options
+from helpers import NOISE, is_time, options
 
 from hjepa_engine.checkpoints import Checkpoint, list_checkpoints, read_state
 from hjepa_engine.cli import run_command
@@ -197,7 +197,6 @@ TINY_RUN = {
     "probe.enabled": "false",
     "logging.tensorboard.enabled": "false",
 }
-_TIMED = ("train/images_per_s", "train/data_wait")
 
 
 def command(run: Path, pause: float = 0.0, **changes: Any) -> list[str]:
@@ -232,11 +231,11 @@ def outcome(run: Path) -> tuple[Any, dict[str, torch.Tensor], list[dict[str, Any
     """What a run leaves and time has no part in: structure and tensors of its last checkpoint, all of them, and its log."""
     text, tensors = flatten(read_state(list_checkpoints(run / "checkpoints")[0]))
     structure = json.loads(text)
-    for name in _TIMED:
-        structure["engine"]["metrics"]["values"].pop(name, None)
+    values = structure["engine"]["metrics"]["values"]
+    structure["engine"]["metrics"]["values"] = {name: values[name] for name in values if not is_time(name)}
     structure["handlers"]["MetricsLogger"]["writers"]["JsonlWriter"].pop("bytes")  # as long as its numbers are
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    log = [{name: line[name] for name in line if name not in ("time", *_TIMED)} for line in lines]
+    log = [{name: line[name] for name in line if not is_time(name)} for line in lines]
     assert len(tensors) > 150 and len(log) > 3  # modules, target encoder and optimiser; or nothing is compared
     return structure, tensors, log
 

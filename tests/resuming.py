@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import NOISE, options
+from helpers import NOISE, is_time, options
 from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, load_config
@@ -18,7 +18,6 @@ from hjepa_engine.retention import best
 from hjepa_engine.tensor_files import flatten
 from hjepa_engine.training_state import collect_state
 
-TIMES = {"time", "train/images_per_s", "train/data_wait"}
 #: Everything that draws random numbers or keeps a state; 3 epochs of 5 iterations.
 RICH = {
     **NOISE,
@@ -128,14 +127,14 @@ def train(folder, values, handlers=(), stop=None, ask=ask_at, reason="asked"):
 def outcome(run, with_generators=True):
     """All that a run leaves behind but times: its state without tensors, the tensors, the log, the best checkpoint."""
     state = collect_state(run.trainer)
-    for name in TIMES:
-        state["engine"]["metrics"]["values"].pop(name, None)
+    values = state["engine"]["metrics"]["values"]
+    state["engine"]["metrics"]["values"] = {name: values[name] for name in values if not is_time(name)}
     del state["handlers"]["MetricsLogger"]["writers"]  # a file is as long as the numbers for times are
     if not with_generators:
         del state["ranks"][0]["random"]
     structure, tensors = flatten(state)
     lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
-    records = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    records = [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
     foremost = best([checkpoint.record for checkpoint in list_checkpoints(run.folder.checkpoint_path)])
     place = foremost and (foremost.iteration, foremost.score)
     return json.loads(structure), {name: tensor.clone() for name, tensor in tensors.items()}, records, place

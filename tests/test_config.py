@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from PIL import Image
 
 from hjepa_engine import Config, dump_config, load_config
@@ -21,6 +22,7 @@ from hjepa_engine.config import Level, resolve_levels
 from hjepa_engine.config_loading import list_options, parse_yaml
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.errors import ConfigError, RunError
+from hjepa_engine.handlers import OnlineProbe
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import build_step, choose_device
 from hjepa_engine.recipes.linear_probe import probe, read_features
@@ -43,6 +45,7 @@ model:
 training: {epochs: 2, warmup_epochs: 0.5, lr: 1e-2}
 logging: {progress_bar: false}
 probe: {enabled: false, epochs: 1}
+pictures: {enabled: false}
 device: cpu
 """
 
@@ -439,6 +442,12 @@ def ending(config, tools):
     return end, run.trainer.state.iteration
 
 
+def rolled_back(config, tools):
+    """How a run ends, how often it was rolled back, and what its learning rates are multiplied by then."""
+    run, end = finished(config, tools)
+    return end, run.trainer.state.rollbacks, run.trainer.state.lr_scale
+
+
 def files(config, tools):
     finished(config, tools)
     return sorted({str(path.relative_to(tools.folder)).split(".")[0] for path in tools.folder.rglob("*")})
@@ -466,11 +475,32 @@ def started_from(config, tools):
     return trained(config, tools)
 
 
+def reports(config, tools):
+    finished(config, tools)
+    return [path.name for path in RunFolder(config).path.glob("*.html")]
+
+
 def records(config, tools):
     finished(config, tools)
     path = RunFolder(config).path / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line["step"] for line in lines if "train/loss" in line]
+
+
+def histograms(config, tools):
+    """Steps whose records have histograms, and the groups of these."""
+    finished(config, tools)
+    lines = [json.loads(line) for line in (RunFolder(config).path / "metrics.jsonl").read_text().splitlines()]
+    watched = ("gradients", "parameters")
+    return {(line["step"], group) for line in lines for name in line if (group := name.split("/")[0]) in watched}
+
+
+def drawn(config, tools):
+    """Steps of the figures that a run leaves, and how many images the last one of masks has."""
+    finished(config, tools)
+    paths = sorted((RunFolder(config).path / "figures").glob("masks_*.png"))
+    heights = [Image.open(path).height for path in paths]  # 108 pixels of titles, 202 of each row
+    return [int(path.stem[-8:]) for path in paths], [(height - 108) // 202 for height in heights[-1:]]
 
 
 def shapes(config, tools):
@@ -577,6 +607,22 @@ def probed(config, tools):
     return [last[name] for name in ("epoch", "step", "train/lr", "train/loss")]
 
 
+def probes(config, tools):
+    """Steps at which a whole run is probed."""
+    finished(config, tools)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "probe/knn" in line]
+
+
+def probed_online(config, tools):
+    """What the first probe of a run says, and of how many images."""
+    run = build(config)
+    started = [handler for handler, _, _ in run.trainer._event_handlers[Events.STARTED]]
+    probe = next(h.__self__ for h in started if isinstance(getattr(h, "__self__", None), OnlineProbe))
+    probe.probe(run.trainer)
+    return len(probe.train.labels), len(probe.val.labels), dict(run.trainer.state.metrics)
+
+
 def own_handlers(config, tools):
     Recorder.seen.clear()
     finished(config, tools)
@@ -603,15 +649,24 @@ def loss_value(config, tools):
     return build_step(config)(build_modules(config), {"images": pictures, "masks": masks})["loss"].item()
 
 
+def system_metrics(config, tools):
+    run, _ = finished(config, tools)
+    return sorted(name for name in run.trainer.state.metrics if name.startswith("system/"))
+
+
 ME = __name__
 TENSORBOARD = ("--logging.tensorboard.enabled=true",)
 WANDB = ("--logging.wandb.enabled=true",)
+PICTURES = ("--pictures.enabled=true",)
 EVERY_STEP = ("--checkpoint.save_every_steps=1", "--logging.log_frequency=1")
 LAST_ONLY = (*EVERY_STEP, "--checkpoint.keep_best_n=0")
 # The learning rate is 0 in the first step, which warms up, largest in the second, and falls from there.
 BY_RATE = (*EVERY_STEP, "--checkpoint.metric=train/lr")
 ALL = ("--checkpoint.keep_last_n=9",)
+RATE_IS_WRONG = "{metric: train/lr, above: 0, readings: 1"
+ROLLBACK = (*EVERY_STEP, f"--guard.rules=[{RATE_IS_WRONG}, action: rollback}}]")
 STUCK = ("--training.lr=1e-30", "--training.min_lr=0", "--training.weight_decay=0", "--model.ema.momentum=1")
+ONLINE = ("--online_probe.every=1", "--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 
 EFFECTS = {
@@ -707,12 +762,34 @@ EFFECTS = {
     "logging.log_dir": Effect("event files elsewhere", "elsewhere", files, TENSORBOARD),
     "logging.log_frequency": Effect("a record each step", "1", records, becomes=[1, 2, 3, 4]),
     "logging.progress_bar": Effect("lines on stderr", "true", stderr, becomes=True),
+    "logging.system_metrics": Effect("nothing is read of the host", "false", system_metrics, becomes=[]),
+    "logging.watch": Effect(
+        "histograms of weights",
+        "parameters",
+        histograms,
+        ("--logging.log_frequency=1", "--logging.watch_frequency=2"),
+        {(2, "parameters"), (4, "parameters")},
+    ),
+    "logging.watch_frequency": Effect(
+        "histograms once in a while",
+        "4",
+        histograms,
+        ("--logging.log_frequency=2", "--logging.watch=all"),
+        {(4, "gradients"), (4, "parameters")},
+    ),
+    "logging.report": Effect("no page about the run", "false", reports, becomes=[]),
     "logging.wandb.enabled": Effect("a run over there", "true", wandb_calls, becomes=[["hjepa", None, [], "offline"]]),
     "logging.wandb.project": Effect("named so", "p", wandb_calls, WANDB, [["p", None, [], "offline"]]),
     "logging.wandb.entity": Effect("named so", "e", wandb_calls, WANDB, [["hjepa", "e", [], "offline"]]),
     "logging.wandb.tags": Effect("tagged so", "[a, b]", wandb_calls, WANDB, [["hjepa", None, ["a", "b"], "offline"]]),
     "logging.wandb.mode": Effect("asked for so", "online", wandb_calls, WANDB, [["hjepa", None, [], "online"]]),
     "logging.tensorboard.enabled": Effect("event files", "true", files),
+    "guard.rules": Effect("one ends the run", f"[{RATE_IS_WRONG}, action: stop}}]", ending, EVERY_STEP, ("GuardStop", 2)),
+    "guard.lr_factor": Effect("a smaller rate", "0.1", rolled_back, ROLLBACK, ("GuardStop", 2, 0.1**2)),
+    "guard.max_rollbacks": Effect("ends sooner", "1", rolled_back, ROLLBACK, ("GuardStop", 1, 0.5)),
+    "pictures.enabled": Effect("figures of the last step", "true", drawn, becomes=([4], [4])),
+    "pictures.every": Effect("figures at every epoch's end", "1", drawn, PICTURES, ([2, 4], [4])),
+    "pictures.images": Effect("figures of fewer images", "1", drawn, PICTURES, ([4], [1])),
     "probe.enabled": Effect("three accuracies", "true", lambda c, t: len(build(c).fit()), becomes=3),
     "probe.features": Effect("tokens side by side", "concat", features, becomes=((16, 36 * 16), (16, 36 * 16))),
     "probe.labels_per_class": Effect("one of each class", "1", lambda c, t: features(c, t)[0][0]),
@@ -720,6 +797,14 @@ EFFECTS = {
     "probe.batch_size": Effect("fewer steps", "1438", lambda c, t: probed(c, t)[1], SMALL_DIGITS, 1),
     "probe.lr": Effect("other losses", "1e-3", lambda c, t: probed(c, t)[3], SMALL_DIGITS),
     "probe.weight_decay": Effect("other losses", "10", lambda c, t: probed(c, t)[3], SMALL_DIGITS),
+    "online_probe.every": Effect("three probes", "1", probes, becomes=[0, 2, 4]),
+    "online_probe.train_images": Effect("fewer to learn from", "100", lambda c, t: probed_online(c, t)[0], ONLINE, 100),
+    "online_probe.val_images": Effect("fewer to judge on", "100", lambda c, t: probed_online(c, t)[1], ONLINE, 100),
+    "online_probe.neighbours": Effect("others vote", "1", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
+    "online_probe.temperature": Effect("other weights", "1e-4", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
+    "online_probe.linear_epochs": Effect(
+        "no linear head", "0", lambda c, t: sorted(probed_online(c, t)[2]), ONLINE, ["probe/knn"]
+    ),
     "handlers": Effect(
         "one's own class is attached",
         f"[{{class_path: {ME}.Recorder, init_args: {{name: mine}}}}]",

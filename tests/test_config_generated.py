@@ -403,6 +403,8 @@ CROSS = [
     ("model: {predictor: {width: 6, num_heads: 1}}", "model.predictor.width", "6", "of 4 and of num_heads (1)"),
     ("model: {embed_dim: 18}", "model.embed_dim", "18", "a multiple of 4"),
     ("checkpoint: {init_parts: [predictor]}", "checkpoint.init_parts", "['predictor']", "null without checkpoint.init_from"),
+    ("logging: {watch: all, watch_frequency: 75}", "logging.watch_frequency", "75", "a multiple of log_frequency (50)"),
+    ("collapse: {lidar_views: 1}", "collapse.lidar_views", "1", "0 or at least 2"),
     *(
         (f"logging: {{experiment_name: {name!r}}}", "logging.experiment_name", repr(name), "a name without '/'")
         for name in (".", "..", "a/b", "/", "b" * 300 + "/")

@@ -42,21 +42,29 @@ def test_the_timeline_of_a_run_is_the_documented_one():
     validation().attach(trainer)
     trainer.run(BATCHES, max_epochs=2)
     # A window of micro-batches is open behind the first of two: no point to save at.
-    accumulated = ["ITERATION_STARTED", "STEP_STARTED", "LOSS_READY", "ITERATION_COMPLETED", "ITERATION_COMMITTED"]
+    accumulated = [
+        "ITERATION_STARTED",
+        "STEP_STARTED",
+        "STEP_COMPLETED",
+        "LOSS_READY",
+        "ITERATION_COMPLETED",
+        "ITERATION_COMMITTED",
+    ]
     stepped = [
         "ITERATION_STARTED",
         "STEP_STARTED",
+        "STEP_COMPLETED",
         "LOSS_READY",
         "GRADIENTS_READY",
         "OPTIMIZER_STEPPED",
         "ITERATION_COMPLETED",
     ]
-    window = ["WINDOW_COMPLETED", "METRICS_READY"]
+    window = ["WINDOW_COMPLETED", "METRICS_READY", "RECORD_DUE"]
     committed = ["ITERATION_COMMITTED", "SAVE_POINT"]
-    epoch_ends = ["EPOCH_COMPLETED", "VALIDATION_COMPLETED", "EPOCH_COMMITTED", "SAVE_POINT"]
+    epoch_ends = ["EPOCH_COMPLETED", "VALIDATION_COMPLETED", "RECORD_DUE", "EPOCH_COMMITTED", "SAVE_POINT"]
     first = ["EPOCH_STARTED", *accumulated, *stepped, *committed, *stepped, *window, *committed, *epoch_ends]
     # Optimiser steps 3 and 4: the second window of the log ends with step 4, which is the epoch's end too.
-    assert recorder.seen == ["STARTED", *first, *first, "COMPLETED"]
+    assert recorder.seen == ["STARTED", "RECORD_DUE", *first, *first, "COMPLETED"]
 
 
 def test_committed_events_come_last_whoever_attached_when():
@@ -72,14 +80,16 @@ def test_committed_events_come_last_whoever_attached_when():
     trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, lambda: seen.append("iteration committed"))
     trainer.add_event_handler(TrainEvents.EPOCH_COMMITTED, lambda: seen.append("epoch committed"))
     trainer.add_event_handler(TrainEvents.METRICS_READY, lambda: seen.append("metrics"))
+    trainer.add_event_handler(TrainEvents.RECORD_DUE, lambda: seen.append("record"))
     trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda: seen.append("window"))
     trainer.add_event_handler(Events.ITERATION_COMPLETED, late)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append("last attached"))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: seen.append("last attached"))
     trainer.run(BATCHES[:2])
-    iteration = ["last attached", "attached during the run", "window", "metrics", "iteration committed", "save point"]
-    epoch = ["last attached", "attached during the run", "epoch committed", "save point"]
-    assert seen == [*iteration, *iteration, *epoch]
+    measured = ["window", "metrics", "record"]
+    iteration = ["last attached", "attached during the run", *measured, "iteration committed", "save point"]
+    epoch = ["last attached", "attached during the run", "record", "epoch committed", "save point"]
+    assert seen == ["record", *iteration, *iteration, *epoch]
 
 
 def test_the_iteration_is_committed_after_handlers_that_stop_the_run():

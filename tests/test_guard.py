@@ -68,8 +68,16 @@ def test_early_readings_are_compared_with_but_not_wrong():
     ("rule", "value", "says"),
     [
         (GuardRule("collapse/x", below=0.5, readings=1), 0.25, "collapse/x is 0.25, below 0.5, at step 7; a momentum"),
-        (GuardRule("probe/knn", above=0, readings=1), 0.25, "probe/knn is 0.25, above 0, at step 7; the encoder was better"),
-        (GuardRule("train/loss", non_finite=True, readings=1), math.nan, "train/loss is not finite, at step 7; a lower"),
+        (
+            GuardRule("probe/knn", above=0, readings=1),
+            0.25,
+            "probe/knn is 0.25, above 0, at step 7; the encoder was better",
+        ),
+        (
+            GuardRule("train/loss", non_finite=True, readings=1),
+            math.nan,
+            "train/loss is not finite, at step 7; a lower",
+        ),
         (GuardRule("mine", above=0, readings=1), 1, "mine is 1, above 0, at step 7 (docs/health.md)"),
     ],
 )
@@ -155,7 +163,7 @@ def test_a_stop_is_exit_code_5_and_its_reading_is_in_the_log(tmp_path):
     assert (status["state"], status["exit_code"], run.trainer.state.iteration) == ("stopped", 5, 5)
     assert [record["mine"] for record in records(run) if "mine" in record] == [1, 1, 1, 0, 0]
     # What was wrong is not saved: step 4 was, with the first wrong reading.
-    assert [checkpoint.record.step for checkpoint in list_checkpoints(run.folder.checkpoint_path)][0] == 4
+    assert next(checkpoint.record.step for checkpoint in list_checkpoints(run.folder.checkpoint_path)) == 4
 
 
 def test_a_metric_of_an_epochs_end_is_judged_when_everybody_has_read_it(tmp_path):
@@ -198,7 +206,9 @@ def test_a_rollback_goes_on_from_before_the_first_wrong_reading_with_a_lower_rat
 def test_the_checkpoint_from_before_stays_while_something_is_suspect(tmp_path):
     """Two newest ones are kept; the third wrong reading comes when both are from behind the first."""
     rule = "[{metric: mine, below: 0.5, readings: 5, action: rollback}]"
-    run = scripted(quick(tmp_path, guard__rules=rule, checkpoint__keep_best_n=0), [1, 1, 1, 0], only_before_a_rollback=True)
+    run = scripted(
+        quick(tmp_path, guard__rules=rule, checkpoint__keep_best_n=0), [1, 1, 1, 0], only_before_a_rollback=True
+    )
     places = []
     run.trainer.add_event_handler(
         Events.ITERATION_STARTED,
@@ -274,6 +284,6 @@ def test_a_run_whose_target_is_the_context_encoder_itself_is_caught_within_400_s
     }
     run = pretrain.build(load_config(pretrain.DEFAULT_CONFIG, options(values)))
     torch.manual_seed(0)
-    with pytest.raises(GuardStop, match="collapse/target_std .* below its best"):
+    with pytest.raises(GuardStop, match=r"collapse/target_std .* below its best"):
         run.fit()
     assert run.trainer.state.optimizer_step <= 400

@@ -43,10 +43,11 @@ from hjepa_engine.handlers import (
     Throughput,
     Validation,
 )
-from hjepa_engine.handlers.progress_bar import duration
 from hjepa_engine.models import encoder_arguments
+from hjepa_engine.pace import duration
 from hjepa_engine.recipes.pretrain import build
-from hjepa_engine.writers import JsonlWriter, TensorBoardWriter
+from hjepa_engine.tensorboard_writer import TensorBoardWriter
+from hjepa_engine.writers import JsonlWriter
 
 # --- Target encoder -------------------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ def engine_state(iteration, epoch_length):
     """What a trainer saves that has done so many iterations."""
     metrics = {"clock": 0, "values": {}, "written": {}}
     place = {"iteration": iteration, "epoch_length": epoch_length, "optimizer_step": iteration}
-    return {**place, "epoch_open": False, "metrics": metrics}
+    return {**place, "epoch_open": False, "rollbacks": 0, "lr_scale": 1.0, "metrics": metrics}
 
 
 @pytest.mark.parametrize(("iteration", "places"), [(0, [(0, 0), (1, 0), (2, 0)]), (4, [(1, 1), (2, 0)]), (6, [(2, 0)])])
@@ -339,12 +340,13 @@ def test_throughput_tells_waiting_from_working(monkeypatch):
     trainer = create_trainer(step, nn.ModuleDict())
     Throughput().attach(trainer)
     seen = []
-    trainer.add_event_handler(TrainEvents.METRICS_READY, lambda engine: seen.append(dict(engine.state.metrics)))
+    ends = TrainEvents.ITERATION_COMMITTED(every=3)
+    trainer.add_event_handler(ends, lambda engine: seen.append(dict(engine.state.metrics)))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: now.__setitem__(0, now[0] + 1000.0))  # validation
     trainer.run(Slow(), max_epochs=3)
     # One window per epoch: 3 batches of 8 images, each 3 s of waiting and 1 s of work.
-    assert [values["train/images_per_s"] for values in seen] == pytest.approx([2.0] * 3)
-    assert [values["train/data_wait"] for values in seen] == pytest.approx([0.75] * 3)
+    for name, value in {"images_per_s": 2.0, "data_wait": 0.75, "data_ms": 3000.0, "step_ms": 4000.0}.items():
+        assert [values[f"train/{name}"] for values in seen] == pytest.approx([value] * 3), name
 
 
 # --- Early stopping -----------------------------------------------------------------------------------------------------
@@ -608,12 +610,10 @@ def test_every_value_is_written_once_with_its_step():
     assert memory.records == [
         ({"train/loss": 2.0}, 2, 1),
         ({"train/loss": 3.0}, 3, 1),
-        ({"val/loss": 10.0}, 3, 1),
-        ({"late": 1.0}, 3, 1),
+        ({"val/loss": 10.0, "late": 1.0}, 3, 1),
         ({"train/loss": 4.0}, 4, 2),
         ({"train/loss": 6.0}, 6, 2),
-        ({"val/loss": 20.0}, 6, 2),
-        ({"late": 1.0}, 6, 2),
+        ({"val/loss": 20.0, "late": 1.0}, 6, 2),
         ({"probe/linear": 0.5}, 6, 2),
         ({"early": 1.0}, 1, 2),
     ]
@@ -789,7 +789,7 @@ def read_wandb(path):
 def test_weights_and_biases_files_hold_what_was_logged(tmp_path):
     script = """
         from pathlib import Path
-        from hjepa_engine.writers import WandbWriter
+        from hjepa_engine.wandb_writer import WandbWriter
         writer = WandbWriter(Path("logs"), {"seed": 3, "training": {"lr": 0.1}}, "proj", "name", tags=["a", "b"])
         writer.open(None)
         writer.write({"train/loss": 1.5}, 10, 1)

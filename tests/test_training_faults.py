@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from forkserver import ForkServer
-from helpers import NOISE, ROOT, options, same_state, weights_of
+from helpers import NOISE, ROOT, is_time, options, same_state, weights_of
 from ignite.engine import Events
 from PIL import Image
 
@@ -29,7 +29,6 @@ from hjepa_engine.tensor_files import flatten
 
 ME = __name__
 RUN = {**NOISE, "probe.enabled": "false", "logging.log_frequency": 1, "run_dir": "run"}
-TIMES = ("time", "train/images_per_s", "train/data_wait")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +72,7 @@ def status(folder="run"):
 def records(folder="run"):
     """All records, but for what is a time."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
 
 
 def ending_of(folder="run"):

@@ -24,7 +24,7 @@ class ImageSet:
     Args:
         config: of the data.
         source: where the images are.
-        count: how many; all, where there are fewer.
+        count: how many, but one for each process at least; all, where there are fewer.
         batch_size: of the batches that iterating yields: ``images`` (B, C, H, W), normalised, and ``labels`` (B,).
         seed: seed of the run.
         rank: which share of the set is this process's own.
@@ -45,7 +45,7 @@ class ImageSet:
             raise ValueError(f"count must be at least 1, got {count}")
         self.config, self.source, self.batch_size, self.seed = config, source, batch_size, seed
         total = len(source.images)
-        count = min(count, total)
+        count = min(max(count, world_size), total)  # a process without images would leave the others waiting
         self.indices = [number * total // count for number in range(count)][rank::world_size]
         self._images: Tensor | None = None
         self._labels: Tensor | None = None

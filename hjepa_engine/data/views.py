@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +35,3 @@ def random_views(
         grid = F.affine_grid(chosen, list(images.shape), align_corners=False)
         views.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
     return views
-
-
-def images_needed(dim: int, samples_per_image: int) -> int:
-    """How many images have max(2 D, 2048) features, and 128 at each place at least."""
-    return max(128, math.ceil(max(2 * dim, 2048) / samples_per_image))

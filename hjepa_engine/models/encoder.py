@@ -7,14 +7,17 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hjepa_engine.imports import hidden
 from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.positions import sincos_2d
+
+with hidden("wandb"):  # which timm imports wherever it is installed
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class ContextEncoder(nn.Module):

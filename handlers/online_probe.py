@@ -1,0 +1,84 @@
+"""What are the features good for? Judged on labelled images while the encoder is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from torch import Tensor
+
+from hjepa_engine.engine import Evaluator, Trainer
+
+#: Features (samples, F) and labels (samples,).
+Labelled = tuple[Tensor, Tensor]
+
+
+class OnlineProbe:
+    """Read the features of labelled images and let judges say how well they tell classes apart.
+
+    A probe is taken before the first step (of a random encoder, the baseline of the curve), after every ``every``-th epoch
+    and after the last one. Features are read without gradients, so that nothing of a judge reaches the encoder. All ranks
+    read all images; the figures are those of rank 0.
+
+    Listens to: ``STARTED``, ``EPOCH_COMPLETED``.
+    Reads: the evaluator's ``state.output["features"]`` (B, F) and ``state.batch["labels"]`` (B,).
+    Writes: ``engine.state.metrics["probe/<name>"]`` for each judge, an accuracy from 0 to 1.
+
+    Args:
+        evaluator: runs a step with such an output, like :func:`~hjepa_engine.steps.feature_step`, on the encoder.
+        train: batches of ``images`` (B, C, H, W) and ``labels`` to learn from, the same in every pass.
+        val: such batches to judge on.
+        judges: by name, from the training and the validation features to an accuracy; without unkeyed random draws.
+        every: epochs between probes.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        train: Iterable[dict[str, Any]],
+        val: Iterable[dict[str, Any]],
+        judges: Mapping[str, Callable[[Labelled, Labelled], float]],
+        every: int = 1,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.evaluator, self.train, self.val, self.judges, self.every = evaluator, train, val, dict(judges), every
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.probe_if_due)
+
+    def start(self, engine: Trainer) -> None:
+        """Probe the encoder that has not learned anything yet."""
+        if engine.state.iteration == 0:
+            self.probe(engine)
+
+    def probe_if_due(self, engine: Trainer) -> None:
+        """Probe if it is time to."""
+        state = engine.state
+        end = state.max_iters or state.max_epochs * state.epoch_length
+        if state.epoch % self.every == 0 or state.iteration >= end:
+            self.probe(engine)
+
+    def probe(self, engine: Trainer) -> None:
+        """Probe now. Collective."""
+        train, val = self._features(self.train), self._features(self.val)
+        values = torch.tensor([judge(train, val) for judge in self.judges.values()], dtype=torch.float64)
+        # GPUs may round differently, and whoever acts on a figure has to act on all ranks.
+        shared: Any = idist.broadcast(values.to(self.evaluator.device), src=0)
+        engine.state.metrics.update({f"probe/{name}": x for name, x in zip(self.judges, shared.tolist(), strict=True)})
+
+    def _features(self, images: Iterable[dict[str, Any]]) -> Labelled:
+        read: list[Labelled] = []
+
+        def keep(evaluator: Evaluator) -> None:
+            read.append((evaluator.state.output["features"], evaluator.state.batch["labels"]))
+
+        with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep):
+            self.evaluator.run(images)
+        self.evaluator.state.output = self.evaluator.state.batch = None  # memory that the next training step needs
+        return torch.cat([features for features, _ in read]), torch.cat([labels for _, labels in read])

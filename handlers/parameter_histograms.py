@@ -1,0 +1,82 @@
+"""How parameters and their gradients are distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import ignite.distributed as idist
+from torch import Tensor
+from torch.nn import Parameter
+
+from hjepa_engine.engine import Trainer
+from hjepa_engine.events import TrainEvents
+from hjepa_engine.media import Histogram
+from hjepa_engine.types import unwrap
+
+Watch = Literal["gradients", "parameters", "all"]
+
+
+class ParameterHistograms:
+    """Histograms of every trainable parameter, of its gradient, or of both, on rank 0.
+
+    Gradients are those of the whole accumulation window and of all ranks, unscaled and before clipping; parameters are those
+    after the step. The device is waited for once per set, when it is read.
+
+    Listens to: ``TrainEvents.GRADIENTS_READY``, ``WINDOW_COMPLETED``.
+    Reads: ``engine.modules``, in which a parameter that two of them share counts once.
+    Writes: ``engine.state.media["gradients/<module>.<parameter>"]`` and ``["parameters/<module>.<parameter>"]``.
+
+    Args:
+        watch: ``gradients``, ``parameters`` or ``all``.
+        every: optimiser steps between sets; a multiple of the engine's ``log_frequency``.
+    """
+
+    def __init__(self, watch: Watch = "all", every: int = 500) -> None:
+        if watch not in get_args(Watch):
+            raise ValueError(f"watch must be {', '.join(get_args(Watch))}, got {watch!r}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.watch, self.every = watch, every
+        self._due = 0
+        self._gradients: dict[str, Tensor] = {}
+
+    def attach(self, engine: Trainer) -> None:
+        """Attach to the trainer.
+
+        Raises:
+            ValueError: ``every`` is no multiple of its ``log_frequency``.
+        """
+        if self.every % engine.log_frequency:
+            raise ValueError(f"every must be a multiple of log_frequency ({engine.log_frequency}), got {self.every}")
+        if idist.get_rank() == 0:
+            engine.add_event_handler(TrainEvents.GRADIENTS_READY, self.measure_gradients)
+            engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.write)
+
+    def measure_gradients(self, engine: Trainer) -> None:
+        """Measure, if the coming step is one to be watched: they are gone when the window is complete."""
+        step = engine.state.optimizer_step + 1
+        self._due = step if step % self.every == 0 else 0
+        if self._due and self.watch != "parameters":
+            gradients = ((name, parameter.grad) for name, parameter in trainable(engine))
+            self._gradients = {f"gradients/{name}": Histogram.measure(g) for name, g in gradients if g is not None}
+
+    def write(self, engine: Trainer) -> None:
+        """Write the set, if the step that it is of was made: it may have been skipped."""
+        if engine.state.optimizer_step != self._due or not self._due:
+            return
+        measured = self._gradients
+        if self.watch != "gradients":
+            measured |= {f"parameters/{name}": Histogram.measure(value) for name, value in trainable(engine)}
+        engine.state.media.update(zip(measured, Histogram.read(measured.values()), strict=True))
+        self._due, self._gradients = 0, {}
+
+
+def trainable(engine: Trainer) -> Iterator[tuple[str, Parameter]]:
+    """Trainable parameters of all modules by name, without what distribution puts around a module."""
+    seen = set()
+    for module_name, module in engine.modules.items():
+        for name, parameter in unwrap(module).named_parameters():
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield f"{module_name}.{name}", parameter

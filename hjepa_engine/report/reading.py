@@ -1,0 +1,211 @@
+"""A run folder as data: what is there is read, whatever is missing, unfinished or just being written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hjepa_engine.checkpoints import Checkpoint, checkpoint_folders, list_checkpoints
+from hjepa_engine.config import Config
+from hjepa_engine.config_loading import load_config
+from hjepa_engine.errors import CheckpointError, ConfigError
+from hjepa_engine.parts import build_policy
+from hjepa_engine.retention import RetentionPolicy
+
+_SIGNS_OF_A_RUN = ("metrics.jsonl", "status.json", "config.yaml")
+_NOT_METRICS = ("step", "epoch", "time")
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+class Series(NamedTuple):
+    """A metric over optimiser steps, in the order of the file; what was not finite is NaN."""
+
+    steps: list[int]
+    values: list[float]
+
+    def finite(self) -> Series:
+        """The finite values alone."""
+        kept = [(step, value) for step, value in zip(*self, strict=True) if math.isfinite(value)]
+        return Series([step for step, _ in kept], [value for _, value in kept])
+
+
+class Picture(NamedTuple):
+    """A PNG file, named ``<name>_<step>.png``."""
+
+    name: str
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All that a report says of a run."""
+
+    path: Path
+    status: dict[str, Any] = field(default_factory=dict)
+    """As in ``status.json``; empty where there is none."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """As in ``environment.json``."""
+    config: Config | None = None
+    """None where there is none, or none that this version can read."""
+    config_text: str = ""
+    series: dict[str, Series] = field(default_factory=dict)
+    """Metrics by name."""
+    spectra: dict[str, dict[int, Series]] = field(default_factory=dict)
+    """Shares of the singular values over their ranks, by name and optimiser step."""
+    step: int = 0
+    """Of the last record, or of the status if that is later."""
+    epoch: int = 0
+    times: tuple[float, float] | None = None
+    """Of the first and the last record, in seconds since 1970."""
+    pictures: list[Picture] = field(default_factory=list)
+    """In the order of their names and steps."""
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    """Newest first."""
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    """Why each is kept, by name."""
+    probe: dict[str, float] = field(default_factory=dict)
+    """Accuracies of the linear probe: ``trained``, ``random``, ``pixels``."""
+
+    @property
+    def name(self) -> str:
+        """Of the run: ``logging.experiment_name``, or of its folder."""
+        return self.config.logging.experiment_name if self.config else self.path.resolve().name
+
+    @property
+    def state(self) -> str:
+        """``running``, ``done``, ``stopped``, ``preempted`` or ``unknown``."""
+        return str(self.status.get("state", "unknown"))
+
+
+def read_run(path: Path) -> RunData:
+    """What lies in a run folder; the run may be going on.
+
+    Raises:
+        ConfigError: it is no run folder.
+    """
+    try:
+        is_run = any((path / name).is_file() for name in _SIGNS_OF_A_RUN)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not is_run:
+        what = "has none of " + ", ".join(_SIGNS_OF_A_RUN) if path.is_dir() else "is no folder"
+        raise ConfigError(f"{path} is no run folder: it {what}")
+    status, records = _read_object(path / "status.json"), _read_records(path / "metrics.jsonl")
+    config_text, config = _read_text(path / "config.yaml"), None
+    with suppress(ConfigError, OSError, ValueError):
+        config = load_config(path / "config.yaml")
+    series, spectra = collect(records)
+    times = [float(record["time"]) for record in records if isinstance(record.get("time"), (int, float))]
+    checkpoints = _read_checkpoints(path)
+    policy = build_policy(config) if config else RetentionPolicy()
+    return RunData(
+        path,
+        status,
+        _read_object(path / "environment.json"),
+        config,
+        config_text,
+        series,
+        spectra,
+        max([_whole(status.get("step")), *(_whole(record.get("step")) for record in records)]),
+        max([0, *(_whole(record.get("epoch")) for record in records)]),
+        (times[0], times[-1]) if times else None,
+        _find_pictures(path),
+        checkpoints,
+        policy([checkpoint.record for checkpoint in checkpoints]),
+        _probe_results(path, status),
+    )
+
+
+def collect(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Series], dict[str, dict[int, Series]]]:
+    """The numbers of all records by name, and the spectra by name and step."""
+    series: dict[str, Series] = {}
+    spectra: dict[str, dict[int, Series]] = {}
+    for record in records:
+        step = _whole(record.get("step"))
+        for name, value in record.items():
+            if name in _NOT_METRICS:
+                continue
+            if value is None or isinstance(value, (int, float)):
+                steps, values = series.setdefault(name, Series([], []))
+                steps.append(step)
+                values.append(math.nan if value is None else float(value))
+            elif isinstance(value, dict) and _is_numbers(value.get("rank")) and _is_numbers(value.get("share")):
+                spectra.setdefault(name, {})[step] = Series(value["rank"], value["share"])
+    return series, spectra
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, (int, float)) for item in value)
+
+
+def _whole(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        found = json.loads(_read_text(path))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; the last line of a run that is going on may be half written."""
+    records = []
+    for line in _read_text(path).splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def _find_pictures(path: Path) -> list[Picture]:
+    """Those in ``figures/``, and those of ``media/`` that have another name."""
+    found: list[Picture] = []
+    for folder in ("figures", "media"):
+        names = {picture.name for picture in found}
+        for file in sorted((path / folder).glob("*.png")):
+            match = re.fullmatch(r"(.+)_(\d{8,})\.png", file.name)
+            if match and not any(match[1] == name or match[1].endswith(f"_{name}") for name in names):
+                found.append(Picture(match[1], int(match[2]), file))
+    return found
+
+
+def read_picture(path: Path) -> bytes | None:
+    """The bytes of a PNG file; None where it is gone, or not written to its end."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data if data.startswith(_PNG_START) and data.endswith(_PNG_END) else None
+
+
+def _read_checkpoints(path: Path) -> list[Checkpoint]:
+    with suppress(CheckpointError, OSError):
+        for folder in checkpoint_folders(path):
+            if found := list_checkpoints(folder):
+                return found
+    return []
+
+
+def _probe_results(path: Path, status: Mapping[str, Any]) -> dict[str, float]:
+    """Of the probe that was run last by hand, else of the one at the end of the run."""
+    for results in (_read_object(path / "linear_probe.json").get("accuracy"), status.get("results")):
+        if isinstance(results, dict) and results:
+            return {name: float(value) for name, value in results.items() if isinstance(value, (int, float))}
+    return {}
