@@ -100,15 +100,14 @@ class GuardRule:
     first wrong reading, with a lower learning rate."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("below", "above", "drop", "spike") if getattr(self, name) is not None]
-        given += ["non_finite"] if self.non_finite else []
-        if len(given) != 1:
-            raise ValueError(
-                f"a rule on {self.metric} must have one of below, above, drop, spike and non_finite, "
-                f"got {' and '.join(given) or 'none'}"
-            )
         for problem in limit_problems(self, ""):
             raise ValueError(problem)
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of the conditions that are given."""
+        given = [name for name in ("below", "above", "drop", "spike") if getattr(self, name) is not None]
+        return [*given, "non_finite"] if self.non_finite else given
 
 
 def default_rules() -> list[GuardRule]:

@@ -75,6 +75,12 @@ def problems(config: Any) -> Iterator[str]:
             f"logging.watch_frequency must be a multiple of log_frequency ({config.logging.log_frequency}), "
             f"got {config.logging.watch_frequency}"
         )
+    for number, rule in enumerate(config.guard.rules):
+        if len(rule.conditions) != 1:
+            yield (
+                f"guard.rules[{number}] must have one of below, above, drop, spike and non_finite, "
+                f"got {' and '.join(rule.conditions) or 'none'}"
+            )
     if config.collapse.lidar_views == 1:
         yield "collapse.lidar_views must be 0 or at least 2, got 1"
     if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:

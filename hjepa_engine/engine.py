@@ -6,8 +6,10 @@ import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sized
+from functools import partial
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -135,21 +137,19 @@ class StepEngine(Engine):
             raise
 
     def detach(self, handler: Any) -> None:
-        """Take a handler off all events: from now on the engine runs as if it had never been attached.
+        """Take a handler off all events: from the next one on the engine runs as if it had never been attached.
 
         Args:
             handler: an object whose ``attach`` was called with this engine, or a function that was added to events.
 
         Raises:
-            ValueError: it is not attached.
+            ValueError: it is not attached. Ranks other than 0, where some handlers attach nothing, leave that to rank 0.
         """
-        kept = {
-            event: [entry for entry in entries if _owner(entry[0]) is not handler]
-            for event, entries in self._event_handlers.items()
-        }
-        if all(len(entries) == len(self._event_handlers[event]) for event, entries in kept.items()):
+        before = sum(map(len, self._event_handlers.values()))
+        for event, entries in self._event_handlers.items():  # lists are replaced: one of them may be running
+            self._event_handlers[event] = [entry for entry in entries if _owner(entry[0]) is not handler]
+        if sum(map(len, self._event_handlers.values())) == before and idist.get_rank() == 0:
             raise ValueError(f"{type(handler).__name__} is not attached to this engine")
-        self._event_handlers.update(kept)
 
     @abstractmethod
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
@@ -166,11 +166,15 @@ def _owner(handler: Any) -> Any:
     """The object whose method an event's handler is, or the function itself."""
     if hasattr(handler, "_parent"):  # Ignite's wrapper around the handler of a filtered event
         handler = handler._parent()
+    while isinstance(handler, partial):
+        handler = handler.func
     return getattr(handler, "__self__", handler)
 
 
 class Trainer(StepEngine):
     """See :func:`create_trainer`."""
+
+    _SAVED = ("iteration", "epoch_length", "optimizer_step", "epoch_open", "rollbacks", "lr_scale")
 
     def __init__(
         self,
@@ -214,21 +218,13 @@ class Trainer(StepEngine):
 
     def state_dict(self) -> OrderedDict[str, Any]:
         """How far the run is, and its metrics; how long it shall be is up to :meth:`run`."""
-        state = self.state
-        return OrderedDict(
-            iteration=state.iteration,
-            epoch_length=state.epoch_length,
-            optimizer_step=state.optimizer_step,
-            epoch_open=state.epoch_open,
-            rollbacks=state.rollbacks,
-            lr_scale=state.lr_scale,
-            metrics=state.metrics.state_dict(),
-        )
+        saved = {name: getattr(self.state, name) for name in self._SAVED}
+        return OrderedDict(saved, metrics=self.state.metrics.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned: the next :meth:`run` goes on from there."""
         state = self.state
-        for name in ("iteration", "epoch_length", "optimizer_step", "epoch_open", "rollbacks", "lr_scale"):
+        for name in self._SAVED:
             setattr(state, name, state_dict[name])
         state.epoch = state.iteration // state.epoch_length
         state.metrics.load_state_dict(state_dict["metrics"])

@@ -34,9 +34,17 @@ class Verdict(NamedTuple):
 
 
 class Watch:
-    """One rule and what it has seen."""
+    """One rule and what it has seen.
+
+    Raises:
+        ValueError: the rule has not exactly one condition.
+    """
 
     def __init__(self, rule: GuardRule) -> None:
+        if len(rule.conditions) != 1:
+            raise ValueError(
+                f"a rule on {rule.metric} must have one condition, got {' and '.join(rule.conditions) or 'none'}"
+            )
         self.rule = rule
         self.history: list[float] = []
         self.best = -math.inf

@@ -404,6 +404,8 @@ CROSS = [
     ("model: {embed_dim: 18}", "model.embed_dim", "18", "a multiple of 4"),
     ("checkpoint: {init_parts: [predictor]}", "checkpoint.init_parts", "['predictor']", "null without checkpoint.init_from"),
     ("logging: {watch: all, watch_frequency: 75}", "logging.watch_frequency", "75", "a multiple of log_frequency (50)"),
+    ("guard: {rules: [{metric: m}]}", "guard.rules[0]", "none", "one of below, above, drop, spike and non_finite"),
+    ("guard: {rules: [{metric: m, below: 1, drop: 0.5}]}", "guard.rules[0]", "below and drop", "must have one of below"),
     ("collapse: {lidar_views: 1}", "collapse.lidar_views", "1", "0 or at least 2"),
     *(
         (f"logging: {{experiment_name: {name!r}}}", "logging.experiment_name", repr(name), "a name without '/'")
