@@ -53,7 +53,9 @@ class CollapseGuard:
         if not self._is_new:
             return
         self._is_new = False
-        for verdict in rank_zero(lambda: self.judge(engine)):
+        verdicts, seen = rank_zero(lambda: (self.judge(engine), self.state_dict()))
+        self.load_state_dict(seen)  # what rank 0 has seen, on every rank
+        for verdict in verdicts:
             if verdict.action == "stop":
                 raise GuardStop(verdict.text)
             if verdict.action == "rollback":

@@ -27,6 +27,7 @@ from ignite.engine import Events
 from hjepa_engine.errors import Preempted
 from hjepa_engine.handlers import preemption
 from hjepa_engine.recipes import pretrain
+from hjepa_engine.recipes import run as run_recipe
 
 ITERATIONS = 15
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
@@ -131,7 +132,8 @@ def test_none_of_100_signals_costs_a_step_or_a_bit(server, tmp_path, whole):
 def signal_itself(argv: list[str]) -> None:
     """A child's body: a run that gets the signal ``argv[1]`` as it enters ``argv[0]``, a name of the recipe."""
     place, name, *argv = argv
-    original = getattr(pretrain, place)
+    recipe = pretrain if hasattr(pretrain, place) else run_recipe
+    original = getattr(recipe, place)
 
     def hit(*_):
         os.kill(os.getpid(), int(name))
@@ -149,7 +151,7 @@ def signal_itself(argv: list[str]) -> None:
         write = original.write
         original.write = lambda self: (hit(), write(self))  # the first thing that follows the last save point
     else:
-        setattr(pretrain, place, entered)
+        setattr(recipe, place, entered)
     pretrain.main(argv)
 
 

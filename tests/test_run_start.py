@@ -95,7 +95,11 @@ OTHER = {
     "data.max_damaged": 0.5,
     "checkpoint.keep_last_n": 3,
     "logging.log_frequency": 3,
+    "collapse.every": 7,
+    "guard.lr_factor": 0.1,
     "probe.epochs": 3,
+    "online_probe.neighbours": 3,
+    "pictures.images": 2,
     "handlers": "[{class_path: resuming.Steps}]",
     "device": "auto",
 }
@@ -168,13 +172,14 @@ def test_a_run_goes_on_from_another_ones_checkpoint_with_a_lower_rate(tmp_path, 
     out = capsys.readouterr().out
     assert f"resumed step 7 (iteration 7 of 10) from {tmp_path}/first/checkpoints/epoch_0001_step_00000007" in out
     assert "  training.lr was 0.001, is 0.0001 now" in out
-    records = outcome(second)[2]
+    records = [line for line in outcome(second)[2] if "train/loss" in line or "val/loss" in line]
     assert [record["step"] for record in records] == [8, 10, 10]  # a log of its own, without the other's values
     assert [("val/loss" in record, "train/loss" in record) for record in records] == [(False, True)] * 2 + [
         (True, False)
     ]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert len(outcome(first)[2]) == 5 and len(saved(tmp_path / "second" / "checkpoints")) == 1
+    assert max(record["step"] for record in outcome(first)[2]) <= 7  # it is as it was
+    assert len(saved(tmp_path / "second" / "checkpoints")) == 1
 
 
 @pytest.mark.parametrize(("key", "value"), [("training.optimizer", "sgd"), ("data.batch_size", 4), ("seed", 3)])
