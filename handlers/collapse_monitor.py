@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from torch import Tensor
@@ -43,7 +44,7 @@ class CollapseMonitor:
 
     Args:
         evaluator: runs a step with such outputs, like :func:`~hjepa_engine.steps.feature_map_step`.
-        images: the fixed set (of this rank); at least max(2 D, 2048) features, or the rank cannot be trusted.
+        images: the fixed set, of which rank r of R has images r, r + R, ...; at least max(2 D, 2048) features, or the rank cannot be trusted.
         every: optimiser steps between readings.
         alpha_req: measure alpha-ReQ too.
         lidar_views: measure LiDAR too, on the mean token of this many random views of each image; 0: do not.
@@ -120,8 +121,13 @@ class CollapseMonitor:
 
     def _read_lidar(self, engine: Trainer) -> None:
         found: dict[str, ViewStatistics] = {}
-        for number, batch in enumerate(self.images):
-            views = random_views(batch["images"], self.lidar_views, self.seed, number)
+        number = idist.get_rank()
+        for batch in self.images:
+            of_images = []
+            for image in batch["images"]:  # one by one, by their numbers: the same views whoever holds them
+                of_images.append(torch.cat(random_views(image[None], self.lidar_views, self.seed, number)))
+                number += idist.get_world_size()
+            views = torch.stack(of_images, dim=1)
             outputs = [self.evaluator.run([{"images": view}]).output for view in views]
             for name in [name for name in outputs[0] if "_level_" not in name]:
                 means = torch.stack([output[name].float().mean(dim=1) for output in outputs])

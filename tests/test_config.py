@@ -22,7 +22,7 @@ from hjepa_engine.config import Level, resolve_levels
 from hjepa_engine.config_loading import list_options, parse_yaml
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.errors import ConfigError, RunError
-from hjepa_engine.handlers import OnlineProbe
+from hjepa_engine.handlers import CollapseMonitor, OnlineProbe
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import build_step, choose_device
 from hjepa_engine.recipes.linear_probe import probe, read_features
@@ -623,6 +623,21 @@ def probed_online(config, tools):
     return len(probe.train.labels), len(probe.val.labels), dict(run.trainer.state.metrics)
 
 
+def collapse_of(config, tools, what="target"):
+    """Steps of a run with a reading of collapse, and what the last one has of the target encoder."""
+    finished(config, tools)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if f"collapse/{what}_std" in line}
+    last = found[max(found)] if found else {}
+    return list(found), [key for key in ("rank", "alpha_req", "lidar") if f"collapse/{what}_{key}" in last]
+
+
+def collapse_images(config, tools):
+    """How many images collapse is measured on."""
+    started = [handler for handler, _, _ in build(config).trainer._event_handlers[Events.STARTED]]
+    return next(len(h.__self__.images.labels) for h in started if isinstance(h.__self__, CollapseMonitor))
+
+
 def own_handlers(config, tools):
     Recorder.seen.clear()
     finished(config, tools)
@@ -665,6 +680,13 @@ BY_RATE = (*EVERY_STEP, "--checkpoint.metric=train/lr")
 ALL = ("--checkpoint.keep_last_n=9",)
 RATE_IS_WRONG = "{metric: train/lr, above: 0, readings: 1"
 ROLLBACK = (*EVERY_STEP, f"--guard.rules=[{RATE_IS_WRONG}, action: rollback}}]")
+# Two have the 2304 tokens of a reading.
+LARGE_BATCHES = (
+    "--data.image_size=48",
+    "--data.fake_size=96",
+    "--data.batch_size=48",
+    "--logging.log_frequency=1",
+)
 STUCK = ("--training.lr=1e-30", "--training.min_lr=0", "--training.weight_decay=0", "--model.ema.momentum=1")
 ONLINE = ("--online_probe.every=1", "--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
@@ -784,6 +806,14 @@ EFFECTS = {
     "logging.wandb.tags": Effect("tagged so", "[a, b]", wandb_calls, WANDB, [["hjepa", None, ["a", "b"], "offline"]]),
     "logging.wandb.mode": Effect("asked for so", "online", wandb_calls, WANDB, [["hjepa", None, [], "online"]]),
     "logging.tensorboard.enabled": Effect("event files", "true", files),
+    "collapse.enabled": Effect("nothing is measured", "false", collapse_of, becomes=([], [])),
+    "collapse.every": Effect("at every window's end", "1", collapse_of, becomes=([0, 2, 4], ["rank"])),
+    "collapse.images": Effect("fewer than the 16 there are", "10", collapse_images, becomes=10),
+    "collapse.batch_every": Effect(
+        "two readings", "1", lambda c, t: collapse_of(c, t, "batch_target")[0], LARGE_BATCHES, [2, 4]
+    ),
+    "collapse.alpha_req": Effect("one more", "true", collapse_of, becomes=([0, 4], ["rank", "alpha_req"])),
+    "collapse.lidar_views": Effect("one more", "2", collapse_of, becomes=([0, 4], ["rank", "lidar"])),
     "guard.rules": Effect("one ends the run", f"[{RATE_IS_WRONG}, action: stop}}]", ending, EVERY_STEP, ("GuardStop", 2)),
     "guard.lr_factor": Effect("a smaller rate", "0.1", rolled_back, ROLLBACK, ("GuardStop", 2, 0.1**2)),
     "guard.max_rollbacks": Effect("ends sooner", "1", rolled_back, ROLLBACK, ("GuardStop", 1, 0.5)),

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import weakref
-from dataclasses import dataclass, field
 
 import pytest
 from helpers import NOISE, is_time, linear_trainer, options, rows
@@ -36,7 +35,10 @@ FULL = {
     "pictures.enabled": "true",
 }
 #: What else the handler needs in order to do its work, or the others in order to be quick.
-OWN = {"BatchCollapse": {"data.image_size": 48, "data.fake_size": 80, "data.batch_size": 40}, "Pictures": {"pictures.enabled": "true"}}
+OWN = {
+    "BatchCollapse": {"data.image_size": 48, "data.fake_size": 80, "data.batch_size": 40},
+    "Pictures": {"pictures.enabled": "true"},
+}
 
 
 def reaches(value, target):
@@ -139,3 +141,149 @@ def test_a_run_that_a_handler_was_detached_from_is_one_that_never_had_it(name, t
     named = {other.partition("_")[0] for names in [found["stateful"], *found["saved"]] for other in names}
     assert name not in named and len(named) > 5
     assert not any(entries_of(engine, handler) for engine in engines for _, handler in owned)
+
+
+class Every:
+    """A handler that listens in every way there is, and has a state."""
+
+    def __init__(self):
+        self.seen = []
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.STARTED, self.listen)
+        engine.add_event_handler(Events.ITERATION_STARTED | Events.EPOCH_COMPLETED, self.note, "list")
+        engine.add_event_handler(TrainEvents.OPTIMIZER_STEPPED(every=2), self.note, "filtered")
+        engine.add_event_handler(TrainEvents.LOSS_READY, functools.partial(self.note, what="partial"))
+        engine.add_event_handler(Events.GET_BATCH_STARTED(once=1), functools.partial(self.note, what="both"))
+        engine.add_event_handler(TrainEvents.RECORD_DUE, self)
+
+    def listen(self, engine):
+        engine.add_event_handler(TrainEvents.METRICS_READY, self.note, "late")
+
+    def note(self, engine, what):
+        self.seen.append(what)
+
+    def __call__(self, engine):
+        self.seen.append("called")
+
+    def __eq__(self, other):
+        return isinstance(other, Every)  # equal ones are not the same
+
+    __hash__ = None
+
+    def state_dict(self):
+        return {"seen": list(self.seen)}
+
+    def load_state_dict(self, state_dict):
+        self.seen = state_dict["seen"]
+
+
+WAYS = {"list", "filtered", "partial", "both", "called", "late"}
+
+
+def test_every_way_to_listen_ends_and_an_equal_handler_stays():
+    trainer, step = linear_trainer()
+    before, one, other = table(trainer), Every(), Every()
+    one.attach(trainer)
+    other.attach(trainer)
+    assert trainer.stateful_handlers() == {"OptimizerStep": step, "Every": one, "Every_2": other}
+    trainer.detach(one)
+    assert not entries_of(trainer, one) and len(entries_of(trainer, other)) == 7
+    assert trainer.stateful_handlers()["Every"] is other and len(trainer.stateful_handlers()) == 2
+    trainer.run(rows((1, 2), (3, 4)), max_epochs=1)
+    assert one.seen == [] and set(other.seen) == WAYS
+    trainer.detach(other)
+    assert table(trainer) == before
+
+
+def test_a_handler_that_listens_to_more_once_the_run_has_started_can_be_detached_in_its_midst():
+    trainer, _ = linear_trainer()
+    before, handler, after = table(trainer), Every(), []
+    handler.attach(trainer)
+
+    @trainer.on(TrainEvents.LOSS_READY)
+    def leave(engine):
+        after.append(len(handler.seen))
+        if engine.state.iteration == 3:
+            engine.detach(handler)
+
+    trainer.run(rows((1, 2), (3, 4)), max_epochs=3)
+    assert set(handler.seen) == WAYS and len(after) == 6 and after[2:] == [len(handler.seen)] * 4
+    trainer.detach(leave)
+    assert table(trainer) == before
+
+
+@pytest.mark.parametrize("cls", [Throughput, StepTiming])
+def test_handlers_that_listen_last_are_detached_in_the_midst_of_a_run(cls):
+    trainer, _ = linear_trainer()
+    before, handler = table(trainer), cls()
+    handler.attach(trainer)
+    images = [{**row, "images": row["x"]} for row in rows((1, 2), (3, 4), (5, 6))]
+    moments = []
+
+    @trainer.on(TrainEvents.METRICS_READY)
+    def leave(engine):
+        fresh, _ = engine.state.metrics.since(moments[-1] if moments else 0)
+        moments.append(engine.state.metrics.moment)
+        assert bool(fresh) == (engine.state.iteration == 1)
+        if engine.state.iteration == 1:
+            engine.detach(handler)
+
+    trainer.run(images, max_epochs=1)
+    trainer.detach(leave)
+    assert len(moments) == 3 and moments[0] > 1 and table(trainer) == before
+
+
+def test_others_that_listen_to_the_event_in_which_a_handler_leaves_are_not_passed_over():
+    trainer, _ = linear_trainer()
+    seen = []
+
+    class Once:
+        def attach(self, engine):
+            engine.add_event_handler(TrainEvents.LOSS_READY, self.leave)
+
+        def leave(self, engine):
+            seen.append("once")
+            engine.detach(self)
+
+    for handler in (Once(), Once()):
+        handler.attach(trainer)
+    trainer.add_event_handler(TrainEvents.LOSS_READY, lambda: seen.append("always"))
+    trainer.run(rows((1, 2), (3, 4)), max_epochs=1)
+    assert seen == ["once", "once", "always", "always"]
+
+
+def test_a_detached_handler_is_let_go_of_and_can_be_attached_again():
+    trainer, _ = linear_trainer()
+    handler = Every()
+    for _ in range(2):
+        handler.attach(trainer)
+        trainer.detach(handler)
+    kept = weakref.ref(handler)
+    del handler
+    assert kept() is None
+
+
+def test_what_is_not_attached_cannot_be_detached():
+    trainer, step = linear_trainer()
+    known = table(trainer)
+    for stranger in (Every(), print, step.step, TrainEvents):
+        with pytest.raises(ValueError, match="is not attached to this engine"):
+            trainer.detach(stranger)
+    assert table(trainer) == known and trainer.stateful_handlers() == {"OptimizerStep": step}
+    trainer.detach(step)
+    with pytest.raises(ValueError, match=r"^OptimizerStep is not attached to this engine$"):
+        trainer.detach(step)
+    assert trainer.stateful_handlers() == {}
+
+
+def test_a_handler_that_only_rank_0_listens_with_is_detached_on_all_ranks(tmp_path):
+    def body():
+        trainer, _ = linear_trainer()
+        before = table(trainer)
+        for handler in (ProgressBar(), ParameterHistograms(every=1), MetricAverager()):
+            handler.attach(trainer)
+            trainer.detach(handler)
+        return table(trainer) == before
+
+    assert in_processes(2, tmp_path, body) == [True, True]
