@@ -3,10 +3,6 @@ import io
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -46,7 +42,6 @@ from hjepa_engine.handlers import (
 from hjepa_engine.models import encoder_arguments
 from hjepa_engine.pace import duration
 from hjepa_engine.recipes.pretrain import build
-from hjepa_engine.tensorboard_writer import TensorBoardWriter
 from hjepa_engine.writers import JsonlWriter
 
 # --- Target encoder -------------------------------------------------------------------------------------------------
@@ -725,99 +720,6 @@ def test_records_that_were_lost_are_named(tmp_path, caplog):
     (warning,) = caplog.records
     there, wanted = states[0]["bytes"], states[1]["bytes"]
     assert warning.getMessage() == f"{path} has lost its end: {there} bytes instead of {wanted}"
-
-
-def read_events(folder):
-    """(step, tag, value) of all scalars in TensorBoard's files: TFRecords of a length, its CRC, an event, its CRC."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = Event()
-            event.ParseFromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            data = data[16 + size :]
-    return found
-
-
-def test_tensorboard_files_hold_what_was_logged(tmp_path):
-    trainer, _ = linear_trainer(lr=1e-9, log_frequency=2)
-    MetricAverager().attach(trainer)
-    logger = MetricsLogger([TensorBoardWriter(tmp_path / "deep" / "tensorboard")])
-    logger.attach(trainer)
-    trainer.run(rows((1, 0), (3, 0), (8, 0)))
-    logger.log_metrics({"worst": math.nan})
-    logger.close()
-    events = read_events(tmp_path / "deep" / "tensorboard")
-    assert sorted(events[:4]) == [
-        (2, "train/grad_norm", 2.0),
-        (2, "train/loss", pytest.approx(2.0)),
-        (3, "train/grad_norm", 8.0),
-        (3, "train/loss", pytest.approx(8.0)),
-    ]
-    assert events[4][:2] == (3, "worst")
-    assert math.isnan(events[4][2])
-
-
-def read_wandb(path):
-    """(run, rows) of W&B's offline file: LevelDB's log format (32 KiB blocks of CRC, length, kind, data) of records."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, parts, run, history = path.read_bytes(), 7, [], None, []
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        parts.append(data[place + 7 : place + 7 + size])
-        place += 7 + size
-        if kind in (1, 4):  # whole, or last part
-            record = Record()
-            record.ParseFromString(b"".join(parts))
-            parts = []
-            if record.WhichOneof("record_type") == "run":
-                run = record.run
-            elif record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return run, history
-
-
-def test_weights_and_biases_files_hold_what_was_logged(tmp_path):
-    script = """
-        from pathlib import Path
-        from hjepa_engine.wandb_writer import WandbWriter
-        writer = WandbWriter(Path("logs"), {"seed": 3, "training": {"lr": 0.1}}, "proj", "name", tags=["a", "b"])
-        writer.open(None)
-        writer.write({"train/loss": 1.5}, 10, 1)
-        writer.write({"val/loss": 2.5}, 10, 1)
-        writer.write({"probe/linear": 0.5}, 5, 1)
-        writer.close()
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
-    answer = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env={**environment, "WANDB_MODE": "offline", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stderr
-    (path,) = tmp_path.glob("logs/wandb/offline-run-*/run-*.wandb")
-    run, history = read_wandb(path)
-    assert (run.project, run.display_name, list(run.tags)) == ("proj", "name", ["a", "b"])
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert (config["seed"], config["training"]) == (3, {"lr": 0.1})
-    names = ("step", "epoch", "train/loss", "val/loss", "probe/linear")
-    assert [{name: row[name] for name in names if name in row} for row in history] == [
-        {"step": 10, "epoch": 1, "train/loss": 1.5},
-        {"step": 10, "epoch": 1, "val/loss": 2.5},
-        {"step": 5, "epoch": 1, "probe/linear": 0.5},
-    ]
 
 
 # --- Progress -------------------------------------------------------------------------------------------------------
