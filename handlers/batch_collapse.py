@@ -19,8 +19,8 @@ class BatchCollapse:
     """Measure how much the step's own tokens tell images apart: augmented, masked, as the loss sees them.
 
     As :class:`CollapseMonitor`, each patch has a mean of its own. From every ``every``-th optimiser step on, tokens are
-    taken in until there are max(2 D, 2048, 16 N) over all ranks, a part of each batch if need be; the reading is written
-    when the log window ends.
+    taken in until there are max(2 D, 2048, 16 N) over all ranks, a part of each batch if need be, the same part on however
+    many ranks; the reading is written when the log window ends.
 
     Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.WINDOW_COMPLETED``.
     Reads: ``engine.state.output["context_tokens"]`` (B, K, D) and ``["target_tokens"]`` (B, N, D);
@@ -38,6 +38,7 @@ class BatchCollapse:
             raise ValueError(f"every must be at least 1, got {every}")
         self.every, self.due = every, 0
         self._statistics: dict[str, FeatureStatistics] = {}
+        self._taken: dict[str, int] = {}  # over all ranks
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -48,7 +49,7 @@ class BatchCollapse:
     def start(self, engine: Trainer) -> None:
         """Start a new run with no samples; a resumed one keeps those it has loaded."""
         if engine.state.iteration == 0:
-            self.due, self._statistics = 0, {}
+            self.due, self._statistics, self._taken = 0, {}, {}
 
     def add(self, engine: Trainer) -> None:
         """Take the batch's tokens in, as long as more are wanted."""
@@ -63,41 +64,50 @@ class BatchCollapse:
         ):
             if name not in self._statistics:
                 self._statistics[name] = FeatureStatistics(tokens.shape[-1], target.shape[1], engine.amp_dtype)
-            statistics = self._statistics[name]
-            wanted = self._needed(statistics) - statistics.samples
+            wanted = self._wanted(name)
             if wanted > 0:
-                statistics.add(*spread(tokens, place_idx, wanted))
+                stride = stride_of(tokens.shape[0] * idist.get_world_size(), tokens.shape[1], wanted)
+                self._statistics[name].add(*spread(tokens, place_idx, stride, idist.get_rank()))
+                taken = -(-idist.get_world_size() * place_idx.numel() // stride)
+                self._taken[name] = self._taken.get(name, 0) + taken
 
     def report(self, engine: Trainer) -> None:
         """Write the reading if there are samples enough. Collective."""
         # Ranks have equal numbers of tokens, so that all of them come to the same answer.
-        if not self._statistics or any(s.samples < self._needed(s) for s in self._statistics.values()):
+        if not self._statistics or any(self._wanted(name) > 0 for name in self._statistics):
             return
         for name, statistics in self._statistics.items():
             summary = statistics.reduced().summary()
             for key in ("std", "norm", "rank", "rank_share"):
                 engine.state.metrics[f"collapse/batch_{name}_{key}"] = summary[key]
-        self._statistics, self.due = {}, engine.state.optimizer_step + self.every
+        self._statistics, self._taken, self.due = {}, {}, engine.state.optimizer_step + self.every
 
-    @staticmethod
-    def _needed(statistics: FeatureStatistics) -> int:
-        return math.ceil(max(2 * statistics.dim, 2048, 16 * statistics.places) / idist.get_world_size())
+    def _wanted(self, name: str) -> int:
+        """Tokens that are missing, over all ranks."""
+        statistics = self._statistics[name]
+        return max(2 * statistics.dim, 2048, 16 * statistics.places) - self._taken.get(name, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the next reading, and the samples taken in for it."""
-        return {"due": self.due, "statistics": {name: s.state_dict() for name, s in self._statistics.items()}}
+        statistics = {name: each.state_dict() for name, each in self._statistics.items()}
+        return {"due": self.due, "taken": dict(self._taken), "statistics": statistics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         saved = state_dict["statistics"]
-        self.due = state_dict["due"]
+        self.due, self._taken = state_dict["due"], dict(state_dict["taken"])
         self._statistics = {name: FeatureStatistics.from_state_dict(state) for name, state in saved.items()}
 
 
-def spread(tokens: Tensor, place_idx: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """At most about ``most`` of tokens (B, K, D) and their places (B, K), evenly from all images and places."""
-    batch, number, dim = tokens.shape
-    stride = max(1, batch * number // most)
+def stride_of(images: int, number: int, most: int) -> int:
+    """Every how-manieth of ``number`` tokens of each of ``images`` makes about ``most``, of all places alike."""
+    stride = max(1, images * number // most)
     while math.gcd(stride, number) > 1:  # else only some of the places would ever be taken
         stride += 1
-    return tokens.reshape(-1, dim)[::stride], place_idx.reshape(-1)[::stride]
+    return stride
+
+
+def spread(tokens: Tensor, place_idx: Tensor, stride: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+    """Every ``stride``-th of tokens (B, K, D) and their places (B, K), counted from the first token of rank 0."""
+    first = -rank * place_idx.numel() % stride
+    return tokens.reshape(-1, tokens.shape[-1])[first::stride], place_idx.reshape(-1)[first::stride]

@@ -44,7 +44,8 @@ class CollapseMonitor:
 
     Args:
         evaluator: runs a step with such outputs, like :func:`~hjepa_engine.steps.feature_map_step`.
-        images: the fixed set, of which rank r of R has images r, r + R, ...; at least max(2 D, 2048) features, or the rank cannot be trusted.
+        images: the fixed set, of which rank r of R holds images r, r + R, ...; at least max(2 D, 2048) features over all
+            ranks, or the rank cannot be trusted.
         every: optimiser steps between readings.
         alpha_req: measure alpha-ReQ too.
         lidar_views: measure LiDAR too, on the mean token of this many random views of each image; 0: do not.

@@ -44,7 +44,8 @@ def seed_everything(*parts: Part) -> None:
 def isolated() -> Iterator[None]:
     """Leave Python's, NumPy's and torch's global generators as they were."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
         try:
             yield
         finally:
