@@ -1,7 +1,7 @@
 """Measure what monitoring costs a pretraining run, with everything that is on by default.
 
     OMP_NUM_THREADS=1 python recipes/benchmark_monitoring.py                 # a ViT-S/16 takes minutes per core
-    OMP_NUM_THREADS=1 python recipes/benchmark_monitoring.py digit_pages     # the default configuration only
+    OMP_NUM_THREADS=1 python recipes/benchmark_monitoring.py digit_pages     # the recipe's own intervals
 
 Every monitor's handlers are timed while a run goes on; what comes once in so many steps is divided by their number. Then
 runs with and without monitors take turns, and the medians are compared. docs/benchmarks.md quotes the output.
@@ -34,7 +34,13 @@ from hjepa_engine.recipes.run import Run
 
 #: What is measured, with the steps that are timed one by one and the steps and rounds of the comparison.
 CASES: dict[str, tuple[list[str], int, int, int]] = {
-    "digit_pages": ([], 400, 100, 5),
+    "digit_pages, default intervals": (
+        ["--collapse.every=null", "--collapse.batch_every=200", "--online_probe.every=null"],
+        400,
+        100,
+        5,
+    ),
+    "digit_pages": ([], 400, 0, 0),
     "ViT-S/16 at 224, batches of 32": (
         [
             *("--data.dataset=fake", "--data.fake_size=4000", "--data.image_size=224", "--data.batch_size=32"),
