@@ -48,6 +48,7 @@ CASES: dict[str, tuple[list[str], int, int, int]] = {
             *("--model.depth=12", "--model.num_heads=6", "--model.pos_embed=sincos", "--model.levels=null"),
             *("--model.predictor.width=192", "--model.predictor.depth=6", "--model.predictor.num_heads=6"),
             *("--masking.num_masks=4", "--masking.mask_scale=[0.15, 0.2]", "--online_probe.every=null"),
+            *("--collapse.every=null", "--collapse.batch_every=200"),
         ],
         4,
         0,

@@ -13,20 +13,20 @@ from torchvision.transforms import v2
 from hjepa_engine.config import DataConfig
 from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.loading import KeyedDataset, collate, eval_pixels
-from hjepa_engine.randomness import isolated
+from hjepa_engine.randomness import isolated, key
 
 
 class ImageSet:
-    """Evenly spaced samples of a source, resized and cut as for evaluation, kept as bytes; normalised when read.
+    """One sample of each of ``count`` equal parts of a source, resized and cut as for evaluation, kept as bytes.
 
-    Read from the source at the first use; nothing random is drawn from the outside's generators.
+    They are read from the source at the first use, and normalised at every one; nothing random is drawn from the outside's generators.
 
     Args:
         config: of the data.
         source: where the images are.
         count: how many, but one for each process at least; all, where there are fewer.
         batch_size: of the batches that iterating yields: ``images`` (B, C, H, W), normalised, and ``labels`` (B,).
-        seed: seed of the run.
+        seed: names the choice, and the augmentations of data that is drawn when read.
         rank: which share of the set is this process's own.
         world_size: number of shares.
     """
@@ -46,7 +46,10 @@ class ImageSet:
         self.config, self.source, self.batch_size, self.seed = config, source, batch_size, seed
         total = len(source.images)
         count = min(max(count, world_size), total)  # a process without images would leave the others waiting
-        self.indices = [number * total // count for number in range(count)][rank::world_size]
+        starts = [number * total // count for number in range(count + 1)]
+        # Not the first of each part: labels that come round (as of digit pages) would be of few classes then.
+        drawn = [a + key(seed, "image set", a) % (b - a) for a, b in zip(starts, starts[1:], strict=False)]
+        self.indices = drawn[rank::world_size]
         self._images: Tensor | None = None
         self._labels: Tensor | None = None
 
