@@ -110,6 +110,12 @@ class Checkpointer:
         self.close()
         self.wait(engine)
 
+    def save_rolled_back(self, engine: Trainer) -> None:
+        """Save a run that was rolled back, and wait until that is on disk or has failed."""
+        self._open_end = None  # of the time before
+        self._save(self._copy(engine), ["rollback"])
+        self.wait(engine)
+
     def wait(self, engine: Trainer) -> None:
         """Wait until everything is on disk, or has failed to get there."""
         self.writer.wait()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
+from ignite.engine import Events
 
 from hjepa_engine.config_monitoring import GuardRule, default_rules
 from hjepa_engine.distributed import rank_zero
@@ -24,11 +25,11 @@ class CollapseGuard:
     A rule looks at each new value of its metric, once per log window and at an epoch's end, when everybody else has read
     it. Rank 0 decides for all.
 
-    Listens to: ``TrainEvents.RECORD_DUE``, ``ITERATION_COMMITTED``, ``EPOCH_COMMITTED``.
+    Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``, ``RECORD_DUE``, ``ITERATION_COMMITTED``, ``EPOCH_COMMITTED``.
     Reads: ``engine.state.metrics``, ``engine.state.rollbacks``.
-    Writes: ``engine.state.suspect_since``, the iteration of the first of the wrong readings that may lead to a rollback
-    (None: there are none), so that the checkpoint before it is kept; raises :class:`~hjepa_engine.errors.GuardStop` or
-    :class:`~hjepa_engine.errors.Rollback`.
+    Writes: ``engine.state.suspect_since``: checkpoints from before this iteration are known to be good for every rule that
+    may roll back, and the newest of them is kept; ``engine.state.metrics["train/rollbacks"]``, once there are any; raises
+    :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
 
     Args:
         rules: see :class:`~hjepa_engine.config_monitoring.GuardRule`.
@@ -36,17 +37,39 @@ class CollapseGuard:
 
     def __init__(self, rules: Sequence[GuardRule] | None = None) -> None:
         self.watches = [Watch(rule) for rule in (default_rules() if rules is None else rules)]
-        self._seen, self._is_new = 0, False
+        self._seen, self._is_new, self._is_named = 0, False, False
+        self._place = 0, 0  # optimiser step and iteration of what is new
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.name_missing)
         engine.add_event_handler(TrainEvents.RECORD_DUE, self.notice)
         engine.add_event_handler(TrainEvents.ITERATION_COMMITTED, self.check)
         engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.check)
 
-    def notice(self) -> None:
+    def start(self, engine: Trainer) -> None:
+        """Protect what a resumed run would go back to."""
+        engine.state.suspect_since = self._suspect_since()
+
+    def report(self, engine: Trainer) -> None:
+        """Write how often the run was rolled back."""
+        if engine.state.rollbacks:
+            engine.state.metrics["train/rollbacks"] = float(engine.state.rollbacks)
+
+    def name_missing(self, engine: Trainer) -> None:
+        """Say once, after an epoch, which metrics of rules are not there; those of the default rules may be off."""
+        missing = {watch.rule.metric for watch in self.watches} - {rule.metric for rule in default_rules()}
+        missing -= engine.state.metrics.keys()
+        if missing and not self._is_named and idist.get_rank() == 0:
+            known = ", ".join(sorted(engine.state.metrics))
+            logger.warning("guard.rules: there is no metric %s; known: %s", ", ".join(sorted(missing)), known)
+        self._is_named = True
+
+    def notice(self, engine: Trainer) -> None:
         """There are new values: they are judged when everybody has read them."""
-        self._is_new = True
+        self._is_new, self._place = True, (engine.state.optimizer_step, engine.state.iteration)
 
     def check(self, engine: Trainer) -> None:
         """Judge what is new. Collective."""
@@ -68,16 +91,16 @@ class CollapseGuard:
         state = engine.state
         fresh, self._seen = state.metrics.since(self._seen)
         verdicts = [
-            watch.look(fresh[watch.rule.metric], state.optimizer_step, state.iteration)
-            for watch in self.watches
-            if watch.rule.metric in fresh
+            watch.look(fresh[watch.rule.metric], *self._place) for watch in self.watches if watch.rule.metric in fresh
         ]
-        suspects = [
-            watch.since for watch in self.watches if watch.rule.action == "rollback" and watch.since is not None
-        ]
-        state.suspect_since = min(suspects, default=None)
+        state.suspect_since = self._suspect_since()
         # A warning must not be lost to a rule behind it that ends the run.
         return sorted(filter(None, verdicts), key=lambda verdict: verdict.action != "warn")
+
+    def _suspect_since(self) -> int | None:
+        rolling = [watch for watch in self.watches if watch.rule.action == "rollback"]
+        bounds = [watch.since if watch.good is None else watch.good + 1 for watch in rolling]
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         """What each rule has seen, by the rule."""

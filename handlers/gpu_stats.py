@@ -113,15 +113,22 @@ class GpuStats:
             engine.state.metrics[f"system/{name}"] = (sum if name == "process_memory_gb" else max)(values)
 
     def _of_host(self) -> dict[str, float]:
+        failures = (self._psutil.Error, OSError)
+        processes, values = [self._process], {}
+        with suppress(*failures):  # where others' processes are hidden, one's own children may be
+            processes += self._process.children(recursive=True)
         resident = 0
-        for process in (self._process, *self._process.children(recursive=True)):
-            with suppress(self._psutil.Error):  # it has ended meanwhile
+        for process in processes:
+            with suppress(*failures):  # it has ended meanwhile
                 resident += process.memory_info().rss
-        return {
-            "process_memory_gb": resident / _GB,
-            "host_memory_share": self._psutil.virtual_memory().percent / 100,
-            "cpu_share": self._psutil.cpu_percent() / 100,
-        }
+        for name, read in (
+            ("process_memory_gb", lambda: resident / _GB),
+            ("host_memory_share", lambda: self._psutil.virtual_memory().percent / 100),
+            ("cpu_share", lambda: self._psutil.cpu_percent() / 100),
+        ):
+            with suppress(*failures):
+                values[name] = read()
+        return values
 
     def _of_gpu(self, gpu: Gpu) -> dict[str, float]:
         name, nvml, (allocated, reserved) = f"gpu{gpu.number}", self._nvml, gpu.memory()

@@ -101,8 +101,12 @@ class MetricsLogger:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; no writer is opened before there is something to write."""
-        self._close_all()  # in a run that is put back to an earlier checkpoint, they go on from there
-        self._seen, self._states = state_dict["seen"], dict(state_dict["writers"])
+        states = dict(state_dict["writers"])
+        # In a run that is put back to an earlier checkpoint, writers go on from there; W&B has nothing to put back.
+        staying = [writer for writer in self._opened if writer.state_dict() == states.get(self._key(writer))]
+        self._opened = [writer for writer in self._opened if writer not in staying]
+        self._close_all()
+        self._seen, self._states, self._opened = state_dict["seen"], states, staying
 
     def _log(self, metrics: dict[str, float], media: dict[str, Media], step: int | None) -> None:
         if self._closed:

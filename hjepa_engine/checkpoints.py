@@ -49,7 +49,7 @@ class Checkpoint:
     metrics: dict[str, float]
     """All metrics when it was saved."""
     reasons: list[str]
-    """Why it was saved: ``epoch``, ``steps``, ``minutes``, ``end``, ``interrupted``."""
+    """Why it was saved: ``epoch``, ``steps``, ``minutes``, ``end``, ``interrupted``, ``rollback``."""
     saved_at: float
     """Seconds since 1970."""
     size: int

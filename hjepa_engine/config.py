@@ -214,7 +214,8 @@ class TrainingConfig:
     non_finite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
     early_stopping: int | None = limited(None, least=1)
-    """End the run after this many epochs without a better ``val/loss``; null: never."""
+    """End the run after this many epochs without a better ``val/loss``; null: never. Such an end has no readings, probes or
+    figures of its own, as it is not known beforehand."""
     time_limit: float | None = limited(None, above=0)
     """Save and leave (exit code 75) after this many minutes; null: no limit."""
 

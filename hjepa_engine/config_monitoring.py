@@ -63,8 +63,8 @@ class CollapseConfig:
     enabled: bool = True
     """Measure it."""
     every: int | None = limited(None, least=1)
-    """Optimiser steps between readings on the fixed set of images; by default 50 x images / batch size, which keeps them
-    at about 1 % of the run."""
+    """Optimiser steps between readings on the fixed set of images, each at the end of a log window; by default 50 x images /
+    images of an optimiser step, which keeps them at about 1 % of the run."""
     images: int | None = limited(None, least=2)
     """Images of the fixed set; by default as many as have max(2 D, 2048) features at every level, at least 128."""
     batch_every: int = limited(200, least=1)
@@ -96,8 +96,8 @@ class GuardRule:
     after: int = limited(0, least=0)
     """Readings before this optimiser step are not wrong; later ones are compared with them all the same."""
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """``warn`` once per occurrence; ``stop`` the run (exit code 5); ``rollback`` to the newest checkpoint from before the
-    first wrong reading, with a lower learning rate."""
+    """``warn`` once per occurrence; ``stop`` the run (exit code 5); ``rollback`` to the newest checkpoint up to the last
+    right reading, with a lower learning rate."""
 
     def __post_init__(self) -> None:
         for problem in limit_problems(self, ""):

@@ -75,7 +75,10 @@ def problems(config: Any) -> Iterator[str]:
             f"logging.watch_frequency must be a multiple of log_frequency ({config.logging.log_frequency}), "
             f"got {config.logging.watch_frequency}"
         )
+    saves = (checkpoint.save_frequency, checkpoint.save_every_steps, checkpoint.save_every_minutes)
     for number, rule in enumerate(config.guard.rules):
+        if rule.action == "rollback" and not any(saves):
+            yield f"guard.rules[{number}].action must be warn or stop where no checkpoints are saved, got rollback"
         if len(rule.conditions) != 1:
             yield (
                 f"guard.rules[{number}] must have one of below, above, drop, spike and non_finite, "
@@ -115,3 +118,9 @@ def metric_problems(config: Any) -> Iterator[str]:
             yield f"collapse.alpha_req must be true {where}, got False"
         if metric.endswith("_lidar") and not collapse.lidar_views:
             yield f"collapse.lidar_views must be at least 2 {where}, got 0"
+    if (
+        metric.startswith(("probe/", "collapse/"))
+        and not metric.endswith("_alpha_req")
+        and config.checkpoint.mode == "min"
+    ):
+        yield f"checkpoint.mode must be max {where}: larger is better, got min"

@@ -54,7 +54,7 @@ class Rollback(GuardStop):
 
     Args:
         message: what was seen.
-        before: iteration of the first wrong reading.
+        before: iteration from which on something may be wrong.
     """
 
     def __init__(self, message: str, before: int) -> None:

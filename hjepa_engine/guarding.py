@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     text: str
     """One sentence on what was seen, one on what usually helps."""
     since: int
-    """Iteration of the first of the wrong readings."""
+    """Iteration from which on something may be wrong: the one behind the last right reading."""
 
 
 class Watch:
@@ -49,18 +49,23 @@ class Watch:
         self.history: list[float] = []
         self.best = -math.inf
         self.wrong = 0
+        self.good: int | None = None
+        """Iteration of the last right reading."""
         self.since: int | None = None
+        """From this iteration on something may be wrong; None: nothing is."""
 
     def look(self, value: float, step: int, iteration: int) -> Verdict | None:
         """Judge a new value; a verdict when the last of ``rule.readings`` wrong ones in a row has come."""
         if step < self.rule.after or not self._is_wrong(value):
-            self.wrong, self.since = 0, None
+            self.wrong, self.since, self.good = 0, None, iteration
             if math.isfinite(value):
                 self.history = [*self.history, value][-_HISTORY:]
                 self.best = max(self.best, value)
             return None
         self.wrong += 1
-        self.since = iteration if self.since is None else self.since
+        if self.since is None:
+            # What was saved since the last right reading may be spoilt already.
+            self.since = iteration if self.good is None else self.good + 1
         if self.wrong != self.rule.readings:
             return None
         return Verdict(self.rule.action, self._sentence(value, step), self.since)
@@ -93,9 +98,10 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen."""
-        return {"history": list(self.history), "best": self.best, "wrong": self.wrong, "since": self.since}
+        names = ("best", "wrong", "good", "since")
+        return {"history": list(self.history), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.history, self.best = [float(value) for value in state_dict["history"]], float(state_dict["best"])
-        self.wrong, self.since = state_dict["wrong"], state_dict["since"]
+        self.wrong, self.good, self.since = state_dict["wrong"], state_dict["good"], state_dict["since"]

@@ -11,11 +11,11 @@ from typing import Any
 import ignite.distributed as idist
 
 from hjepa_engine.checkpoint_writer import CheckpointWriter
-from hjepa_engine.checkpoints import Checkpoint, Damaged, list_checkpoints, prune, read_state
+from hjepa_engine.checkpoints import Checkpoint, Damaged, list_checkpoints, prune, read_state, write_index
 from hjepa_engine.config_monitoring import GuardConfig
 from hjepa_engine.distributed import rank_zero
 from hjepa_engine.engine import Trainer
-from hjepa_engine.errors import GuardStop, Rollback
+from hjepa_engine.errors import CheckpointError, GuardStop, Rollback
 from hjepa_engine.run_folder import RunFolder
 from hjepa_engine.training_state import load_everywhere, restore_state
 
@@ -23,16 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 def train_with_rollbacks(
-    train: Callable[[], Any], trainer: Trainer, writer: CheckpointWriter, options: GuardConfig, folder: RunFolder
+    train: Callable[[], Any],
+    save: Callable[[], None],
+    trainer: Trainer,
+    writer: CheckpointWriter,
+    options: GuardConfig,
+    folder: RunFolder,
 ) -> None:
     """Call ``train`` until it ends; when a guard asks for it, go back and call it again with a lower learning rate.
 
     Args:
         train: runs the trainer to the end, from wherever it is.
+        save: saves a checkpoint now, so that a crash does not forget the rollback.
         trainer: of the run.
         writer: of its checkpoints.
         options: factor of the learning rate, and how often.
-        folder: of the run; what was logged behind the checkpoint is kept there, as ``metrics_before_rollback_<n>.jsonl``.
+        folder: of the run; the log as it was is kept there, as ``metrics_before_rollback_<n>.jsonl``.
 
     Raises:
         GuardStop: there were rollbacks enough, or there is no checkpoint to go back to.
@@ -43,6 +49,8 @@ def train_with_rollbacks(
             return
         except Rollback as request:
             roll_back(trainer, writer, options, folder.path, request)
+            save()
+            rank_zero(lambda: _forget_later(writer, trainer.state.iteration))
 
 
 def roll_back(
@@ -58,11 +66,9 @@ def roll_back(
         raise GuardStop(f"{request}; {writer.folder} holds no checkpoint from before iteration {request.before}")
     checkpoint, state = found
     left = trainer.state.optimizer_step
-    # A crash from here on costs nothing: whatever is the newest checkpoint then, the run comes here again.
     rank_zero(lambda: _keep_log(run_folder, past + 1))
     restore_state(trainer, state)
     trainer.state.rollbacks, trainer.state.lr_scale = past + 1, lr_scale * options.lr_factor
-    rank_zero(lambda: _forget_later(writer.folder, checkpoint))
     if idist.get_rank() == 0:
         logger.warning(
             "%s: rolled back from step %d to %s (%d of at most %d), learning rates are multiplied by %g from here on",
@@ -83,10 +89,19 @@ def _newest_before(folder: Path, iteration: int) -> tuple[Checkpoint, Any] | Non
 def _keep_log(run_folder: Path, number: int) -> None:
     log = run_folder / "metrics.jsonl"
     if log.exists():
-        shutil.copyfile(log, run_folder / f"metrics_before_rollback_{number}.jsonl")
+        try:
+            shutil.copyfile(log, run_folder / f"metrics_before_rollback_{number}.jsonl")
+        except OSError as error:
+            logger.warning("%s was not kept as it was before the rollback: %s", log, error.strerror)
 
 
-def _forget_later(folder: Path, checkpoint: Checkpoint) -> None:
-    """Remove what was saved behind ``checkpoint``: the run must not go on from there after a crash."""
-    place = checkpoint.record.place
-    prune(folder, [other.record.name for other in list_checkpoints(folder) if other.record.place > place])
+def _forget_later(writer: CheckpointWriter, iteration: int) -> None:
+    """Remove what was saved behind ``iteration``: the run must not go on from there after a crash."""
+    records = [checkpoint.record for checkpoint in list_checkpoints(writer.folder)]
+    later = [record for record in records if record.iteration > iteration]
+    try:
+        prune(writer.folder, [record.name for record in later])
+        write_index(writer.folder, [record for record in records if record not in later], writer.policy)
+    except OSError as error:
+        names = ", ".join(record.name for record in later)
+        raise CheckpointError(f"{writer.folder} cannot be rid of {names}, from before a rollback: {error}") from error

@@ -93,6 +93,8 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
             f"got {iterations}"
         )
     _say(f"resumed step {state.optimizer_step} (iteration {state.iteration} of {iterations}) from {checkpoint.path}")
+    if state.rollbacks:
+        _say(f"  rolled back {state.rollbacks} times before: learning rates are multiplied by {state.lr_scale:g}")
     for change in changes:
         follows = "; schedules follow the new length" if change.key == "training.epochs" else ""
         _say(f"  {change}{follows}")
@@ -160,6 +162,8 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Ch
         raise ConfigError(
             f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; checkpoint.init_from takes the weights alone"
         )
+    if not is_own:
+        state["engine"] |= {"rollbacks": 0, "lr_scale": 1.0}  # they were the other run's
     if not is_own and "MetricsLogger" in state["handlers"]:
         state["handlers"]["MetricsLogger"]["writers"] = {}  # they tell how the other run's logs go on
     return checkpoint, restore_state(trainer, state)

@@ -104,7 +104,8 @@ def monitors_table(options: list[str], iterations: int) -> None:
         run = build(configured([*options, *OFF], folder))
         config, trainer = configured(options, folder), run.trainer
         windows, readings = Counter[str](), Counter[str]()
-        monitors = [Throughput(), *build_monitors(config, trainer, open_source(config.data, "train"), run.preemption)]
+        images, val = open_source(config.data, "train"), open_source(config.data, "val")
+        monitors = [Throughput(), *build_monitors(config, trainer, images, val, run.preemption)]
         due = {type(monitor).__name__: monitor for monitor in monitors if hasattr(monitor, "due")}
 
         def count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from hjepa_engine import Config, create_evaluator
 from hjepa_engine.collapse import images_needed
 from hjepa_engine.config import Level, resolve_levels
 from hjepa_engine.data import ImageSet, Source, open_source
+from hjepa_engine.data.datasets import OWN_PROBE_SPLIT
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     BatchCollapse,
@@ -34,14 +36,17 @@ from hjepa_engine.run_folder import RunFolder
 from hjepa_engine.steps import feature_map_step, feature_step
 from hjepa_engine.types import unwrap
 
+logger = logging.getLogger(__name__)
 
-def build_monitors(config: Config, trainer: Trainer, train: Source, preemption: Preemption) -> list[Any]:
+
+def build_monitors(config: Config, trainer: Trainer, train: Source, val: Source, preemption: Preemption) -> list[Any]:
     """The configured monitors, to be attached to the trainer.
 
     Args:
         config: of the run.
         trainer: its engine.
         train: the training images.
+        val: the validation images.
         preemption: ends long probes when the run is asked to stop.
     """
     monitors: list[Any] = [StepTiming()]
@@ -52,7 +57,7 @@ def build_monitors(config: Config, trainer: Trainer, train: Source, preemption: 
     if config.guard.rules:
         monitors.append(CollapseGuard(config.guard.rules))
     if (epochs := config.online_probe.every) is not None:
-        monitors.append(_online_probe(config, trainer, epochs, preemption))
+        monitors.append(_online_probe(config, trainer, epochs, train, val, preemption))
     if config.logging.watch != "none":
         monitors.append(ParameterHistograms(config.logging.watch, config.logging.watch_frequency))
     if config.pictures.enabled:
@@ -63,7 +68,12 @@ def build_monitors(config: Config, trainer: Trainer, train: Source, preemption: 
 def _collapse_monitor(config: Config, trainer: Trainer, train: Source) -> CollapseMonitor:
     options, levels = config.collapse, resolve_levels(config)
     encoders = nn.ModuleDict({name: unwrap(trainer.modules[f"{name}_encoder"]) for name in ("context", "target")})
-    count = options.images or images_of_levels(encoders["target"], levels)
+    needed = images_of_levels(encoders["target"], levels)
+    count = options.images or needed
+    if count < needed and idist.get_rank() == 0:
+        logger.warning(
+            "collapse.images %d are too few for these levels: ranks mean something from %d on", count, needed
+        )
     images = ImageSet(config.data, train, count, 64, config.seed, idist.get_rank(), idist.get_world_size())
     evaluator = create_evaluator(partial(feature_map_step, levels=levels), encoders, trainer.device, trainer.amp_dtype)
     every = options.every or max(1, 50 * count // (config.data.batch_size * config.training.accumulation_steps))
@@ -71,9 +81,11 @@ def _collapse_monitor(config: Config, trainer: Trainer, train: Source) -> Collap
     return CollapseMonitor(evaluator, images, every, options.alpha_req, options.lidar_views, config.seed, epoch_ends)
 
 
-def _online_probe(config: Config, trainer: Trainer, every: int, preemption: Preemption) -> OnlineProbe:
+def _online_probe(
+    config: Config, trainer: Trainer, every: int, train: Source, val: Source, preemption: Preemption
+) -> OnlineProbe:
     options, data, seed = config.online_probe, config.data, config.seed
-    train, val = (open_source(data, split, seed) for split in ("probe", "val"))
+    labelled = open_source(data, "probe", seed) if data.dataset in OWN_PROBE_SPLIT else train
     encoder = nn.ModuleDict({"encoder": unwrap(trainer.modules["target_encoder"])})
     evaluator = create_evaluator(feature_step, encoder, trainer.device, trainer.amp_dtype)
     preemption.watch(evaluator)
@@ -83,13 +95,13 @@ def _online_probe(config: Config, trainer: Trainer, every: int, preemption: Pree
 
     def linear(known: Labelled, judged: Labelled) -> float:
         settings = replace(config.probe, epochs=options.linear_epochs)
-        return train_head(*standardised(known, judged), train.num_classes, settings, seed, trainer.device)
+        return train_head(*standardised(known, judged), labelled.num_classes, settings, seed, trainer.device)
 
     judges: dict[str, Callable[[Labelled, Labelled], float]] = {"knn": knn}
     if options.linear_epochs:
         judges["online_linear"] = linear
     # With one seed, images that are drawn when read (digit_pages) would have twins in the other split for neighbours.
-    train_images = ImageSet(data, train, options.train_images, seed=key(seed, "probe images", "train"))
+    train_images = ImageSet(data, labelled, options.train_images, seed=key(seed, "probe images", "train"))
     val_images = ImageSet(data, val, options.val_images, seed=key(seed, "probe images", "val"))
     return OnlineProbe(evaluator, train_images, val_images, judges, every)
 

@@ -123,7 +123,7 @@ def build(config: Config) -> Run:
         preemption,
         *([EarlyStopping(training.early_stopping)] if training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
-        *build_monitors(config, trainer, train, preemption),
+        *build_monitors(config, trainer, train, val, preemption),
         *build_handlers(config),
     ]
     for handler in handlers:

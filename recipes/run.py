@@ -75,7 +75,14 @@ class Run:
 
     def _train_and_judge(self) -> dict[str, float]:
         config = self.config
-        train_with_rollbacks(self._train, self.trainer, self.checkpointer.writer, config.guard, self.folder)
+        train_with_rollbacks(
+            self._train,
+            lambda: self.checkpointer.save_rolled_back(self.trainer),
+            self.trainer,
+            self.checkpointer.writer,
+            config.guard,
+            self.folder,
+        )
         results: dict[str, float] = {}
         if config.probe.enabled:
             results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)

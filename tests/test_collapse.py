@@ -394,7 +394,8 @@ def test_the_set_is_evenly_spaced_and_equals_what_evaluation_sees(dataset):
     images = ImageSet(config, source, 7, batch_size=3)
     batches = list(images)
     assert [len(batch["images"]) for batch in batches] == [3, 3, 1] and len(images) == 3
-    assert images.indices == [number * len(source.images) // 7 for number in range(7)]
+    starts = [number * len(source.images) // 7 for number in range(8)]
+    assert all(start <= index < end for start, index, end in zip(starts, images.indices, starts[1:], strict=False))
     assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (7, config.in_chans, 20, 20)
     again = torch.cat([batch["images"] for batch in ImageSet(config, source, 7)])
     seen = torch.cat([batch["images"] for batch in batches])
@@ -413,6 +414,13 @@ def test_shares_of_the_set_are_a_partition_without_an_empty_one(count, world_siz
     whole = ImageSet(CONFIG, source, max(count, world_size)).indices
     assert sorted(index for share in shares for index in share) == whole and all(shares)
     assert len(whole) == min(max(count, world_size), len(source.images))
+
+
+def test_labels_that_come_round_are_all_in_the_set():
+    """Pages of digits have the classes 0 to 9 in turn, and every 50th page would be a zero."""
+    source = open_source(DataConfig(dataset="digit_pages"), "train")
+    classes = [index % 10 for index in ImageSet(CONFIG, source, 128).indices]
+    assert min(classes.count(label) for label in range(10)) >= 5
 
 
 def test_a_set_has_at_least_one_image():

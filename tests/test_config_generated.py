@@ -406,6 +406,14 @@ CROSS = [
     ("logging: {watch: all, watch_frequency: 75}", "logging.watch_frequency", "75", "a multiple of log_frequency (50)"),
     ("guard: {rules: [{metric: m}]}", "guard.rules[0]", "none", "one of below, above, drop, spike and non_finite"),
     ("guard: {rules: [{metric: m, below: 1, drop: 0.5}]}", "guard.rules[0]", "below and drop", "must have one of below"),
+    (
+        "{guard: {rules: [{metric: m, below: 1, action: rollback}]}, checkpoint: {save_frequency: null, "
+        "save_every_minutes: null}}",
+        "guard.rules[0].action",
+        "rollback",
+        "warn or stop where no checkpoints are saved",
+    ),
+    ("checkpoint: {metric: collapse/target_rank}", "checkpoint.mode", "min", "max where checkpoint.metric is collapse/targ"),
     ("collapse: {lidar_views: 1}", "collapse.lidar_views", "1", "0 or at least 2"),
     *(
         (f"logging: {{experiment_name: {name!r}}}", "logging.experiment_name", repr(name), "a name without '/'")

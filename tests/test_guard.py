@@ -17,6 +17,7 @@ from hjepa_engine.errors import ConfigError, GuardStop, Preempted, Rollback
 from hjepa_engine.guarding import Watch
 from hjepa_engine.handlers import CollapseGuard
 from hjepa_engine.recipes import pretrain
+from hjepa_engine.writers import JsonlWriter
 
 # One rule
 
@@ -219,6 +220,112 @@ def test_the_checkpoint_from_before_stays_while_something_is_suspect(tmp_path):
     at_seven = places[7]
     assert 3 in at_seven and len(at_seven) <= 4
     assert [c.record.step for c in list_checkpoints(run.folder.checkpoint_path)] == [10, 9]  # no longer afterwards
+
+
+class Rarely(Script):
+    """Write the metric at every fourth iteration only."""
+
+    def write(self, engine):
+        if engine.state.iteration % 4 == 0:
+            super().write(engine)
+
+
+RARE = "[{metric: mine, below: 0.5, readings: 1, action: rollback}]"
+
+
+def rarely(values, script):
+    run = pretrain.build(load_config(None, options(values)))
+    Rarely(script, only_before_a_rollback=True).attach(run.trainer)
+    return run
+
+
+def test_what_was_saved_since_the_last_right_reading_is_not_trusted(tmp_path, caplog):
+    """Something breaks in iteration 6; iteration 8 has the next reading, and only the two newest checkpoints are kept."""
+    run = rarely(quick(tmp_path, guard__rules=RARE, checkpoint__keep_best_n=0), [1, 1, 1, 1, 1, 0])
+    with caplog.at_level(logging.WARNING):
+        run.fit()
+    assert "rolled back from step 8 to" in caplog.text and "step_00000004 (1 of" in caplog.text
+    assert run.trainer.state.rollbacks == 1
+
+
+@pytest.mark.parametrize("stop", [5, 6, 7])
+def test_a_restart_does_not_forget_what_to_go_back_to(tmp_path, stop):
+    values = quick(tmp_path, guard__rules=ROLLBACK, checkpoint__keep_best_n=0)
+    stopped = scripted(values, [1, 1, 1, 0], only_before_a_rollback=True)
+    ask_at(stopped, stop - 1)
+    with pytest.raises(Preempted):
+        stopped.fit()
+    run = scripted(values, [1, 1, 1, 0], only_before_a_rollback=True)
+    run.fit()
+    assert (run.trainer.state.rollbacks, run.trainer.state.iteration) == (1, 10)
+
+
+def test_a_crash_behind_a_rollback_does_not_forget_it(tmp_path, capsys):
+    values = quick(tmp_path, guard__rules=ROLLBACK, checkpoint__save_every_steps=4)
+    run = scripted(values, [1, 1, 1, 1, 0], only_before_a_rollback=True)
+
+    def crash(engine):
+        if engine.state.rollbacks:
+            raise KeyboardInterrupt
+
+    run.trainer.add_event_handler(Events.ITERATION_STARTED, crash)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    (newest, *_) = list_checkpoints(run.folder.checkpoint_path)
+    assert (newest.record.iteration, newest.reasons) == (4, ["rollback"])
+    status = json.loads((run.folder.path / "status.json").read_text())
+    index = json.loads((run.folder.checkpoint_path / "index.json").read_text())
+    assert status["checkpoint"] == str(newest.path) and index["latest"] == newest.record.name
+    again = scripted(values, [1], only_before_a_rollback=True)
+    again.fit()
+    assert (again.trainer.state.rollbacks, again.trainer.state.lr_scale) == (1, 0.5)
+    assert "rolled back 1 times before: learning rates are multiplied by 0.5" in capsys.readouterr().out
+    assert records(again)[-2]["train/rollbacks"] == 1
+
+
+def test_a_disk_that_does_not_take_the_copy_of_the_log_does_not_end_the_run(tmp_path, caplog):
+    run = scripted(quick(tmp_path, guard__rules=ROLLBACK), [1, 1, 1, 0], only_before_a_rollback=True)
+    (run.folder.path / "metrics_before_rollback_1.jsonl").mkdir(parents=True)  # no file can be written there
+    with caplog.at_level(logging.WARNING):
+        run.fit()
+    assert "was not kept as it was before the rollback" in caplog.text and run.trainer.state.rollbacks == 1
+
+
+class Service(JsonlWriter):
+    """A writer with nothing to put back, like W&B's."""
+
+    def __init__(self):
+        self.steps, self.opened = [], 0
+
+    def open(self, state):
+        self.opened += 1
+
+    def write(self, metrics, step, epoch):
+        self.steps.append(step)
+
+    def write_media(self, media, step, epoch):
+        return
+
+    def close(self):
+        raise TimeoutError("the service does not answer")
+
+    def state_dict(self):
+        return {"id": 1}
+
+
+def test_a_writer_with_nothing_to_put_back_stays_open_over_a_rollback(tmp_path):
+    run = scripted(quick(tmp_path, guard__rules=ROLLBACK), [1, 1, 1, 0], only_before_a_rollback=True)
+    run.logger.writers.append(service := Service())
+    run.fit()
+    assert service.opened == 1 and service.steps[-1] == 10
+
+
+def test_a_rule_on_a_metric_that_is_not_there_is_named_once(tmp_path, caplog):
+    run = scripted(quick(tmp_path, guard__rules="[{metric: colapse/x, below: 1}]"), [1])
+    with caplog.at_level(logging.WARNING):
+        run.fit()
+    assert "guard.rules: there is no metric colapse/x; known: " in caplog.text
+    assert caplog.text.count("colapse/x") == 1
 
 
 def test_rollbacks_are_bounded_and_counted_over_restarts(tmp_path):

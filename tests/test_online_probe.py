@@ -25,6 +25,7 @@ from hjepa_engine.errors import CheckpointError, ConfigError
 from hjepa_engine.handlers import OnlineProbe
 from hjepa_engine.knn import knn_accuracy
 from hjepa_engine.models import build_modules
+from hjepa_engine.randomness import key
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.recipes.heads import standardised, train_head
 from hjepa_engine.steps import feature_step
@@ -208,8 +209,9 @@ def probed(tmp_path_factory):
 def by_hand(config, encoder):
     """Both accuracies, from what the encoder says of the images."""
     found = []
-    for split, count in (("probe", 300), ("val", 150)):
-        images = ImageSet(config.data, open_source(config.data, split, config.seed), count)
+    for split, name, count in (("probe", "train", 300), ("val", "val", 150)):
+        source, seed = open_source(config.data, split, config.seed), key(config.seed, "probe images", name)
+        images = ImageSet(config.data, source, count, seed=seed)
         with torch.no_grad():
             means = torch.cat([encoder(batch["images"]).mean(dim=1) for batch in images])
         found.append((means, images.labels))
@@ -328,7 +330,7 @@ def test_two_processes_get_the_figures_of_one(rich, tmp_path):
 
 @pytest.mark.parametrize(
     ("metric", "mode"),
-    [("probe/knn", "max"), ("probe/online_linear", "min"), ("collapse/target_rank", "max")],
+    [("probe/knn", "max"), ("probe/online_linear", "max"), ("collapse/target_rank", "max")],
 )
 def test_the_best_checkpoint_is_the_one_with_the_best_logged_value(tmp_path, caplog, metric, mode):
     weights = {}
@@ -417,5 +419,6 @@ def test_a_metric_that_no_checkpoint_could_have_is_refused(says, change):
 
 @pytest.mark.parametrize(("every", "save"), [(1, 1), (5, 1), (1, 5), (2, 6), (6, 2)])
 def test_a_probe_that_meets_saves_is_allowed_as_a_metric(every, save):
-    values = {"checkpoint.metric": "probe/knn", "online_probe.every": every, "checkpoint.save_frequency": save}
+    values = {"checkpoint.metric": "probe/knn", "checkpoint.mode": "max"}
+    values |= {"online_probe.every": every, "checkpoint.save_frequency": save}
     assert isinstance(load_config(None, options(values)), Config)

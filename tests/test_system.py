@@ -221,6 +221,18 @@ def test_the_hosts_figures_are_those_of_psutil_and_count_child_processes():
     assert observed(GpuStats())["system/process_memory_gb"] < alone + 0.1  # the child is gone
 
 
+def test_processes_that_are_hidden_do_not_end_the_run(monkeypatch):
+    """As where /proc is mounted with hidepid."""
+
+    def denied(*args, **kwargs):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "children", denied)
+    monkeypatch.setattr(psutil, "virtual_memory", denied)
+    values = observed(GpuStats())
+    assert values["system/process_memory_gb"] > 0 and "system/host_memory_share" not in values
+
+
 def test_all_ranks_know_the_gpus_of_all_ranks(tmp_path):
     def body():
         rank = idist.get_rank()

@@ -184,6 +184,8 @@ def _fake(config: DataConfig, split: Split, seed: int) -> Source:
     return Source(datasets.FakeData(config.fake_size, shape, 10, random_offset=offset), 10, IMAGENET_STATS)
 
 
+#: Where the ``probe`` split is another one than ``train``.
+OWN_PROBE_SPLIT = ("digit_pages", "stl10")
 _PAGES = {"train": 6400, "probe": 2000, "val": 1000}
 _OPENERS: dict[str, Callable[[DataConfig, Split, int], Source]] = {
     "digit_pages": _digit_pages,

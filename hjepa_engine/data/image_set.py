@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torchvision.transforms import v2
 
 from hjepa_engine.config import DataConfig
 from hjepa_engine.data.datasets import Source
-from hjepa_engine.data.loading import KeyedDataset, collate, eval_pixels
+from hjepa_engine.data.loading import KeyedDataset, collate, eval_pixels, worker_setup
 from hjepa_engine.randomness import isolated, key
 
 
 class ImageSet:
     """One sample of each of ``count`` equal parts of a source, resized and cut as for evaluation, kept as bytes.
 
-    They are read from the source at the first use, and normalised at every one; nothing random is drawn from the outside's generators.
+    They are read from the source at the first use, and normalised at every one; nothing random is drawn from the outside's
+    generators.
 
     Args:
         config: of the data.
@@ -48,7 +50,7 @@ class ImageSet:
         count = min(max(count, world_size), total)  # a process without images would leave the others waiting
         starts = [number * total // count for number in range(count + 1)]
         # Not the first of each part: labels that come round (as of digit pages) would be of few classes then.
-        drawn = [a + key(seed, "image set", a) % (b - a) for a, b in zip(starts, starts[1:], strict=False)]
+        drawn = [a + key(seed, "image set", a) % (b - a) for a, b in pairwise(starts)]
         self.indices = drawn[rank::world_size]
         self._images: Tensor | None = None
         self._labels: Tensor | None = None
@@ -63,7 +65,13 @@ class ImageSet:
             workers = self.config.num_workers if len(self.indices) > 1000 else 0
             keys = [(0, index) for index in self.indices]
             loader: DataLoader[dict[str, Any]] = DataLoader(
-                dataset, 64, sampler=keys, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+                dataset,
+                64,
+                sampler=keys,
+                num_workers=workers,
+                collate_fn=collate,
+                worker_init_fn=worker_setup(workers),
+                generator=torch.Generator(),
             )
             with isolated():
                 batches = list(loader)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -150,9 +151,6 @@ def build_loader(
         len(source.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )
     transform = train_transform(config, source) if train else eval_transform(config, source)
-    is_ending = multiprocessing.RawValue("b", 0)
-    if config.num_workers:
-        before_exit(partial(_announce_end, is_ending, os.getpid()))
     loader = DataLoader(
         KeyedDataset(source, transform, seed),
         batch_sampler=sampler,
@@ -160,7 +158,7 @@ def build_loader(
         collate_fn=collate,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0 and not alone,  # such data is read once
-        worker_init_fn=partial(_init_worker, is_ending),
+        worker_init_fn=worker_setup(config.num_workers),
         # Without one of its own, a loader draws from the global generator at every pass.
         generator=torch.Generator(),
     )
@@ -184,6 +182,14 @@ def worker_failure(error: BaseException) -> DataError | None:
         return None
     hint = "often memory or /dev/shm was full, and fewer data.num_workers help; run the same command again to go on"
     return DataError(f"{what}; {hint}")
+
+
+def worker_setup(num_workers: int) -> Callable[[int], None]:
+    """What each loader process calls first: one thread, deaf to signals that are meant for the main process."""
+    is_ending = multiprocessing.RawValue("b", 0)
+    if num_workers:
+        before_exit(partial(_announce_end, is_ending, os.getpid()))
+    return partial(_init_worker, is_ending)
 
 
 def _announce_end(is_ending: Any, process: int) -> None:
