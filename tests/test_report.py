@@ -513,6 +513,11 @@ def test_a_healthy_run_is_healthy():
     ]
 
 
+def test_rollbacks_are_said_whatever_else_is():
+    assert any("rolled the run back 2 times" in r for r in judge(over(**HEALTHY, train__rollbacks=[1, 2])).reasons)
+    assert not any("rolled" in reason for reason in judge(over(**HEALTHY)).reasons)
+
+
 def test_a_real_run_of_the_default_configuration_is_healthy():
     """Readings of ``recipes/pretrain.py --training.epochs 6 --collapse.every 100 --online_probe.every 1``."""
     share = [0.4271, 0.4736, 0.4182, 0.3329, 0.2973, 0.2818, 0.2725]

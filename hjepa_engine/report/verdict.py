@@ -111,7 +111,8 @@ def judge(series: Mapping[str, Series]) -> Verdict:
         level, headline, reasons = "watch", "Not collapsed, but not all is as it should be.", notes
     else:
         level, headline, reasons = "healthy", "No sign of collapse.", []
-    return Verdict(level, headline, [*reasons, *_summary(evidence)], list(evidence.values()))  # type: ignore[arg-type]
+    summary = _rolled_back(series) + _summary(evidence)
+    return Verdict(level, headline, [*reasons, *summary], list(evidence.values()))  # type: ignore[arg-type]
 
 
 def _names(series: Mapping[str, Series]) -> list[str]:
@@ -254,6 +255,11 @@ def _non_finite(series: Mapping[str, Series]) -> list[str]:
 def _probe_gain(evidence: Mapping[str, Evidence]) -> float:
     probe = evidence.get("probe/knn")
     return probe.now - probe.first if probe and probe.first_step == 0 else 0.0
+
+
+def _rolled_back(series: Mapping[str, Series]) -> list[str]:
+    times = max(series.get("train/rollbacks", Series([], [])).finite()[1], default=0)
+    return [f"A guard has rolled the run back {int(times)} times, each with a lower learning rate."] if times else []
 
 
 def _summary(evidence: Mapping[str, Evidence]) -> list[str]:
