@@ -8,6 +8,7 @@ import ignite.distributed as idist
 import pytest
 import torch
 from helpers import largest_difference, same_bits
+from ignite.engine import Events
 from resuming import RICH, ask_at, outcome, train
 
 from hjepa_engine.parts import process_group
@@ -105,3 +106,29 @@ def test_one_process_goes_on_where_two_were_stopped(tmp_path, caplog):
     assert largest_difference(weights(alone), whole) < 1e-5
     start = weights(train(tmp_path / "start", {**ALIKE, "training.max_iters": 1}))
     assert largest_difference(start, whole) > 1e-2
+
+
+class Wrong:
+    """A metric that is wrong from iteration 9 on until the run is rolled back; only rank 0 has it."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+
+    def write(self, engine):
+        if idist.get_rank() == 0:
+            engine.state.metrics["mine"] = float(engine.state.iteration >= 9 and not engine.state.rollbacks)
+
+
+def test_two_processes_are_rolled_back_together_as_one_is(tmp_path):
+    rule = "[{metric: mine, above: 0.5, readings: 1, action: rollback}]"
+    values = {**ALIKE, "guard.rules": rule, "checkpoint.save_every_steps": 2}
+
+    def body():
+        run = train(tmp_path / f"of{idist.get_world_size()}", values, [Wrong])
+        state = run.trainer.state
+        return weights(run), (state.iteration, state.rollbacks, state.lr_scale)
+
+    (first, told), (second, also) = in_processes(2, tmp_path, body)
+    assert told == also == (21, 1, 0.5) and same_bits(first, second)
+    alone, also = body()
+    assert also == told and largest_difference(alone, first) < 1e-5
