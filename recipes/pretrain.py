@@ -148,6 +148,8 @@ def main(argv: Sequence[str]) -> None:
             results = run.fit()
         if idist.get_rank() == 0:
             print(f"\nrun folder: {folder.path}" + ("" if finished is None else " (was finished already)"))
+            if (folder.path / "report.html").exists():
+                print(f"report:     {folder.path / 'report.html'}")
             if results:
                 print(describe(results, config))
 
