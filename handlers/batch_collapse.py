@@ -10,7 +10,7 @@ import torch
 from ignite.engine import Events
 from torch import Tensor
 
-from hjepa_engine.collapse import FeatureStatistics
+from hjepa_engine.collapse import FeatureStatistics, samples_needed
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 
@@ -85,7 +85,7 @@ class BatchCollapse:
     def _wanted(self, name: str) -> int:
         """Tokens that are missing, over all ranks."""
         statistics = self._statistics[name]
-        return max(2 * statistics.dim, 2048, 16 * statistics.places) - self._taken.get(name, 0)
+        return max(samples_needed(statistics.dim), 16 * statistics.places) - self._taken.get(name, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The step of the next reading, and the samples taken in for it."""

@@ -16,6 +16,7 @@ from hjepa_engine.distributed import any_rank, rank_zero
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.pace import total_iterations
 from hjepa_engine.retention import Record, RetentionPolicy
 from hjepa_engine.training_state import bits_environment, flat_state
 
@@ -95,12 +96,11 @@ class Checkpointer:
     def reasons_to_save(self, engine: Trainer) -> list[str]:
         """``epoch``, ``steps``, ``minutes`` or ``end``, whichever are due at this save point; the same on all ranks."""
         state, step = engine.state, engine.state.optimizer_step
-        end = state.max_iters or state.max_epochs * state.epoch_length
         due = {
             "epoch": self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0,
             "steps": self.every_steps and step != self._last_step and step % self.every_steps == 0,
             "minutes": self.every_minutes and any_rank(time.monotonic() - self._last_save >= 60 * self.every_minutes),
-            "end": engine.should_terminate or state.iteration >= end,
+            "end": engine.should_terminate or state.iteration >= total_iterations(state),
         }
         return [reason for reason, is_due in due.items() if is_due]
 

@@ -60,9 +60,11 @@ class CollapseGuard:
 
     def name_missing(self, engine: Trainer) -> None:
         """Say once, after an epoch, which metrics of rules are not there; those of the default rules may be off."""
+        if self._is_named:
+            return
         missing = {watch.rule.metric for watch in self.watches} - {rule.metric for rule in default_rules()}
         missing -= engine.state.metrics.keys()
-        if missing and not self._is_named and idist.get_rank() == 0:
+        if missing and idist.get_rank() == 0:
             known = ", ".join(sorted(engine.state.metrics))
             logger.warning("guard.rules: there is no metric %s; known: %s", ", ".join(sorted(missing)), known)
         self._is_named = True

@@ -16,6 +16,7 @@ from hjepa_engine.data.views import random_views
 from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.media import Anything
+from hjepa_engine.pace import total_iterations
 
 #: Singular values that a logged spectrum has at most.
 _POINTS = 64
@@ -85,12 +86,11 @@ class CollapseMonitor:
     def read_if_due(self, engine: Trainer) -> None:
         """Take a reading if it is time to."""
         state = engine.state
-        end = state.max_iters or state.max_epochs * state.epoch_length
         ends_epoch = self.epoch_ends and state.iteration % state.epoch_length == 0
         is_due = state.optimizer_step >= self.due
         if is_due:
             self.due = state.optimizer_step + self.every
-        if is_due or ends_epoch or state.iteration >= end:
+        if is_due or ends_epoch or state.iteration >= total_iterations(state):
             self.read(engine)
 
     def read(self, engine: Trainer) -> None:

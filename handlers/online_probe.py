@@ -8,12 +8,10 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from torch import Tensor
 
 from hjepa_engine.engine import Evaluator, Trainer
-
-#: Features (samples, F) and labels (samples,).
-Labelled = tuple[Tensor, Tensor]
+from hjepa_engine.pace import total_iterations
+from hjepa_engine.types import Labelled
 
 
 class OnlineProbe:
@@ -60,8 +58,7 @@ class OnlineProbe:
     def probe_if_due(self, engine: Trainer) -> None:
         """Probe if it is time to."""
         state = engine.state
-        end = state.max_iters or state.max_epochs * state.epoch_length
-        if state.epoch % self.every == 0 or state.iteration >= end:
+        if state.epoch % self.every == 0 or state.iteration >= total_iterations(state):
             self.probe(engine)
 
     def probe(self, engine: Trainer) -> None:

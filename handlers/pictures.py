@@ -16,6 +16,7 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.figure_data import Spectrum, encoder_of, patch_colours, read_spectra, similarities, to_pixels
 from hjepa_engine.masking import Masks
+from hjepa_engine.pace import total_iterations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,9 +79,7 @@ class Pictures:
         state = engine.state
         epochs, rest = divmod(state.iteration, state.epoch_length)
         is_due = self.every is not None and rest == 0 and epochs % self.every == 0
-        if idist.get_rank() == 0 and (
-            is_due or state.iteration >= (state.max_iters or state.max_epochs * state.epoch_length)
-        ):
+        if idist.get_rank() == 0 and (is_due or state.iteration >= total_iterations(state)):
             self.draw(engine)
 
     def draw(self, engine: Trainer) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.pace import Pace, duration
+from hjepa_engine.pace import Pace, duration, total_iterations
 
 
 class ProgressBar:
@@ -67,7 +67,7 @@ class ProgressBar:
             self._bar.close()  # of a run that is put back to an earlier checkpoint
         self._run_began, self._pace = time.monotonic(), Pace(time.monotonic)
         self._bar = _Bar(
-            total=total_iterations(engine),
+            total=total_iterations(engine.state),
             initial=engine.state.iteration,
             file=self.stream,
             disable=not self.stream.isatty(),
@@ -121,7 +121,7 @@ class ProgressBar:
         self.stream.flush()
 
     def _left(self, engine: StepEngine) -> str:
-        total, done, length = total_iterations(engine), engine.state.iteration, engine.state.epoch_length
+        total, done, length = total_iterations(engine.state), engine.state.iteration, engine.state.epoch_length
         left = self._pace.left(total - done, total // length - done // length)
         return "?" if left is None else duration(left)
 
@@ -140,12 +140,6 @@ class _Bar(tqdm):  # type: ignore[misc]
         return {**super().format_dict, "left": self.left()}
 
 
-def total_iterations(engine: StepEngine) -> int:
-    """Iterations of the whole run."""
-    limit = engine.state.max_iters
-    return engine.state.max_epochs * engine.state.epoch_length if limit is None else limit
-
-
 def total_epochs(engine: StepEngine) -> int:
     """Epochs of the whole run, the last of which ``max_iters`` may cut short."""
-    return math.ceil(total_iterations(engine) / engine.state.epoch_length)
+    return math.ceil(total_iterations(engine.state) / engine.state.epoch_length)

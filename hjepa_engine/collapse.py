@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 
+def samples_needed(dim: int) -> int:
+    """How many samples a rank of up to D wants."""
+    return max(2 * dim, 2048)
+
+
 def images_needed(dim: int, samples_per_image: int) -> int:
     """How many images have max(2 D, 2048) samples: 128 at least, so that the mean at a place says nothing of one."""
-    return max(128, math.ceil(max(2 * dim, 2048) / samples_per_image))
+    return max(128, math.ceil(samples_needed(dim) / samples_per_image))
 
 
 def rounding_of(dtype: torch.dtype) -> float:

@@ -1,10 +1,11 @@
-"""How long a run will still take."""
+"""How long a run is, and will still take."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 #: Durations looked back on at most.
 _MOST = 1000
@@ -87,6 +88,11 @@ class Pace:
     def _passed(self) -> float:
         last, self._last = self._last, self._clock()
         return self._last - last
+
+
+def total_iterations(state: Any) -> int:
+    """Iterations of the whole run that a trainer's ``state`` is in."""
+    return state.max_epochs * state.epoch_length if state.max_iters is None else state.max_iters
 
 
 def duration(seconds: float) -> str:

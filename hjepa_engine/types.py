@@ -11,6 +11,9 @@ Batch = dict[str, Any]
 #: ``loss`` () is what is minimised; tensors that a handler may measure lie beside it.
 Outputs = dict[str, Any]
 
+#: Features (samples, F) and labels (samples,).
+Labelled = tuple[Tensor, Tensor]
+
 
 class Step(Protocol):
     """Modules and a batch in, a dict of tensors out: no backward, no I/O, no rank checks, nothing changed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hjepa_engine import create_evaluator, create_trainer
 from hjepa_engine.config import ProbeConfig
@@ -22,10 +22,8 @@ from hjepa_engine.handlers import (
 from hjepa_engine.randomness import isolated, key
 from hjepa_engine.schedules import CosineScheduler
 from hjepa_engine.steps import linear_probe_step
+from hjepa_engine.types import Labelled
 from hjepa_engine.writers import Writer
-
-#: Features (samples, F) and labels (samples,).
-Labelled = tuple[Tensor, Tensor]
 
 
 def standardised(train: Labelled, val: Labelled) -> tuple[Labelled, Labelled]:

@@ -26,8 +26,9 @@ from hjepa_engine.data import build_loader, few_labels, open_source
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.models import build_modules
 from hjepa_engine.parts import choose_device
-from hjepa_engine.recipes.heads import Labelled, standardised, train_head
+from hjepa_engine.recipes.heads import standardised, train_head
 from hjepa_engine.steps import feature_step
+from hjepa_engine.types import Labelled
 from hjepa_engine.writers import JsonlWriter
 
 

@@ -31,10 +31,10 @@ from hjepa_engine.handlers import (
 from hjepa_engine.knn import knn_accuracy
 from hjepa_engine.levels import disjoint_windows
 from hjepa_engine.randomness import key
-from hjepa_engine.recipes.heads import Labelled, standardised, train_head
+from hjepa_engine.recipes.heads import standardised, train_head
 from hjepa_engine.run_folder import RunFolder
 from hjepa_engine.steps import feature_map_step, feature_step
-from hjepa_engine.types import unwrap
+from hjepa_engine.types import Labelled, unwrap
 
 logger = logging.getLogger(__name__)
 
