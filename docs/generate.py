@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from hjepa_engine import config
-from hjepa_engine.config_loading import Option, list_options
+from hjepa_engine.config import schema as config
+from hjepa_engine.config.loading import Option, list_options
 
 PAGE = Path(__file__).parent / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-Every key, generated from the dataclasses in `hjepa_engine/config.py` by `python docs/generate.py`.
+Every key, generated from the dataclasses in `hjepa_engine/config/schema.py` by `python docs/generate.py`.
 
 A run is described by one YAML file, and every key can be given on the command line as well:
 

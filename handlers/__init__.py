@@ -1,5 +1,6 @@
 """Handlers: one concern each, attached to engine events."""
 
+from hjepa_engine.checkpoint.retention import RetentionPolicy
 from hjepa_engine.handlers.batch_collapse import BatchCollapse
 from hjepa_engine.handlers.checkpointer import Checkpointer
 from hjepa_engine.handlers.collapse_guard import CollapseGuard
@@ -25,7 +26,6 @@ from hjepa_engine.handlers.step_timing import StepTiming
 from hjepa_engine.handlers.target_encoder_ema import TargetEncoderEMA
 from hjepa_engine.handlers.throughput import Throughput
 from hjepa_engine.handlers.validation import Validation
-from hjepa_engine.retention import RetentionPolicy
 
 __all__ = [
     "BatchCollapse",

@@ -10,9 +10,9 @@ import torch
 from ignite.engine import Events
 from torch import Tensor
 
-from hjepa_engine.collapse import FeatureStatistics, samples_needed
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
 
 
 class BatchCollapse:

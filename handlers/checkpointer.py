@@ -11,21 +11,21 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Events
 
-from hjepa_engine.checkpoint_writer import CheckpointWriter, StateCopy, describe_record
-from hjepa_engine.distributed import any_rank, rank_zero
+from hjepa_engine.checkpoint.retention import Record, RetentionPolicy
+from hjepa_engine.checkpoint.state import bits_environment, flat_state
+from hjepa_engine.checkpoint.writer import CheckpointWriter, StateCopy, describe_record
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.pace import total_iterations
-from hjepa_engine.retention import Record, RetentionPolicy
-from hjepa_engine.training_state import bits_environment, flat_state
+from hjepa_engine.utils.distributed import any_rank, rank_zero
+from hjepa_engine.utils.eta import total_iterations
 
 
 class Checkpointer:
     """Save everything that the run needs to go on with the same bits, and keep what the policy says.
 
     Training waits for a copy of the state, handlers' included; a thread writes it. A save that fails is named in a warning,
-    and tried again at the next occasion. :func:`~hjepa_engine.training_state.resume` is the way back.
+    and tried again at the next occasion. :func:`~hjepa_engine.checkpoint.state.resume` is the way back.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.SAVE_POINT`` and ``INTERRUPTED``, ``COMPLETED``.
     Reads: ``engine.state.metrics``; ``engine.state.suspect_since``: what was saved before is kept.

@@ -9,12 +9,12 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Events
 
-from hjepa_engine.config_monitoring import GuardRule, default_rules
-from hjepa_engine.distributed import rank_zero
+from hjepa_engine.config.monitoring import GuardRule, default_rules
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import GuardStop, Rollback
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.guarding import Verdict, Watch
+from hjepa_engine.run.guard_rules import Verdict, Watch
+from hjepa_engine.utils.distributed import rank_zero
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class CollapseGuard:
     :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
 
     Args:
-        rules: see :class:`~hjepa_engine.config_monitoring.GuardRule`.
+        rules: see :class:`~hjepa_engine.config.monitoring.GuardRule`.
     """
 
     def __init__(self, rules: Sequence[GuardRule] | None = None) -> None:

@@ -11,12 +11,12 @@ import torch
 from ignite.engine import Events
 from torch import Tensor
 
-from hjepa_engine.collapse import FeatureStatistics, ViewStatistics, alpha_req
 from hjepa_engine.data.views import random_views
 from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.media import Anything
-from hjepa_engine.pace import total_iterations
+from hjepa_engine.loggers.media import Anything
+from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req
+from hjepa_engine.utils.eta import total_iterations
 
 #: Singular values that a logged spectrum has at most.
 _POINTS = 64

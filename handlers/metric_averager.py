@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hjepa_engine.engine import StepEngine, Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.metrics import WeightedMeans
+from hjepa_engine.metrics.means import WeightedMeans
 
 
 class MetricAverager:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.media import Anything, Histogram, Image, Media, Text
-from hjepa_engine.writers import Writer, as_number, check_names
+from hjepa_engine.loggers.base import Writer, as_number, check_names
+from hjepa_engine.loggers.media import Anything, Histogram, Image, Media, Text
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class MetricsLogger:
         media, state.media = state.media, {}
         for name, item in media.items():
             if not isinstance(item, Media):
-                kinds = "an Image, Histogram, Text or Anything of hjepa_engine.media"
+                kinds = "an Image, Histogram, Text or Anything of hjepa_engine.loggers.media"
                 raise TypeError(f"state.media[{name!r}] must be {kinds}, got {type(item).__name__}")
         self._send(fresh, media, state.optimizer_step, state.epoch)
 

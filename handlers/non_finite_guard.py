@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from hjepa_engine.distributed import any_rank
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import GuardStop
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.utils.distributed import any_rank
 
 # A loss scale of 2 ** 16 that is halved this often in a row is too small for any gradient.
 _MOST_OVERFLOWS = 50

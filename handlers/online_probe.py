@@ -10,8 +10,8 @@ import torch
 from ignite.engine import Events
 
 from hjepa_engine.engine import Evaluator, Trainer
-from hjepa_engine.pace import total_iterations
 from hjepa_engine.types import Labelled
+from hjepa_engine.utils.eta import total_iterations
 
 
 class OnlineProbe:

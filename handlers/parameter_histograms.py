@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.media import Histogram
+from hjepa_engine.loggers.media import Histogram
 from hjepa_engine.types import unwrap
 
 Watch = Literal["gradients", "parameters", "all"]

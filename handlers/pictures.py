@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Any
 import ignite.distributed as idist
 from ignite.engine import Events
 
-from hjepa_engine import figures
-from hjepa_engine.config import Level
+from hjepa_engine.config.schema import Level
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.figure_data import Spectrum, encoder_of, patch_colours, read_spectra, similarities, to_pixels
 from hjepa_engine.masking import Masks
-from hjepa_engine.pace import total_iterations
+from hjepa_engine.utils.eta import total_iterations
+from hjepa_engine.visualization import figures
+from hjepa_engine.visualization.drawing import save
+from hjepa_engine.visualization.figure_data import (
+    Spectrum,
+    encoder_of,
+    patch_colours,
+    read_spectra,
+    similarities,
+    to_pixels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +103,7 @@ class Pictures:
                 figure = make(state)
                 if figure is not None:
                     path = self.folder / "figures" / f"{name}_{state.optimizer_step:08d}.png"
-                    state.media[f"figures/{name}"] = figures.save(figure, path)
+                    state.media[f"figures/{name}"] = save(figure, path)
             except Exception as error:  # a full disk, a batch or a step of another kind: the run is worth more
                 if not self._warned:
                     reason = " ".join(str(error).split()) or "no reason given"

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 from ignite.engine import Events
 
-from hjepa_engine.distributed import any_rank
 from hjepa_engine.engine import StepEngine, Trainer
 from hjepa_engine.errors import LeaveNow, Preempted
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.utils.distributed import any_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.pace import Pace, duration, total_iterations
+from hjepa_engine.utils.eta import Pace, duration, total_iterations
 
 
 class ProgressBar:
     """A progress bar over the run, with an estimate of the time left, and one summary line per epoch.
 
-    The estimate is :class:`~hjepa_engine.pace.Pace`'s: it knows this process only, so that it is right after a resume, and
+    The estimate is :class:`Pace`'s: it knows this process only, so that it is right after a resume, and
     counts what lies between epochs once it has seen it, and not what follows the last one. Where the output is no terminal
     there is no bar, only the lines. Silent on ranks other than 0.
 

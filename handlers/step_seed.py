@@ -6,7 +6,7 @@ import ignite.distributed as idist
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.randomness import seed_everything
+from hjepa_engine.utils.rng import seed_everything
 
 
 class StepSeed:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hjepa_engine.config import Level
+from hjepa_engine.config.schema import Level
 from hjepa_engine.masking import Masks
 
 

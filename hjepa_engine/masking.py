@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hjepa_engine.randomness import uniform_rows
+from hjepa_engine.utils.rng import uniform_rows
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float32]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hjepa_engine.imports import import_object
 from hjepa_engine.types import unwrap
+from hjepa_engine.utils.imports import import_object
 
 #: Short names; ``training.optimizer`` also takes the dotted path of any ``torch.optim.Optimizer``.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}

@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hjepa_engine.checkpoints import STATE, Checkpoint, checkpoint_folders, list_checkpoints
-from hjepa_engine.cli import command_parser, run_command
-from hjepa_engine.config_loading import config_from
+from hjepa_engine.build import build_policy
+from hjepa_engine.checkpoint.retention import RetentionPolicy
+from hjepa_engine.checkpoint.serialization import file_digest
+from hjepa_engine.checkpoint.storage import STATE, Checkpoint, checkpoint_folders, list_checkpoints
+from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import CheckpointError, ConfigError
-from hjepa_engine.parts import build_policy
-from hjepa_engine.retention import RetentionPolicy
-from hjepa_engine.tensor_files import file_digest
+from hjepa_engine.run.cli import command_parser, run_command
 
 HEADINGS = ("checkpoint", "step", "epoch", "saved", "MB", "saved for", "kept as")
 

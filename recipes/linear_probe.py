@@ -21,15 +21,15 @@ from ignite.engine import Events
 from torch import nn
 
 from hjepa_engine import Config, create_evaluator, load_config, load_encoder
-from hjepa_engine.cli import command_parser, run_command
+from hjepa_engine.build import choose_device
 from hjepa_engine.data import build_loader, few_labels, open_source
 from hjepa_engine.engine import StepEngine
+from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.models import build_modules
-from hjepa_engine.parts import choose_device
-from hjepa_engine.recipes.heads import standardised, train_head
+from hjepa_engine.recipes.common.heads import standardised, train_head
+from hjepa_engine.run.cli import command_parser, run_command
 from hjepa_engine.steps import feature_step
 from hjepa_engine.types import Labelled
-from hjepa_engine.writers import JsonlWriter
 
 
 def read_features(config: Config, encoder: nn.Module | None, device: torch.device) -> tuple[Labelled, Labelled, int]:

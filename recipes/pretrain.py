@@ -18,7 +18,21 @@ import ignite.distributed as idist
 import torch
 
 from hjepa_engine import Config, create_evaluator, create_trainer
-from hjepa_engine.cli import read_config, run_command
+from hjepa_engine.build import (
+    build_handlers,
+    build_masks,
+    build_policy,
+    build_run_optimizer,
+    build_schedules,
+    build_step,
+    build_writers,
+    choose_amp_dtype,
+    choose_device,
+    distribute,
+    process_group,
+    steps_per_epoch,
+)
+from hjepa_engine.config.changes import plain_config
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.handlers import (
     Checkpointer,
@@ -40,26 +54,13 @@ from hjepa_engine.handlers import (
     Validation,
 )
 from hjepa_engine.models import build_modules, encoder_arguments
-from hjepa_engine.parts import (
-    build_handlers,
-    build_masks,
-    build_policy,
-    build_run_optimizer,
-    build_schedules,
-    build_step,
-    choose_amp_dtype,
-    choose_device,
-    distribute,
-    process_group,
-    steps_per_epoch,
-)
+from hjepa_engine.recipes.common.monitoring import build_monitors
+from hjepa_engine.recipes.common.preview import preview
+from hjepa_engine.recipes.common.run import Run
 from hjepa_engine.recipes.linear_probe import describe
-from hjepa_engine.recipes.monitoring import build_monitors
-from hjepa_engine.recipes.preview import preview
-from hjepa_engine.recipes.run import Run
-from hjepa_engine.run_folder import RunFolder, plain_config
+from hjepa_engine.run.cli import read_config, run_command
+from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.types import unwrap
-from hjepa_engine.writers import build_writers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digit_pages.yaml"
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hjepa_engine.cli import command_parser, run_command
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.report import write_report
+from hjepa_engine.run.cli import command_parser, run_command
 
 
 def main(argv: Sequence[str]) -> None:

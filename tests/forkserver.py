@@ -25,10 +25,10 @@ from typing import Any, NoReturn
 import torch
 from helpers import NOISE, is_time, options
 
-from hjepa_engine.checkpoints import Checkpoint, list_checkpoints, read_state
-from hjepa_engine.cli import run_command
+from hjepa_engine.checkpoint.serialization import flatten
+from hjepa_engine.checkpoint.storage import Checkpoint, list_checkpoints, read_state
 from hjepa_engine.recipes import pretrain  # noqa: F401  (what children need)
-from hjepa_engine.tensor_files import flatten
+from hjepa_engine.run.cli import run_command
 
 PRETRAIN = "hjepa_engine.recipes.pretrain:main"
 

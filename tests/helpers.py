@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hjepa_engine import Config, create_evaluator, create_trainer, load_config
-from hjepa_engine.checkpoint_writer import describe_record
-from hjepa_engine.checkpoints import MANIFEST, STATE, write_checkpoint
+from hjepa_engine.build import build_masks, build_run_optimizer, build_schedules, build_step, steps_per_epoch
+from hjepa_engine.checkpoint.retention import Record
+from hjepa_engine.checkpoint.serialization import flatten
+from hjepa_engine.checkpoint.storage import MANIFEST, STATE, write_checkpoint
+from hjepa_engine.checkpoint.writer import describe_record
 from hjepa_engine.data import build_loader, open_source
 from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.handlers import (
@@ -34,9 +37,6 @@ from hjepa_engine.handlers import (
     Validation,
 )
 from hjepa_engine.models import build_modules
-from hjepa_engine.parts import build_masks, build_run_optimizer, build_schedules, build_step, steps_per_epoch
-from hjepa_engine.retention import Record
-from hjepa_engine.tensor_files import flatten
 from hjepa_engine.types import Step
 
 ROOT = Path(__file__).parent.parent

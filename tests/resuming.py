@@ -11,12 +11,12 @@ from helpers import NOISE, is_time, options
 from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, load_config
-from hjepa_engine.checkpoints import list_checkpoints
+from hjepa_engine.checkpoint.retention import best
+from hjepa_engine.checkpoint.serialization import flatten
+from hjepa_engine.checkpoint.state import collect_state
+from hjepa_engine.checkpoint.storage import list_checkpoints
 from hjepa_engine.errors import Preempted
 from hjepa_engine.recipes import pretrain
-from hjepa_engine.retention import best
-from hjepa_engine.tensor_files import flatten
-from hjepa_engine.training_state import collect_state
 
 #: Everything that draws random numbers or keeps a state; 3 epochs of 5 iterations.
 RICH = {

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
-from hjepa_engine.config import DataConfig
-from hjepa_engine.config_rules import DOWNLOADABLE
+from hjepa_engine.config.schema import DataConfig
+from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.errors import DataError
-from hjepa_engine.randomness import generator
+from hjepa_engine.utils.rng import generator
 
 #: ``train``: pretraining, labels unused; ``probe``: labelled images to learn a probe from; ``val``: labelled, held out.
 Split = Literal["train", "probe", "val"]

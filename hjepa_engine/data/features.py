@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hjepa_engine.data.sampler import EpochBatchSampler
-from hjepa_engine.randomness import generator
+from hjepa_engine.utils.rng import generator
 
 
 class FeatureBatches:

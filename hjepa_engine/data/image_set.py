@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from hjepa_engine.config import DataConfig
+from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.loading import KeyedDataset, collate, eval_pixels, worker_setup
-from hjepa_engine.randomness import isolated, key
+from hjepa_engine.utils.rng import isolated, key
 
 
 class ImageSet:

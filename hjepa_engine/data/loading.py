@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from hjepa_engine.config import DataConfig
+from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
 from hjepa_engine.errors import ConfigError, DataError
-from hjepa_engine.process import before_exit
-from hjepa_engine.randomness import key, seed_everything
+from hjepa_engine.utils.process import before_exit
+from hjepa_engine.utils.rng import key, seed_everything
 
 _SUBSTITUTES = 8
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from hjepa_engine.randomness import generator
+from hjepa_engine.utils.rng import generator
 
 SampleKey = tuple[int, int]
 

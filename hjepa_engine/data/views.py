@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hjepa_engine.randomness import uniform_rows
+from hjepa_engine.utils.rng import uniform_rows
 
 
 def random_views(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hjepa_engine.config import Config, resolve_levels
+from hjepa_engine.config.schema import Config, resolve_levels
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.models.encoder import ContextEncoder, TargetEncoder
 from hjepa_engine.models.predictor import Predictor
-from hjepa_engine.randomness import key
+from hjepa_engine.utils.rng import key
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:

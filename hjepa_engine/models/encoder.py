@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hjepa_engine.imports import hidden
 from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.positions import sincos_2d
+from hjepa_engine.utils.imports import hidden
 
 with hidden("wandb"):  # which timm imports wherever it is installed
     import timm

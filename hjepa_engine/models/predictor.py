@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hjepa_engine.config import Level
+from hjepa_engine.config.schema import Level
 from hjepa_engine.levels import cell_centres
 from hjepa_engine.masking import Masks
 from hjepa_engine.models.positions import sincos_1d

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import ignite.distributed as idist
 
-from hjepa_engine.checkpoints import replace_file
 from hjepa_engine.errors import LeaveNow
 from hjepa_engine.report.markup import Markup, duration, element, join
 from hjepa_engine.report.panels import section_charts
@@ -26,7 +25,8 @@ from hjepa_engine.report.sections import (
     when,
 )
 from hjepa_engine.report.verdict import judge
-from hjepa_engine.run_folder import RunFolder
+from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.utils.files import replace_file
 
 logger = logging.getLogger(__name__)
 

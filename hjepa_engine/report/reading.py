@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hjepa_engine.checkpoints import Checkpoint, checkpoint_folders, list_checkpoints
-from hjepa_engine.config import Config
-from hjepa_engine.config_loading import load_config
+from hjepa_engine.build import build_policy
+from hjepa_engine.checkpoint.retention import RetentionPolicy
+from hjepa_engine.checkpoint.storage import Checkpoint, checkpoint_folders, list_checkpoints
+from hjepa_engine.config.loading import load_config
+from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import CheckpointError, ConfigError
-from hjepa_engine.parts import build_policy
-from hjepa_engine.retention import RetentionPolicy
 
 _SIGNS_OF_A_RUN = ("metrics.jsonl", "status.json", "config.yaml")
 _NOT_METRICS = ("step", "epoch", "time")

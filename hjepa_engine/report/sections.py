@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from hjepa_engine.config import Config
+from hjepa_engine.checkpoint.retention import best
+from hjepa_engine.config.changes import config_changes, plain_config
+from hjepa_engine.config.schema import Config
 from hjepa_engine.report.markup import Markup, element, folded, join, number, table
 from hjepa_engine.report.panels import COMPARED, comparison_charts, spread
 from hjepa_engine.report.reading import Picture, RunData, read_picture
 from hjepa_engine.report.verdict import RULES, Verdict, title_of
-from hjepa_engine.retention import best
-from hjepa_engine.run_folder import config_changes, plain_config
 
 _LARGEST_PICTURE = 4 * 2**20
 _LONGEST_VALUE = 200  # characters; all of it is in config.yaml below

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hjepa_engine.config import Level
+from hjepa_engine.config.schema import Level
 from hjepa_engine.levels import pool_map
 from hjepa_engine.types import Batch, Outputs, unwrap
 

@@ -1,0 +1,226 @@
+"""Parts of a run, as a configuration asks for them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ignite.distributed as idist
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hjepa_engine.checkpoint.retention import RetentionPolicy
+from hjepa_engine.config.loading import dump_config, parse_yaml
+from hjepa_engine.config.schema import Config, TrainingConfig, resolve_levels
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.loggers.base import Writer
+from hjepa_engine.loggers.jsonl import JsonlWriter
+from hjepa_engine.loggers.tensorboard import TensorBoardWriter
+from hjepa_engine.loggers.wandb import WandbWriter
+from hjepa_engine.losses import LOSSES
+from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.optim import build_optimizer, param_groups
+from hjepa_engine.schedules import SCHEDULES, CosineScheduler, EMAScheduler, HierarchicalScheduler, Schedule
+from hjepa_engine.steps import hjepa_step
+from hjepa_engine.types import LossFunction, Step
+from hjepa_engine.utils.imports import import_object
+
+
+class Schedules(NamedTuple):
+    """Functions of the optimiser step."""
+
+    lr: Schedule
+    level_lr: Callable[[int], list[float]]
+    weight_decay: Schedule
+    momentum: Schedule
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    idist.initialize("nccl" if choose_device(device).type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        idist.finalize()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``name`` asks for; of several GPUs, the one of this process.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    number = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
+        raise ConfigError(f"device must exist: {name} was asked for, CUDA devices here: {number}")
+    if device.type == "cuda" and idist.get_world_size() > 1:
+        if device.index is not None or idist.get_local_rank() >= number:
+            raise ConfigError(
+                f"device must be cuda, with a GPU for each process of a machine ({number} here), got {name}"
+            )
+        return torch.device("cuda", idist.get_local_rank())
+    return device
+
+
+def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in; None without mixed precision."""
+    if not training.use_amp:
+        return None
+    if training.amp_dtype != "auto":
+        return torch.bfloat16 if training.amp_dtype == "bfloat16" else torch.float16
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
+    """Move modules to ``device``; with several processes, wrap the trained ones in DDP."""
+    modules = modules.to(device)
+    if idist.get_world_size() > 1:
+        for name, module in modules.items():
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                modules[name] = DistributedDataParallel(
+                    module, [device] if device.type == "cuda" else None, broadcast_buffers=False
+                )
+    return modules
+
+
+def build_masks(config: Config, grid: tuple[int, int]) -> MultiBlockMasks:
+    """The sampler of masks.
+
+    Raises:
+        ConfigError: the masks do not fit into the grid.
+    """
+    masking = config.masking
+    try:
+        return MultiBlockMasks(grid, masking.num_masks, masking.mask_scale, masking.aspect_ratio, masking.context_scale)
+    except ValueError as error:
+        raise ConfigError(f"masking: {str(error).replace('target_scale', 'mask_scale')}") from error
+
+
+def build_loss(name: str) -> LossFunction:
+    """A loss by name or dotted path.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    if "." not in name:
+        raise ConfigError(f"loss.type must be {', '.join(LOSSES)} or a dotted path, got {name!r}")
+    try:
+        return import_object(name)
+    except ValueError as error:
+        raise ConfigError(f"loss.type: {error}") from error
+
+
+def build_step(config: Config) -> Step:
+    """The pretraining step with the configured loss and regularisers."""
+    loss = config.loss
+    weights = {"variance": loss.variance_weight, "covariance": loss.covariance_weight, "sigreg": loss.sigreg_weight}
+    regularizers = {name: weight for name, weight in weights.items() if weight > 0}
+    return partial(hjepa_step, loss_fn=build_loss(loss.type), regularizers=regularizers)
+
+
+def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
+    """The schedules of a run of ``training.epochs`` epochs of ``steps_per_epoch`` optimiser steps."""
+    training, ema = config.training, config.model.ema
+
+    def lr_schedule(peak: float) -> Schedule:
+        make = SCHEDULES[training.lr_schedule]
+        return make(peak, training.min_lr, training.epochs, steps_per_epoch, training.warmup_epochs)
+
+    level_lrs = training.level_lrs or [training.lr] * len(resolve_levels(config))
+    decay_end = training.weight_decay if training.weight_decay_end is None else training.weight_decay_end
+    return Schedules(
+        lr=lr_schedule(training.lr),
+        level_lr=HierarchicalScheduler([lr_schedule(lr) for lr in level_lrs]),
+        weight_decay=CosineScheduler(training.weight_decay, decay_end, training.epochs, steps_per_epoch),
+        momentum=EMAScheduler(
+            ema.momentum, ema.momentum_end, training.epochs, steps_per_epoch, ema.momentum_warmup_epochs
+        ),
+    )
+
+
+def steps_per_epoch(batches: int, accumulation_steps: int) -> int:
+    """Optimiser steps in an epoch of ``batches`` micro-batches; the last window may be shorter."""
+    return math.ceil(batches / accumulation_steps)
+
+
+def build_run_optimizer(config: Config, modules: nn.ModuleDict) -> torch.optim.Optimizer:
+    """The configured optimiser over everything that is trained.
+
+    Raises:
+        ConfigError: it is unknown or refuses its arguments.
+    """
+    training = config.training
+    groups = param_groups(modules, training.weight_decay)
+    try:
+        return build_optimizer(training.optimizer, groups, training.lr, training.betas, **training.optimizer_args)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training.optimizer: {error}") from error
+
+
+def build_policy(config: Config) -> RetentionPolicy:
+    """Which checkpoints stay."""
+    options = config.checkpoint
+    return RetentionPolicy(options.keep_last_n, options.keep_best_n, options.keep_every_epochs, options.mode)
+
+
+def build_handlers(config: Config) -> list[Any]:
+    """Instances of the handlers that ``handlers`` names.
+
+    Raises:
+        ConfigError: a class cannot be imported, has no ``attach``, or refuses its arguments.
+    """
+    built = []
+    for number, spec in enumerate(config.handlers):
+        try:
+            cls = import_object(spec.class_path)
+        except ValueError as error:
+            raise ConfigError(f"handlers[{number}].class_path: {error}") from error
+        if not callable(getattr(cls, "attach", None)):
+            raise ConfigError(f"handlers[{number}].class_path: {spec.class_path} must have a method attach(engine)")
+        try:
+            inspect.signature(cls).bind(**spec.init_args)
+            built.append(cls(**spec.init_args))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"handlers[{number}].init_args: {error}") from error
+    return built
+
+
+def build_writers(config: Config, folder: Path, log_folder: Path) -> list[Writer]:
+    """The configured writers, to be opened by whoever uses them; none on ranks other than 0.
+
+    Args:
+        config: of the run.
+        folder: the run folder, for ``metrics.jsonl``.
+        log_folder: where ``tensorboard/`` and ``wandb/`` go.
+    """
+    if idist.get_rank() != 0:
+        return []
+    options = config.logging
+    writers: list[Writer] = [JsonlWriter(folder / "metrics.jsonl")]
+    if options.tensorboard.enabled:
+        writers.append(TensorBoardWriter(log_folder / "tensorboard"))
+    if options.wandb.enabled:
+        wandb, plain = options.wandb, parse_yaml(dump_config(config))
+        name, tags, mode = options.experiment_name, wandb.tags, wandb.mode
+        writers.append(WandbWriter(log_folder, plain, wandb.project, name, wandb.entity, tags, mode))
+    return writers

@@ -1,0 +1,299 @@
+"""Everything that a run needs to go on with the same bits: collected from a trainer, restored to one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hjepa_engine.checkpoint.serialization import flatten
+from hjepa_engine.checkpoint.storage import Checkpoint, list_checkpoints, load_newest, load_one
+from hjepa_engine.engine import Metrics, Trainer
+from hjepa_engine.errors import CheckpointError
+from hjepa_engine.types import unwrap
+from hjepa_engine.utils.distributed import rank_zero
+
+State = dict[str, Any]
+
+
+def collect_state(trainer: Trainer) -> State:
+    """Modules, clock, metrics, every stateful handler and the global generators, for :func:`restore_state`.
+
+    Tensors are the live ones: copy them before the next step. Collective: all ranks must call it.
+    """
+    handlers = trainer.stateful_handlers()
+    own = {
+        "random": random_state(trainer.device),
+        "handlers": {name: handler.state_dict() for name, handler in handlers.items() if _is_per_rank(handler)},
+    }
+    ranks: list[Any] = [own]
+    if idist.get_world_size() > 1:
+        ranks = [None] * idist.get_world_size()
+        dist.all_gather_object(ranks, own)
+    return {
+        "modules": {name: unwrap(module).state_dict() for name, module in trainer.modules.items()},
+        "engine": dict(trainer.state_dict()),
+        "handlers": {name: handler.state_dict() for name, handler in handlers.items() if not _is_per_rank(handler)},
+        "ranks": ranks,
+    }
+
+
+def flat_state(trainer: Trainer) -> tuple[str, dict[str, Tensor]]:
+    """:func:`collect_state`, flattened for a checkpoint.
+
+    Raises:
+        CheckpointError: a handler's state holds something that cannot be saved.
+    """
+    try:
+        state = collect_state(trainer)
+        _modules_in(state)
+        return flatten(state)
+    except TypeError as error:
+        raise CheckpointError(f"the state cannot be saved: {error}") from error
+
+
+def restore_state(trainer: Trainer, state: State) -> list[str]:
+    """Put a trainer, with its handlers attached, where :func:`collect_state` found the other one.
+
+    Returns:
+        Remarks, one line each: handlers whose state was not in the checkpoint or is not wanted, another number of processes.
+
+    Raises:
+        CheckpointError: a part is missing or does not fit; the first misfit is named. Nothing has changed then.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        return _restore_state(trainer, state, undo)
+    except Exception as error:
+        for action in undo:
+            with contextlib.suppress(Exception):  # the first error counts
+                action()
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the checkpoint holds no state of a run: {_what(error)}") from error
+
+
+def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]]) -> list[str]:
+    _check_modules(trainer.modules, _modules_in(state))
+    handlers, ranks = trainer.stateful_handlers(), state["ranks"]
+    if not ranks:
+        raise ValueError("it lacks the states of its processes")
+    same_processes = len(ranks) == idist.get_world_size()
+    own = ranks[idist.get_rank()] if same_processes else {"handlers": {}}
+    saved = {**state["handlers"], **own["handlers"]}
+    remarks = []
+    if not same_processes:
+        remarks.append(f"{len(ranks)} processes wrote the checkpoint, there are {idist.get_world_size()} now")
+    for name in saved.keys() - handlers.keys():
+        if saved[name]:
+            remarks.append(f"the state of {name} is not used: there is no such handler now")
+    for name, handler in handlers.items():
+        if name not in saved:
+            if getattr(handler, "must_resume", False):
+                raise CheckpointError(f"the checkpoint lacks the state of {name}")
+            if handler.state_dict():
+                remarks.append(f"{name} starts afresh: the checkpoint has no state of it")
+            continue
+        undo.append(functools.partial(handler.load_state_dict, copy.deepcopy(handler.state_dict())))
+        try:
+            handler.load_state_dict(saved[name])
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the state of {name} in the checkpoint does not fit: {_what(error)}") from error
+    engine = state["engine"]
+    if not all(type(engine[name]) is int for name in ("iteration", "epoch_length", "optimizer_step")):
+        raise CheckpointError("the checkpoint does not say how far the run was")
+    if type(engine["rollbacks"]) is not int or not 0 < float(engine["lr_scale"]) <= 1:
+        raise CheckpointError("the checkpoint does not say how often the run was rolled back")
+    Metrics().load_state_dict(engine["metrics"])  # can it be read at all?
+    if same_processes:
+        restore_random_state(own["random"], trainer.device)
+    for name, module in trainer.modules.items():  # from here on nothing can fail
+        unwrap(module).load_state_dict(state["modules"][name])
+    trainer.load_state_dict(engine)
+    return remarks
+
+
+def _is_per_rank(handler: Any) -> bool:
+    return getattr(handler, "per_rank", False)
+
+
+def _what(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [repr(error)])[0]
+
+
+def _modules_in(state: Any) -> dict[str, dict[str, Tensor]]:
+    modules = state.get("modules") if isinstance(state, dict) else None
+    parts = list(modules.values()) if isinstance(modules, dict) else [None]
+    if not all(isinstance(part, dict) and all(isinstance(item, Tensor) for item in part.values()) for part in parts):
+        raise CheckpointError("the checkpoint holds no weights of modules")
+    return dict(modules or {})
+
+
+def _check_modules(modules: nn.ModuleDict, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+    if missing := modules.keys() ^ saved.keys():
+        raise CheckpointError(
+            f"the checkpoint has the modules {', '.join(saved)}, the run needs {', '.join(modules)} "
+            f"(first difference: {min(missing)})"
+        )
+    for part, module in modules.items():
+        wanted = unwrap(module).state_dict()
+        for name in sorted(wanted.keys() | saved[part].keys()):
+            if name not in saved[part]:
+                raise CheckpointError(f"the checkpoint lacks the tensor {part}.{name}")
+            if name not in wanted:
+                raise CheckpointError(f"the checkpoint has a tensor {part}.{name} that the run has no place for")
+            if saved[part][name].shape != wanted[name].shape:
+                raise CheckpointError(
+                    f"{part}.{name} is {tuple(saved[part][name].shape)} in the checkpoint, {tuple(wanted[name].shape)} in "
+                    "the run; checkpoint.init_from takes what fits"
+                )
+
+
+def random_state(device: torch.device) -> State:
+    """The global generators of Python, NumPy, torch and, on a GPU, of that GPU.
+
+    Runs draw by key and do not need them; handlers that draw from them between steps do.
+    """
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, torch.tensor(internal), gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: State, device: torch.device) -> None:
+    """Restore what :func:`random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def resume(trainer: Trainer, folder: Path) -> tuple[Checkpoint, list[str]] | None:
+    """Restore the newest usable checkpoint in ``folder``: the next ``trainer.run`` goes on from there.
+
+    Attach all handlers first. With several processes the folder must be the same for all of them.
+
+    Returns:
+        The checkpoint and remarks (see :func:`restore_state`); None if there never was one.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is usable, or they are of another run; nothing is changed.
+    """
+    found = load_everywhere(lambda: load_newest(folder))
+    return None if found is None else (found[0], restore_state(trainer, found[1]))
+
+
+def load_everywhere(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tuple[Checkpoint, Any] | None:
+    """What ``load`` finds on rank 0; the other ranks read the very same checkpoint. Collective."""
+    found: tuple[Checkpoint, Any] | None = None
+
+    def choose() -> Path | None:
+        nonlocal found
+        found = load()
+        return None if found is None else found[0].path
+
+    path = rank_zero(choose)
+    return found if path is None or idist.get_rank() == 0 else load_one(path)
+
+
+def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """Where the weights in ``path`` come from, and the weights by part.
+
+    Args:
+        path: a checkpoint, a run folder (its newest checkpoint), or an exported encoder, whose weights are offered to
+            ``context_encoder`` and ``target_encoder``.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    places = (path, path / "model.safetensors", path / "encoder" / "model.safetensors")
+    exported = next((place for place in places if place.is_file()), None)
+    if exported is None or list_checkpoints(path / "checkpoints"):
+        found = load_everywhere(lambda: load_one(path))
+        assert found is not None
+        return str(found[0].path), _modules_in(found[1])
+    try:
+        weights = load_file(exported)
+    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{exported} holds no weights: {_what(error)}") from error
+    return str(exported), {"context_encoder": weights, "target_encoder": weights}
+
+
+def take_weights(modules: nn.ModuleDict, source: Path, parts: Sequence[str] | None = None) -> str:
+    """Start from the weights of another run: every tensor whose name and shape fit.
+
+    Args:
+        modules: to be changed.
+        source: see :func:`weights_in`.
+        parts: names of modules; None: all that both sides have.
+
+    Returns:
+        A table of what was taken.
+
+    Raises:
+        CheckpointError: a part is not there, or nothing of it fits.
+    """
+    where, weights = weights_in(source)
+    lines = [f"weights from {where}:"]
+    for part in parts if parts is not None else [name for name in modules if name in weights]:
+        if part not in modules or part not in weights:
+            raise CheckpointError(
+                f"checkpoint.init_parts: {part!r} is not in both; the run has {', '.join(modules)}, "
+                f"{where} has {', '.join(weights)}"
+            )
+        wanted, offered = unwrap(modules[part]).state_dict(), weights[part]
+        fitting = {
+            name: offered[name] for name in wanted if name in offered and offered[name].shape == wanted[name].shape
+        }
+        if not fitting:
+            raise CheckpointError(f"checkpoint.init_from: no tensor of {part} in {where} fits")
+        unwrap(modules[part]).load_state_dict(fitting, strict=False)
+        lines.append(f"  {part:16} {len(fitting):4} of {len(wanted)} tensors")
+        for name in [name for name in wanted if name not in fitting]:
+            found = (
+                f"{tuple(offered[name].shape)} there, {tuple(wanted[name].shape)} here"
+                if name in offered
+                else "missing"
+            )
+            lines.append(f"    not {name}: {found}")
+    if len(lines) == 1:
+        raise CheckpointError(f"checkpoint.init_from: {where} has none of the modules {', '.join(modules)}")
+    return "\n".join(lines)
+
+
+def changes_of_environment(checkpoint: Checkpoint, environment: Mapping[str, Any]) -> list[str]:
+    """What differs from the environment that wrote a checkpoint; the run's bits may then differ too."""
+    return [
+        f"{name} is {environment[name]}, the checkpoint was written with {checkpoint.environment.get(name)}"
+        for name in environment
+        if checkpoint.environment.get(name) != environment[name]
+    ]
+
+
+def bits_environment(device: torch.device) -> State:
+    """What the bits of a run depend on besides its configuration."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "processes": idist.get_world_size(),
+    }

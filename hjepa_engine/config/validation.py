@@ -1,0 +1,126 @@
+"""What must hold between the keys of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hjepa_engine.config.ranges import limit_problems
+
+#: Data sets that ``data.download`` fetches.
+DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
+
+
+def problems(config: Any) -> Iterator[str]:
+    """What is wrong with a :class:`~hjepa_engine.config.schema.Config`, one line each: key, rule, value."""
+    yield from limit_problems(config, "")
+    for key in (
+        "data.crop_scale",
+        "data.crop_ratio",
+        "masking.mask_scale",
+        "masking.aspect_ratio",
+        "masking.context_scale",
+    ):
+        section, name = key.split(".")
+        low, high = getattr(getattr(config, section), name)
+        if low > high:
+            yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
+    model, loss, training = config.model, config.loss, config.training
+    if config.data.download and config.data.dataset not in DOWNLOADABLE:
+        yield f"data.download must be false where data.dataset is {config.data.dataset}, got True"
+    if model.levels is not None:
+        if not model.levels:
+            yield "model.levels must name at least one level, got []"
+        if model.num_hierarchies not in (None, len(model.levels)):
+            yield (
+                f"model.num_hierarchies must be the number of model.levels ({len(model.levels)}), "
+                f"got {model.num_hierarchies}"
+            )
+        if loss.hierarchy_weights is not None:
+            yield f"loss.hierarchy_weights must be null where model.levels are given, got {loss.hierarchy_weights}"
+    number = model.num_levels
+    for key, values in (("loss.hierarchy_weights", loss.hierarchy_weights), ("training.level_lrs", training.level_lrs)):
+        if values is not None and len(values) != number:
+            yield f"{key} must have one value per level ({number}), got {len(values)}"
+    key, weights = "loss.hierarchy_weights", loss.hierarchy_weights
+    if model.levels is not None:
+        key, weights = "model.levels", [level.weight for level in model.levels]
+    if weights is not None and not any(weights):
+        yield f"{key} must weight at least one level above 0, got {weights}"
+    for key, value in (
+        ("training.warmup_epochs", training.warmup_epochs),
+        ("model.ema.momentum_warmup_epochs", model.ema.momentum_warmup_epochs),
+    ):
+        if value > training.epochs:
+            yield f"{key} must be at most training.epochs ({training.epochs}), got {value}"
+    if training.min_lr > training.lr:
+        yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
+    if model.patch_size is not None and config.data.image_size % model.patch_size:
+        yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
+    predictor = model.predictor
+    if predictor.width % 4 or predictor.width % predictor.num_heads:
+        yield (
+            f"model.predictor.width must be a multiple of 4 and of num_heads ({predictor.num_heads}), got {predictor.width}"
+        )
+    if model.embed_dim is not None and model.embed_dim % 4:
+        yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
+    checkpoint = config.checkpoint
+    if checkpoint.resume == "":
+        yield "checkpoint.resume must be auto, must, never or a path, got ''"
+    if checkpoint.init_parts is not None and checkpoint.init_from is None:
+        yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"
+    yield from metric_problems(config)
+    if config.logging.watch != "none" and config.logging.watch_frequency % config.logging.log_frequency:
+        yield (
+            f"logging.watch_frequency must be a multiple of log_frequency ({config.logging.log_frequency}), "
+            f"got {config.logging.watch_frequency}"
+        )
+    saves = (checkpoint.save_frequency, checkpoint.save_every_steps, checkpoint.save_every_minutes)
+    for number, rule in enumerate(config.guard.rules):
+        if rule.action == "rollback" and not any(saves):
+            yield f"guard.rules[{number}].action must be warn or stop where no checkpoints are saved, got rollback"
+        if len(rule.conditions) != 1:
+            yield (
+                f"guard.rules[{number}] must have one of below, above, drop, spike and non_finite, "
+                f"got {' and '.join(rule.conditions) or 'none'}"
+            )
+    if config.collapse.lidar_views == 1:
+        yield "collapse.lidar_views must be 0 or at least 2, got 1"
+    if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:
+        yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
+    if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda"):
+        yield f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"
+
+
+def metric_problems(config: Any) -> Iterator[str]:
+    """Why ``checkpoint.metric`` would not be there, or not be new, when checkpoints are saved: none would be best."""
+    metric, save, online = config.checkpoint.metric, config.checkpoint.save_frequency, config.online_probe
+    collapse, where = config.collapse, f"where checkpoint.metric is {metric}"
+    if metric in ("probe/linear", "probe/linear_random", "probe/linear_pixels"):
+        yield f"checkpoint.metric must be measured during training, as probe/online_linear is, got {metric}"
+    elif metric.startswith("collapse/batch_"):
+        yield f"checkpoint.metric must be measured at an epoch's end, as collapse/target_rank is, got {metric}"
+    elif metric in ("probe/knn", "probe/online_linear"):
+        if online.every is None:
+            yield f"online_probe.every must be given {where}, got None"
+        elif save is None:
+            yield f"checkpoint.save_frequency must be given {where}, got None"
+        elif online.every % save and save % online.every:
+            yield f"online_probe.every must be a multiple or divisor of save_frequency ({save}) {where}, got {online.every}"
+        if metric == "probe/online_linear" and not online.linear_epochs:
+            yield f"online_probe.linear_epochs must be at least 1 {where}, got 0"
+    elif metric.startswith("collapse/"):
+        if save is None:
+            yield f"checkpoint.save_frequency must be given {where}, got None"
+        if not collapse.enabled:
+            yield f"collapse.enabled must be true {where}, got False"
+        if metric.endswith("_alpha_req") and not collapse.alpha_req:
+            yield f"collapse.alpha_req must be true {where}, got False"
+        if metric.endswith("_lidar") and not collapse.lidar_views:
+            yield f"collapse.lidar_views must be at least 2 {where}, got 0"
+    if (
+        metric.startswith(("probe/", "collapse/"))
+        and not metric.endswith("_alpha_req")
+        and config.checkpoint.mode == "min"
+    ):
+        yield f"checkpoint.mode must be max {where}: larger is better, got min"

@@ -1,0 +1,1 @@
+"""Where metrics and media are written to."""

@@ -1,0 +1,1 @@
+"""A run: its folder, how it starts and ends, its command line."""

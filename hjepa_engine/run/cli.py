@@ -1,0 +1,153 @@
+"""What recipes share on the command line: options, help, exit codes, the last line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from hjepa_engine.config.loading import dump_config, list_options, load_config
+from hjepa_engine.config.schema import Config
+from hjepa_engine.errors import ConfigError, LeaveNow, Preempted, RunError
+from hjepa_engine.utils.process import before_exit, make_streams_lenient
+
+EXIT_CODES = """\
+exit codes:
+  0 done   2 configuration   3 data   4 no usable checkpoint, or the last one could not be written
+  5 stopped by a guard   75 interrupted and saved: run the same command again
+  130 Ctrl-C outside of training, or twice   1 anything else"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def command_parser(description: str, with_config: bool = True) -> argparse.ArgumentParser:
+    """A parser with ``--debug``.
+
+    Args:
+        description: for ``--help``.
+        with_config: whether what the parser does not know is left for the configuration.
+    """
+    first, _, rest = (description or "").partition("\n")
+    parser = _Parser(
+        description=f"{first}\n{rest}".strip(),
+        epilog=f"{_options_help()}\n\n{EXIT_CODES}" if with_config else EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options] [--KEY VALUE ...]" if with_config else None,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def read_config(
+    description: str, default: Path, argv: Sequence[str], preview: Callable[[Config], None] | None = None
+) -> Config | None:
+    """The configuration that a command line asks for; None where it only asked to see it.
+
+    Args:
+        description: for ``--help``.
+        default: the file that is read without ``--config``.
+        argv: the arguments.
+        preview: what ``--preview`` does; None: there is no such option.
+
+    Raises:
+        ConfigError: one line that says what is wrong.
+    """
+    parser = command_parser(description)
+    parser.add_argument(
+        "--config", type=Path, default=default, metavar="FILE", help=f"YAML file (default: {default.name})"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    if preview is not None:
+        parser.add_argument("--preview", action="store_true", help="print and draw schedules and masks, and exit")
+    known, overrides = parser.parse_known_args(argv)
+    config = load_config(known.config, overrides)
+    if known.print_config:
+        print(dump_config(config), end="")
+        return None
+    if preview is not None and known.preview:
+        preview(config)
+        return None
+    return config
+
+
+def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    make_streams_lenient()
+    for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over
+        signal.signal(name, _stop)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it reports every exception that we are about to report
+    try:
+        body(argv)
+        before_exit(_exit_undisturbed)
+        sys.exit(0)
+    except (Exception, KeyboardInterrupt) as error:
+        before_exit(_exit_undisturbed)
+        _close_progress_bars()
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(one_line(error), file=sys.stderr, flush=True)
+        if isinstance(error, LeaveNow):
+            os._exit(exit_code_of(error))  # an ordinary exit would wait for the checkpoint that is being written
+        sys.exit(exit_code_of(error))
+
+
+def _exit_undisturbed() -> None:
+    """All is settled and said: signals change neither the exit code nor the last line; Ctrl-C may cut the rest short."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if isinstance(sys.exc_info()[1], (RunError, KeyboardInterrupt)):
+        return  # the command is ending already; whoever sends signals tends to send several
+    raise Preempted(f"{signal.Signals(number).name} outside of training: run the same command again to go on")
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The documented exit code of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, RunError) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one sentence; a loader's worker wraps it into a traceback of its own, whose last line it is."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, RunError):
+        return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    return f"unexpected {type(error).__name__}: {line} (--debug shows where)"
+
+
+def _close_progress_bars() -> None:
+    """Remove the bars that an error has left on the screen: the last line is the reason, and nothing but it."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def _options_help() -> str:
+    lines = ["configuration keys, in the YAML file or as --KEY VALUE:"]
+    for option in list_options():
+        limits = f", {option.limits}" if option.limits else ""
+        text = f"{option.description} [{option.type}{limits}; default {option.default}]".replace("``", "")
+        lines += [f"  --{option.key}", textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines)

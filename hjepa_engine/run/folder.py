@@ -1,0 +1,206 @@
+"""The run folder: what a run leaves behind, and how it ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ignite.distributed as idist
+
+from hjepa_engine.config.changes import LENGTH_KEYS, MAY_CHANGE, Change, config_changes, plain_config
+from hjepa_engine.config.loading import dump_config, load_config
+from hjepa_engine.config.schema import Config
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.run.environment import describe_environment
+from hjepa_engine.utils.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+State = Literal["running", "done", "stopped", "preempted"]
+
+
+_OF_CHECKPOINTS = ("epoch_", "damaged_", "index.json")
+
+
+class RunFolder:
+    """The folder of one run: ``config.yaml``, ``environment.json``, ``status.json`` and what handlers write.
+
+    Args:
+        config: of the run; ``run_dir`` names the folder, ``runs/<logging.experiment_name>`` by default.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.run_dir or Path("runs") / config.logging.experiment_name)
+        self._locks: list[Any] = []
+        self._newest: Path | None = None
+        self._has_ended = False
+
+    @property
+    def log_path(self) -> Path:
+        """Where TensorBoard and W&B write."""
+        return Path(self.config.logging.log_dir) if self.config.logging.log_dir else self.path
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the checkpoints are."""
+        named = self.config.checkpoint.checkpoint_dir
+        return Path(named) if named else self.path / "checkpoints"
+
+    def status(self) -> dict[str, Any] | None:
+        """What ``status.json`` says; None where there is none."""
+        try:
+            return dict(json.loads((self.path / "status.json").read_text(encoding="utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"run_dir {self.path} holds a damaged status.json; choose another one") from error
+
+    def changes(self) -> list[Change]:
+        """How the configuration differs from that of the run in the folder; empty where there is none."""
+        saved = self.path / "config.yaml"
+        if not saved.exists():
+            return []
+        return config_changes(plain_config(load_config(saved)), self.config)
+
+    @staticmethod
+    def refuse(changes: Sequence[Change], where: str) -> None:
+        """Refuse to go on with changes that make another run.
+
+        Args:
+            changes: since the run, or its checkpoint, was written.
+            where: what holds that run.
+
+        Raises:
+            ConfigError: there are any.
+        """
+        if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE)]:
+            raise ConfigError(
+                f"{where} holds a run with another configuration: {'; '.join(map(str, refused[:3]))}"
+                f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}; choose another --run_dir"
+            )
+
+    def finished_results(self) -> dict[str, float] | None:
+        """Results of the run if it is complete here; None if there is something to do.
+
+        Raises:
+            ConfigError: the folder holds a run with another configuration.
+        """
+        status = None if self.config.checkpoint.resume == "never" else self.status()
+        if status is None:
+            return None
+        changes = self.changes()
+        self.refuse(changes, f"run_dir {self.path}")
+        if status.get("state") == "done" and not any(change.key.startswith(LENGTH_KEYS) for change in changes):
+            return dict(status["results"])
+        return None
+
+    def lock(self) -> None:
+        """Make sure that no other process works in the folder or with its checkpoints; a dead one's lock is gone.
+
+        Raises:
+            ConfigError: another process does, or the folder cannot be written to.
+        """
+        self.unlock()
+        for key, folder in {"run_dir": self.path, "checkpoint.checkpoint_dir": self.checkpoint_path}.items():
+            if key != "run_dir" and folder.absolute() == self.path.absolute():
+                continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = open(folder / ".lock", "a+", encoding="utf-8")
+                self._locks.append(file)
+                # Unlike flock()'s, this lock is not inherited by loader processes, which may outlive a killed main process.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                other = file.read().strip() or "another process"
+                self.unlock()
+                raise ConfigError(f"{folder} is in use by {other}") from error
+            except OSError as error:
+                self.unlock()
+                raise ConfigError(f"{key} {folder} cannot be written to: {error.strerror}") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        while self._locks:
+            self._locks.pop().close()
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run in the folder, and its checkpoints, out of the way; where to, None if there was none."""
+        run, checkpoints = self.path.absolute(), self.checkpoint_path.absolute()
+        # Elsewhere than in the run folder, only checkpoints are the run's for sure.
+        elsewhere = [item for item in list_folder(checkpoints) if item.name.startswith(_OF_CHECKPOINTS)]
+        if not (self.path / "status.json").exists() and not elsewhere:
+            return None
+        number = 1
+        while any((folder / f"previous_{number}").exists() for folder in (run, checkpoints)):
+            number += 1
+        # Checkpoints first: if this is cut short, what is left of the run still says that it had some.
+        for item in [*([] if checkpoints.is_relative_to(run) else elsewhere), *list_folder(run)]:
+            if not item.name.startswith("previous_"):
+                aside = item.with_name(f"previous_{number}")
+                aside.mkdir(exist_ok=True)
+                item.rename(aside / item.name)
+        return self.path / f"previous_{number}"
+
+    def enter(self) -> None:
+        """Describe the run in the folder, now that nothing stands in its way.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
+        self._has_ended = False
+        try:
+            for stray in self.path.glob(".*.tmp"):
+                stray.unlink()
+            replace_file(self.path / "config.yaml", dump_config(self.config))
+            replace_file(self.path / "environment.json", json.dumps(describe_environment(self.config), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path} cannot be written to: {error.strerror}") from error
+
+    def write_status(
+        self,
+        state: State,
+        step: int,
+        exit_code: int | None = None,
+        reason: str = "",
+        results: Any = None,
+        checkpoint: Path | None = None,
+        any_rank: bool = False,
+    ) -> None:
+        """Say how the run is: state, optimiser step, exit code, why, the probe's results, the newest checkpoint.
+
+        Rank 0 writes; with ``any_rank`` others do too, for an error that rank 0 may not hear of.
+        """
+        if idist.get_rank() != 0 and not any_rank:
+            return
+        if state == "running" and self._has_ended:
+            return  # a checkpoint that got finished while the process was leaving
+        self._has_ended = state != "running"
+        self._newest = checkpoint or self._newest
+        record = {
+            "state": state,
+            "step": step,
+            "exit_code": exit_code,
+            "reason": reason,
+            "results": results or {},
+            "checkpoint": self._newest and str(self._newest),
+        }
+        try:
+            replace_file(self.path / "status.json", json.dumps(record) + "\n")
+        except OSError as error:  # a full disk: the exit code still says how the run ended
+            logger.warning("%s cannot be written: %s", self.path / "status.json", error.strerror)
+
+
+def list_folder(path: Path) -> list[Path]:
+    """What lies in a folder, hidden files apart; nothing where there is none."""
+    return [item for item in sorted(path.iterdir()) if not item.name.startswith(".")] if path.is_dir() else []

@@ -1,0 +1,185 @@
+"""How a run starts (from its newest checkpoint, from another run's, from the beginning) and how it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import ignite.distributed as idist
+
+from hjepa_engine.checkpoint.state import (
+    bits_environment,
+    changes_of_environment,
+    load_everywhere,
+    restore_state,
+    resume,
+    take_weights,
+)
+from hjepa_engine.checkpoint.storage import Checkpoint, load_one
+from hjepa_engine.checkpoint.writer import CheckpointWriter
+from hjepa_engine.config.changes import MAY_CHANGE_ELSEWHERE, Change, config_changes
+from hjepa_engine.data.loading import worker_failure
+from hjepa_engine.engine import Trainer
+from hjepa_engine.errors import CheckpointError, ConfigError, DataError, LeaveNow, Preempted
+from hjepa_engine.run.cli import exit_code_of, one_line
+from hjepa_engine.run.folder import RunFolder, State
+from hjepa_engine.utils.distributed import rank_zero
+from hjepa_engine.utils.rng import seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> None:
+    """Put the trainer where ``checkpoint.resume`` and ``checkpoint.init_from`` say, and describe the run in its folder.
+
+    All handlers must be attached. If this raises, the folder is as it was.
+
+    Args:
+        trainer: of the run.
+        folder: of the run, locked.
+        epoch_length: batches of an epoch.
+        iterations: length of the whole run.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint where one must be, or it does not fit.
+        ConfigError: the configuration is another one, or asks for less than was trained already.
+        DataError: epochs have another length now.
+    """
+    found = _find_start(trainer, folder, epoch_length, iterations)
+    rank_zero(folder.enter)
+    own = found.path if found is not None and found.path.parent == folder.checkpoint_path else None
+    folder.write_status("running", trainer.state.optimizer_step, checkpoint=own)
+
+
+def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> Checkpoint | None:
+    config = folder.config
+    how = config.checkpoint.resume
+    found: tuple[Checkpoint, list[str]] | None = None
+    changes: list[Change] = []
+    if how != "never":
+        folder.refuse(folder.changes(), f"run_dir {folder.path}")
+        found = resume(trainer, folder.checkpoint_path)
+        if found is None:
+            found = _resume_elsewhere(trainer, folder, how)
+        else:
+            _refuse_older(found[0], how)
+        if found is not None and found[0].config:
+            changes = config_changes(found[0].config, config)
+            if found[0].path.parent == folder.checkpoint_path:
+                # One folder of checkpoints may have been given to several runs.
+                folder.refuse(changes, f"checkpoint.checkpoint_dir {folder.checkpoint_path}")
+    if found is None:
+        if how != "never" and folder.status() is not None:
+            _say(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
+        if config.checkpoint.init_from is not None:
+            parts = config.checkpoint.init_parts
+            _say(take_weights(trainer.modules, Path(config.checkpoint.init_from), parts))
+        if how == "never":
+            idist.barrier()  # everybody has read what is about to move
+            if aside := rank_zero(folder.set_aside):
+                _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
+        seed_everything(config.seed, "start", idist.get_rank())  # for handlers that draw before the first batch
+        return None
+    checkpoint, remarks = found
+    state = trainer.state
+    if state.epoch_length != epoch_length:
+        raise DataError(
+            f"an epoch of the data has {epoch_length} batches, it had {state.epoch_length} when {checkpoint.path} was saved"
+        )
+    if state.iteration > iterations:
+        raise ConfigError(
+            f"training.epochs (or max_iters) must leave at least the {state.iteration} iterations that are trained already, "
+            f"got {iterations}"
+        )
+    _say(f"resumed step {state.optimizer_step} (iteration {state.iteration} of {iterations}) from {checkpoint.path}")
+    if state.rollbacks:
+        _say(f"  rolled back {state.rollbacks} times before: learning rates are multiplied by {state.lr_scale:g}")
+    for change in changes:
+        follows = "; schedules follow the new length" if change.key == "training.epochs" else ""
+        _say(f"  {change}{follows}")
+    if idist.get_rank() == 0:
+        for difference in changes_of_environment(checkpoint, bits_environment(trainer.device)):
+            logger.warning("bits may differ from a run without interruption: %s", difference)
+        for remark in remarks:
+            logger.warning("%s", remark)
+    return checkpoint
+
+
+@contextmanager
+def ending(
+    folder: RunFolder, trainer: Trainer, writer: CheckpointWriter, iterations: int
+) -> Iterator[dict[str, float]]:
+    """Leave in ``status.json`` how the run has ended; if it fails, wait for the checkpoint that is being written.
+
+    Args:
+        folder: of the run.
+        trainer: of the run.
+        writer: of its checkpoints.
+        iterations: length of the whole run.
+
+    Yields:
+        A dict to put the results into.
+    """
+    results: dict[str, float] = {}
+    try:
+        yield results
+        reached, step = trainer.state.iteration, trainer.state.optimizer_step
+        reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
+        folder.write_status("done", step, 0, reason, results, trainer.state.checkpoint)
+    except BaseException as raised:
+        error = (worker_failure(raised) if folder.config.data.num_workers else None) or raised
+        if not isinstance(error, LeaveNow):
+            with suppress(Exception):  # the error at hand counts
+                writer.wait()
+        state: State = "preempted" if isinstance(error, Preempted) else "stopped"
+        step, code = trainer.state.optimizer_step, exit_code_of(error)
+        folder.write_status(state, step, code, one_line(error), checkpoint=writer.newest, any_rank=state == "stopped")
+        if error is raised:
+            raise
+        raise error from raised
+
+
+def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Checkpoint, list[str]] | None:
+    """Resume where the run's own folder holds no checkpoint: from the one that ``checkpoint.resume`` names, if it does."""
+    saved = (folder.status() or {}).get("checkpoint")
+    path = None if how in ("auto", "must") else Path(how)
+    is_own = saved is not None and path is not None and path.resolve() in (p := Path(saved).resolve(), *p.parents)
+    if saved is not None and not is_own:
+        raise CheckpointError(
+            f"{folder.checkpoint_path} holds no checkpoint, but {saved} was saved; give the former checkpoint_dir or "
+            "--checkpoint.resume never, which sets the run aside and starts anew"
+        )
+    if path is None:
+        if how == "must":
+            raise CheckpointError(f"checkpoint.resume is must, but {folder.checkpoint_path} holds no checkpoint")
+        return None
+    found = load_everywhere(lambda: load_one(path))
+    assert found is not None
+    checkpoint, state = found
+    changes = config_changes(checkpoint.config, folder.config) if checkpoint.config else []
+    if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE_ELSEWHERE)]:
+        raise ConfigError(
+            f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; checkpoint.init_from takes the weights alone"
+        )
+    if not is_own:
+        state["engine"] |= {"rollbacks": 0, "lr_scale": 1.0}  # they were the other run's
+    if not is_own and "MetricsLogger" in state["handlers"]:
+        state["handlers"]["MetricsLogger"]["writers"] = {}  # they tell how the other run's logs go on
+    return checkpoint, restore_state(trainer, state)
+
+
+def _refuse_older(newest: Checkpoint, how: str) -> None:
+    """Do not let it pass in silence that a run goes on from its newest checkpoint when an older one was asked for."""
+    if how not in ("auto", "must"):
+        asked = Path(how).resolve()
+        if asked.parent == newest.path.parent.resolve() and asked.name != newest.path.name:
+            raise ConfigError(
+                f"checkpoint.resume {how} is not the newest checkpoint of this run; to go on from it, give another --run_dir"
+            )
+
+
+def _say(text: str) -> None:
+    if idist.get_rank() == 0:
+        print(text, flush=True)

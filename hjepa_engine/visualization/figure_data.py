@@ -1,0 +1,174 @@
+"""The numbers behind the figures: what is hidden, features as colours, similarities, spectra of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hjepa_engine.config.schema import Level
+from hjepa_engine.levels import cell_centres
+from hjepa_engine.masking import Masks
+
+FloatArray = NDArray[np.float64]
+
+#: Features that vary by less than this share of their length are drawn in grey, not stretched to full colour.
+FLAT = 0.1
+_GREY, _CONTRAST = 0.8, 0.12
+
+
+def to_pixels(images: Tensor, stats: tuple[Sequence[float], Sequence[float]]) -> FloatArray:
+    """Normalised images (B, C, H, W), C 1 or 3, as pixels (B, H, W, 3) from 0 to 1.
+
+    Args:
+        images: to show.
+        stats: mean and standard deviation that the channels were normalised with.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in stats)
+    pixels = (images.detach().cpu().double() * std + mean).clamp(0, 1)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+
+def dimmed(pixels: FloatArray, patch_idx: Tensor, grid: tuple[int, int]) -> FloatArray:
+    """An image (H, W, 3) with all patches but those of ``patch_idx`` turned to a light grey that hardly shows them."""
+    seen = np.zeros(grid[0] * grid[1], dtype=bool)
+    seen[patch_idx.flatten().cpu().numpy()] = True
+    height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
+    mask = seen.reshape(grid).repeat(height, axis=0).repeat(width, axis=1)
+    grey = pixels.mean(axis=-1, keepdims=True)
+    return np.where(mask[..., None], pixels, _GREY + _CONTRAST * (grey - 0.5))
+
+
+class PatchColours(NamedTuple):
+    """Features as colours."""
+
+    colours: FloatArray
+    """(B, N, 3), from 0 to 1; 0.5 is a patch as it is on average."""
+    explained: tuple[float, ...]
+    """Share of the variance that each of the three components has; 0 where nothing varies."""
+    variation: float
+    """How far features of one place lie from their mean, as a share of their length; from 0 to 1."""
+
+
+def patch_colours(tokens: Tensor) -> PatchColours:
+    """The first three principal components of patch features (B, N, D) as red, green and blue.
+
+    Each place has a mean of its own over the images, since features that differ between places and not between images
+    are collapsed. A component is scaled by the 98th percentile of its size, but never by less than a tenth of the first
+    one's nor of the features' length: what hardly varies stays grey. Its sign makes the largest loading positive.
+    """
+    features = tokens.detach().float()
+    batch, places, dim = features.shape
+    centred = (features - (features.mean(0) if batch > 1 else features.mean((0, 1)))).reshape(-1, dim)
+    covariance = (centred.T @ centred).double() / len(centred)
+    values, vectors = (each.flip(-1)[..., :3] for each in torch.linalg.eigh(covariance))
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    scores = F.pad(centred.double() @ (vectors * largest.sign()), (0, 3 - vectors.shape[1]))
+    length = features.double().square().sum(dim=-1).mean().sqrt()
+    total = covariance.trace()
+    # A small batch has few percentiles to choose from: a quantile of all its places together.
+    size = torch.from_numpy(np.quantile(scores.abs().cpu().numpy(), 0.98, axis=0)).to(scores)
+    scale = torch.maximum(size, torch.maximum(FLAT * size[0], FLAT * length)).clamp(min=torch.finfo(torch.float64).tiny)
+    colours = 0.5 + 0.5 * (scores / scale).clamp(-1, 1)
+    share = F.pad(values.clamp(min=0) / total, (0, 3 - len(values))) if total > 0 else torch.zeros(3)
+    variation = float(total.sqrt() / length) if length > 0 else 0.0
+    return PatchColours(colours.reshape(batch, places, 3).cpu().numpy(), tuple(share.tolist()), variation)
+
+
+class Similarities(NamedTuple):
+    """Cosine similarities of predictions with targets."""
+
+    own: FloatArray
+    """With the target of the same cell, one for each prediction."""
+    others: FloatArray
+    """With targets of other images at the same place, one for each such pair."""
+    correct: float
+    """Share of those pairs in which the own target is the more similar one; 0.5 is chance, NaN if there are none."""
+
+
+def similarities(predictions: Tensor, targets: Tensor, masks: Masks, level: Level, grid_width: int) -> Similarities:
+    """Compare each prediction with its own target, and with what lies at the same place of other images.
+
+    The place alone says much of a target; what is told apart here is the image.
+
+    Args:
+        predictions: of one level, (B, M, cells, D).
+        targets: as ``predictions``.
+        masks: of the images.
+        level: which one it is.
+        grid_width: W, patches in a row.
+    """
+    predicted, aimed = (F.normalize(each.detach().float(), dim=-1) for each in (predictions, targets))
+    batch, dim = len(predicted), predicted.shape[-1]
+    if level.pool == "image":
+        place = torch.zeros(batch, 1, 1, dtype=torch.int64)
+    else:
+        rows, columns = cell_centres(masks, level.pool, grid_width)
+        place = rows[..., :, None] * 2 * grid_width + columns[..., None, :]
+    place = place.reshape(batch, -1).to(predicted.device)
+    image = torch.arange(batch, device=place.device)[:, None].expand_as(place).reshape(-1)
+    predicted, aimed = predicted.reshape(-1, dim), aimed.reshape(-1, dim)
+    own, others, correct = (predicted * aimed).sum(dim=-1), [], []
+    order = place.reshape(-1).argsort(stable=True)
+    for cells in order.split(place.reshape(-1).unique(return_counts=True)[1].tolist()):
+        cosine = predicted[cells] @ aimed[cells].T
+        pairs = image[cells][:, None] != image[cells]
+        own_here = own[cells][:, None].expand_as(cosine)[pairs]
+        others.append(cosine[pairs])
+        correct.append((own_here > others[-1]).double() + 0.5 * (own_here == others[-1]))
+    found = torch.cat(correct)
+    share = float(found.mean()) if len(found) else float("nan")
+    return Similarities(own.double().cpu().numpy(), torch.cat(others).double().cpu().numpy(), share)
+
+
+class Spectrum(NamedTuple):
+    """Singular values of features at one step."""
+
+    step: int
+    rank: Sequence[int]
+    """From 1; some may be left out."""
+    share: Sequence[float]
+    """Each value divided by the sum of all."""
+
+
+def read_spectra(path: Path, before: int | None = None) -> dict[str, list[Spectrum]]:
+    """Spectra of each encoder that ``collapse/<encoder>_spectrum`` has in a ``metrics.jsonl``, by step.
+
+    Args:
+        path: of the file; nothing is found where there is none.
+        before: only those of earlier steps.
+    """
+    found: dict[str, dict[int, Spectrum]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
+        if "_spectrum" not in line:
+            continue  # the file of a long run has many lines, and parsing is slow
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a last line that is being written
+        if before is None or record["step"] < before:
+            for name, value in record.items():
+                if name.startswith("collapse/") and name.endswith("_spectrum"):
+                    spectrum = Spectrum(record["step"], value["rank"], value["share"])
+                    found.setdefault(encoder_of(name), {})[record["step"]] = spectrum
+    return {encoder: [steps[step] for step in sorted(steps)] for encoder, steps in found.items()}
+
+
+def encoder_of(name: str) -> str:
+    """The encoder whose spectrum ``name`` is.
+
+    >>> encoder_of("collapse/target_spectrum")
+    'target'
+    """
+    return name.removeprefix("collapse/").removesuffix("_spectrum")

@@ -1,0 +1,1 @@
+"""Benchmarks of the engine, of checkpoints and of monitoring; not installed."""

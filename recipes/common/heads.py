@@ -1,0 +1,87 @@
+"""Linear heads on frozen features, trained by the same engine, optimiser step, schedule and averages as pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hjepa_engine import create_evaluator, create_trainer
+from hjepa_engine.config.schema import ProbeConfig
+from hjepa_engine.data import FeatureBatches
+from hjepa_engine.handlers import (
+    DataPosition,
+    MetricAverager,
+    MetricsLogger,
+    OptimizerStep,
+    ParamSchedule,
+    ProgressBar,
+    Validation,
+)
+from hjepa_engine.loggers.base import Writer
+from hjepa_engine.schedules import CosineScheduler
+from hjepa_engine.steps import linear_probe_step
+from hjepa_engine.types import Labelled
+from hjepa_engine.utils.rng import isolated, key
+
+
+def standardised(train: Labelled, val: Labelled) -> tuple[Labelled, Labelled]:
+    """Both with the mean 0 and standard deviation 1 that the training features have then (as MAE, arXiv:2111.06377)."""
+    (features, labels), (val_features, val_labels) = train, val
+    mean, std = features.mean(dim=0), features.std(dim=0)
+    # A feature that is constant in the training images (the border of digits) would blow up in others.
+    std = torch.where(std < 1e-4 * std.max(), 1.0, std)
+    return ((features - mean) / std, labels), ((val_features - mean) / std, val_labels)
+
+
+def train_head(
+    train: Labelled,
+    val: Labelled,
+    num_classes: int,
+    settings: ProbeConfig,
+    seed: int,
+    device: torch.device,
+    writers: Sequence[Writer] = (),
+    bar: str | None = None,
+) -> float:
+    """Train a linear head; its accuracy on ``val`` after the last epoch, from 0 to 1.
+
+    Equal arguments give an equal head; no random number is drawn from the outside's generators.
+
+    Args:
+        train: standardised features to learn from.
+        val: standardised features to judge on.
+        num_classes: that labels may have.
+        settings: epochs, batch size, learning rate and weight decay.
+        seed: names weights and order.
+        device: to train on.
+        writers: of its losses and accuracies.
+        bar: name of a progress bar; None: show none.
+    """
+    batches = FeatureBatches(*train, min(settings.batch_size, len(train[0])), seed)
+    with isolated():
+        torch.manual_seed(key(seed, "linear probe"))
+        modules = nn.ModuleDict({"head": nn.Linear(train[0].shape[1], num_classes)}).to(device)
+    optimizer = torch.optim.AdamW(modules.parameters(), settings.lr, weight_decay=settings.weight_decay)
+
+    trainer = create_trainer(linear_probe_step, modules, device)
+    evaluator = create_evaluator(linear_probe_step, modules, device)
+    MetricAverager(prefix="").attach(evaluator)
+    logger = MetricsLogger(writers)
+    for handler in (
+        OptimizerStep(optimizer),
+        ParamSchedule(
+            optimizer, "lr", CosineScheduler(settings.lr, 0.0, settings.epochs, len(batches)), metric="train/lr"
+        ),
+        DataPosition(batches.sampler),
+        MetricAverager(),
+        Validation(evaluator, FeatureBatches(*val, 4096, shuffle=False), every=settings.epochs),
+        logger,
+    ):
+        handler.attach(trainer)
+    if bar is not None:
+        ProgressBar(("train/loss", "train/accuracy", "val/accuracy"), name=bar, summaries=False).attach(trainer)
+    accuracy = trainer.run(batches, max_epochs=settings.epochs).metrics["val/accuracy"]
+    logger.close()
+    return float(accuracy)

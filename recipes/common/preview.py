@@ -1,0 +1,127 @@
+"""What a run is going to be, before it begins: ``recipes/pretrain.py --preview``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+
+from hjepa_engine import Config
+from hjepa_engine.build import Schedules, build_masks, build_schedules, process_group, steps_per_epoch
+from hjepa_engine.config.schema import Level, resolve_levels
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.types import unwrap
+from hjepa_engine.visualization import figures
+from hjepa_engine.visualization.drawing import save
+from hjepa_engine.visualization.figure_data import to_pixels
+
+#: Steps whose masks are looked at, evenly spread over the run.
+_SAMPLES = 64
+
+
+def preview(config: Config, build: Callable[[Config], Any]) -> None:
+    """Print and draw schedules and masks; nothing of a run is made or touched but ``<run_dir>/preview/``.
+
+    Args:
+        config: of the run.
+        build: makes the :class:`~hjepa_engine.recipes.pretrain.Run`, and so refuses whatever the run would refuse.
+
+    Raises:
+        ConfigError: the pictures cannot be written.
+    """
+    with process_group(config.device):
+        run = build(config)
+        if idist.get_rank() == 0:
+            _preview(config, run)
+
+
+def _preview(config: Config, run: Any) -> None:
+    accumulation = config.training.accumulation_steps
+    per_epoch = steps_per_epoch(len(run.data), accumulation)
+    epochs, rest = divmod(run.iterations, len(run.data))
+    steps = epochs * per_epoch + math.ceil(rest / accumulation)
+    schedules, levels = build_schedules(config, per_epoch), resolve_levels(config)
+    masks = build_masks(config, unwrap(run.modules["target_encoder"]).grid)
+    print(f"{run.describe()}\n{steps} steps, {per_epoch} in an epoch\n")
+    print("\n".join(table_of(config, schedules, steps, per_epoch)) + "\n")
+    print("\n".join(tokens_of(masks, levels, config.seed, steps)) + "\n")
+    folder = run.folder.path / "preview"
+    keys = next(iter(run.data.batch_sampler))[: config.pictures.images]
+    images = torch.stack([run.data.dataset[key]["image"] for key in keys])
+    pixels = to_pixels(images, run.data.dataset.source.stats)
+    try:
+        save(figures.draw_schedules(lines_of(config, schedules), steps, per_epoch), folder / "schedules.png")
+        drawn = figures.draw_masks(pixels, masks.sample(len(images), config.seed), masks.grid, levels)
+        save(drawn, folder / "masks.png")
+    except OSError as error:
+        raise ConfigError(f"run_dir {run.folder.path} cannot be written to: {error.strerror}") from error
+    print(f"drawn: {folder / 'schedules.png'} and {folder / 'masks.png'}")
+
+
+def lines_of(config: Config, schedules: Schedules) -> dict[str, dict[str, Callable[[int], float]]]:
+    """Schedules as :func:`draw_schedules` takes them; levels where they have their own."""
+    rates: dict[str, Callable[[int], float]] = {"shared": schedules.lr}
+    for level in range(len(config.training.level_lrs or ())):
+        rates[f"level {level}"] = lambda step, level=level: schedules.level_lr(step)[level]  # type: ignore[misc]
+    return {
+        "learning rate": rates,
+        "weight decay": {"": schedules.weight_decay},
+        "momentum of the target": {"": schedules.momentum},
+    }
+
+
+def table_of(config: Config, schedules: Schedules, steps: int, per_epoch: int) -> list[str]:
+    """Lines of a table: schedules at the run's start, end of the warm-up, quarters and last step.
+
+    Args:
+        config: of the run.
+        schedules: of the run.
+        steps: optimiser steps of the run.
+        per_epoch: optimiser steps of an epoch.
+    """
+    rates = lines_of(config, schedules)["learning rate"]
+    columns: dict[str, Callable[[int], float]] = {
+        **{"lr" if name == "shared" else f"lr {name}": rate for name, rate in rates.items()},
+        "weight decay": schedules.weight_decay,
+        "momentum": schedules.momentum,
+    }
+    moments = {0: "start", round(config.training.warmup_epochs * per_epoch): "end of warm-up"}
+    moments |= {steps * quarter // 4: f"{quarter}/4" for quarter in (1, 2, 3)} | moments | {steps - 1: "last step"}
+    lines = ["".join(f"{name:>14}" for name in ("epoch", "step", *columns))]
+    for step in sorted(step for step in moments if step < steps):
+        values = "".join(f"{schedule(step):14.6g}" for schedule in columns.values())
+        lines.append(f"{step / per_epoch:14.2f}{step:14d}{values}   {moments[step]}")
+    return lines
+
+
+def tokens_of(masks: MultiBlockMasks, levels: tuple[Level, ...], seed: int, steps: int) -> list[str]:
+    """What the context encoder sees and what each level predicts of an image, over the run's masks.
+
+    Args:
+        masks: the sampler.
+        levels: of the hierarchy.
+        seed: of the run.
+        steps: optimiser steps of the run.
+    """
+    drawn = [masks.sample(1, seed, step) for step in range(0, steps, math.ceil(steps / _SAMPLES))]
+    visible = _range([each.context_idx.shape[1] for each in drawn])
+    lines = [f"context: {visible} of {masks.num_patches} patches seen"]
+    for number, level in enumerate(levels):
+        counts = [
+            1
+            if level.pool == "image"
+            else masks.num_targets * math.prod(math.ceil(side / level.pool) for side in each.block)
+            for each in drawn
+        ]
+        where = "" if level.pool == "image" else f" in {masks.num_targets} blocks"
+        lines.append(f"level {number}, {figures.pool_in_words(level)}: {_range(counts)} predicted{where}")
+    return lines
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high} (mean {sum(counts) / len(counts):.1f})"

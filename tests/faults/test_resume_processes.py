@@ -1,0 +1,134 @@
+"""Several processes stop and go on as one does."""
+
+import os
+import socket
+import traceback
+
+import ignite.distributed as idist
+import pytest
+import torch
+from helpers import largest_difference, same_bits
+from ignite.engine import Events
+from resuming import RICH, ask_at, outcome, train
+
+from hjepa_engine.build import process_group
+from hjepa_engine.types import unwrap
+
+#: 3 epochs of 7 iterations: processes agree upon a stop after iterations 10 and 20, inside an epoch.
+TWO = {**RICH, "logging.log_frequency": 4, "data.fake_size": 56, "data.random_affine": 0, "data.color_jitter": 0}
+#: What differs between one and two processes is left out.
+ALIKE = {
+    **TWO,
+    "model.drop_path": 0,
+    "loss.sigreg_weight": 0,
+    "loss.variance_weight": 0,
+    "training.optimizer": "sgd",
+    "training.lr": 0.1,
+    "training.level_lrs": None,
+}
+
+
+def in_processes(number, folder, body):
+    """Run ``body()`` in so many processes of one group; what each returns, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(number):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                with process_group("cpu"):
+                    torch.save(body(), folder / f"rank{rank}.pt")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * number
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(number)]
+
+
+def ask_on_one(run, iteration):
+    """Only the second process is asked to stop."""
+    if idist.get_rank() == 1:
+        ask_at(run, iteration)
+
+
+def weights(run):
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in run.modules.items()
+        for key, value in unwrap(module).state_dict().items()
+    }
+
+
+def stop(folder, values):
+    def body():
+        state = train_on_two(folder, values, 4).trainer.state
+        return state.iteration, state.optimizer_step
+
+    return body
+
+
+def train_on_two(folder, values, iteration=None):
+    asked = "asked" if idist.get_rank() == 1 else "another process was asked to stop"
+    return train(folder, values, stop=iteration, ask=ask_on_one, reason=asked)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes leave behind that nobody stops."""
+    folder = tmp_path_factory.mktemp("together")
+    return in_processes(2, folder, lambda: outcome(train(folder / "run", TWO)))
+
+
+def test_two_processes_stop_at_the_same_step_when_one_is_asked_and_go_on_with_the_same_bits(together, tmp_path):
+    run = tmp_path / "run"
+    assert in_processes(2, tmp_path, stop(run, TWO)) == [(4, 4), (4, 4)]
+    resumed = in_processes(2, tmp_path, lambda: outcome(train(run, TWO)))
+    for whole, one in zip(together, resumed, strict=True):
+        assert one[0] == whole[0] and one[2:] == whole[2:] and same_bits(one[1], whole[1])
+    assert len(together[0][0]["ranks"]) == 2 and any(name.startswith("ranks.1.") for name in together[0][1])
+
+
+def test_one_process_goes_on_where_two_were_stopped(tmp_path, caplog):
+    whole = in_processes(2, tmp_path, lambda: weights(train(tmp_path / "whole", ALIKE)))[0]
+    in_processes(2, tmp_path, stop(tmp_path / "run", ALIKE))
+    alone = train(tmp_path / "run", ALIKE)
+    assert alone.trainer.state.iteration == 21
+    assert "2 processes wrote the checkpoint, there are 1 now" in caplog.text
+    assert largest_difference(weights(alone), whole) < 1e-5
+    start = weights(train(tmp_path / "start", {**ALIKE, "training.max_iters": 1}))
+    assert largest_difference(start, whole) > 1e-2
+
+
+class Wrong:
+    """A metric that is wrong from iteration 9 on until the run is rolled back; only rank 0 has it."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+
+    def write(self, engine):
+        if idist.get_rank() == 0:
+            engine.state.metrics["mine"] = float(engine.state.iteration >= 9 and not engine.state.rollbacks)
+
+
+def test_two_processes_are_rolled_back_together_as_one_is(tmp_path):
+    rule = "[{metric: mine, above: 0.5, readings: 1, action: rollback}]"
+    values = {**ALIKE, "guard.rules": rule, "checkpoint.save_every_steps": 2}
+
+    def body():
+        run = train(tmp_path / f"of{idist.get_world_size()}", values, [Wrong])
+        state = run.trainer.state
+        return weights(run), (state.iteration, state.rollbacks, state.lr_scale)
+
+    (first, told), (second, also) = in_processes(2, tmp_path, body)
+    assert told == also == (21, 1, 0.5) and same_bits(first, second)
+    alone, also = body()
+    assert also == told and largest_difference(alone, first) < 1e-5

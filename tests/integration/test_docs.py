@@ -1,0 +1,106 @@
+"""Documentation is true: its pages are current and its programs run."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("--model.embed_dim", "16", "--model.depth", "1", "--model.num_heads", "2", "--data.fake_size", "32"),
+    *("--model.predictor.width", "16", "--model.predictor.depth", "1", "--model.predictor.num_heads", "2"),
+    *("--training.max_iters", "5", "--probe.enabled", "false", "--logging.log_frequency", "2"),
+]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def run(folder: Path, *words: str) -> str:
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_configuration_page_is_what_the_dataclasses_say():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run: python docs/generate.py"
+
+
+@pytest.fixture
+def handler_files(tmp_path):
+    """The files of docs/handlers.md, each with its name in the first line."""
+    for text in blocks("docs/handlers.md", "python") + blocks("docs/handlers.md", "yaml"):
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_handler_of_the_documentation_runs_when_attached_from_yaml(handler_files):
+    run(handler_files, str(ROOT / "recipes" / "pretrain.py"), "--config", "my_run.yaml", *TINY)
+    assert "train/similarity" in (handler_files / "runs" / "my_run" / "metrics.jsonl").read_text()
+
+
+def test_the_handler_of_the_documentation_runs_when_attached_from_python(handler_files):
+    text = (handler_files / "my_run.yaml").read_text()
+    (handler_files / "my_run.yaml").write_text(text[text.index("logging:") :])
+    program = (handler_files / "train.py").read_text()
+    (handler_files / "train.py").write_text(program.replace('"my_run.yaml")', f'"my_run.yaml", {TINY})'))
+    run(handler_files, "train.py")
+    assert "train/similarity" in (handler_files / "runs" / "my_run" / "metrics.jsonl").read_text()
+
+
+def test_the_step_of_the_documentation_runs(tmp_path):
+    (program,) = blocks("docs/steps.md", "python")
+    (tmp_path / "program.py").write_text(program + "\nprint(trainer.state.metrics)\n")
+    assert "train/worst" in run(tmp_path, "program.py")
+
+
+def test_the_readme_example_runs(tmp_path):
+    (program,) = blocks("README.md", "python")
+    (tmp_path / "program.py").write_text(program)
+    assert "torch.Size([1, 16, 64])" in run(ROOT, str(tmp_path / "program.py"))
+
+
+def test_the_readme_has_one_line_to_run_and_one_to_test():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for title in ("Run it", "Test it"):
+        section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+        assert len(block.strip().splitlines()) == 1
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:\s\"]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_keys_that_may_change_are_those_of_the_documentation():
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    paragraphs = [text for text in page.split("\n\n") if "These may change" in text or "these may differ" in text]
+    same, elsewhere = (re.findall(r"`([a-z_.]+\*?)`", text.rpartition("goes on: ")[2]) for text in paragraphs)
+    assert same == [key + "*" * key.endswith(".") for key in MAY_CHANGE]
+    assert [*same, *elsewhere] == [key + "*" * key.endswith(".") for key in MAY_CHANGE_ELSEWHERE]
+
+
+def test_the_job_script_of_the_documentation_is_valid_and_its_options_exist():
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if "#SBATCH" in block)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    known = run(ROOT, "-m", "torch.distributed.run", "--help")
+    launch = script.split("torchrun")[1].split("recipes/")[0]
+    assert all(option in known for option in re.findall(r"--[a-z_-]+", launch))
