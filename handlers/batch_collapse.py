@@ -18,17 +18,17 @@ from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
 class BatchCollapse:
     """Measure how much the step's own tokens tell images apart: augmented, masked, as the loss sees them.
 
-    As :class:`CollapseMonitor`, each patch has a mean of its own. From every ``every``-th optimiser step on, tokens are
+    As :class:`CollapseMonitor`, each patch has a mean of its own. From every ``every``-th optimizer step on, tokens are
     taken in until there are max(2 D, 2048, 16 N) over all ranks, a part of each batch if need be, the same part on however
-    many ranks; the reading is written when the log window ends.
+    many ranks; the reading is written when the log interval ends.
 
-    Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.WINDOW_COMPLETED``.
+    Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["context_tokens"]`` (B, K, D) and ``["target_tokens"]`` (B, N, D);
     ``engine.state.batch["masks"].context_idx`` (B, K).
     Writes: ``engine.state.metrics["collapse/batch_<context or target>_<std, norm, rank or rank_share>"]``.
 
     Args:
-        every: optimiser steps between readings.
+        every: optimizer steps between readings.
     """
 
     per_rank = True  # every process has samples of its own
@@ -44,7 +44,7 @@ class BatchCollapse:
         """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def start(self, engine: Trainer) -> None:
         """Start a new run with no samples; a resumed one keeps those it has loaded."""

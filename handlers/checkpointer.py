@@ -12,7 +12,7 @@ import ignite.distributed as idist
 from ignite.engine import Events
 
 from hjepa_engine.checkpoint.retention import Record, RetentionPolicy
-from hjepa_engine.checkpoint.state import bits_environment, flat_state
+from hjepa_engine.checkpoint.state import flat_state, reproducibility_info
 from hjepa_engine.checkpoint.writer import CheckpointWriter, StateCopy, describe_record
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
@@ -27,16 +27,16 @@ class Checkpointer:
     Training waits for a copy of the state, handlers' included; a thread writes it. A save that fails is named in a warning,
     and tried again at the next occasion. :func:`~hjepa_engine.checkpoint.state.resume` is the way back.
 
-    Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.SAVE_POINT`` and ``INTERRUPTED``, ``COMPLETED``.
-    Reads: ``engine.state.metrics``; ``engine.state.suspect_since``: what was saved before is kept.
+    Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.CHECKPOINT_READY`` and ``PREEMPTED``, ``COMPLETED``.
+    Reads: ``engine.state.metrics``; ``engine.state.first_untrusted_iteration``: what was saved before is kept.
     Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is interrupted.
 
     Args:
         folder: of the checkpoints; made if need be.
         policy: which ones stay.
         metric: a checkpoint's score, if it was new when that was saved.
-        every_epochs: save at the end of every so-manieth epoch, and of the run; None: only of the run.
-        every_steps: likewise after every so-manieth optimiser step.
+        every_epochs: save at the end of every N-th epoch, and of the run; None: only of the run.
+        every_steps: likewise after every N-th optimizer step.
         every_minutes: likewise when so many minutes have passed since the last save.
         config: the resolved configuration, for the manifest.
         on_saved: called with path and manifest fields of every checkpoint, in the writing thread.
@@ -67,8 +67,8 @@ class Checkpointer:
         engine.state.checkpoint = None
         engine.add_event_handler(Events.STARTED, self.prepare)
         engine.add_event_handler(Events.ITERATION_STARTED, self.begin)
-        engine.add_event_handler(TrainEvents.SAVE_POINT, self.save_if_due)
-        engine.add_event_handler(TrainEvents.INTERRUPTED, self.save_now)
+        engine.add_event_handler(TrainEvents.CHECKPOINT_READY, self.save_if_due)
+        engine.add_event_handler(TrainEvents.PREEMPTED, self.save_now)
         engine.add_event_handler(Events.COMPLETED, self.wait)
 
     def prepare(self, engine: Trainer) -> None:
@@ -146,10 +146,10 @@ class Checkpointer:
         name = f"epoch_{epoch:04d}_step_{state.optimizer_step:08d}"
         record = Record(name, state.iteration, state.optimizer_step, epoch, ends_epoch(state), score)
         description = describe_record(record, self.metric, state.metrics.since(0)[0])
-        description |= {"config": self.config, "environment": bits_environment(engine.device)}
+        description |= {"config": self.config, "environment": reproducibility_info(engine.device)}
         structure, tensors = flat_state(engine)
         copy = self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
-        self.writer.suspect_since = state.suspect_since
+        self.writer.first_untrusted_iteration = state.first_untrusted_iteration
         return copy
 
     def _save(self, copy: StateCopy, reasons: list[str]) -> None:

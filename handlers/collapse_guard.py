@@ -13,7 +13,7 @@ from hjepa_engine.config.monitoring import GuardRule, default_rules
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import GuardStop, Rollback
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.run.guard_rules import Verdict, Watch
+from hjepa_engine.run.guard_rules import RuleMonitor, Verdict
 from hjepa_engine.utils.distributed import rank_zero
 
 logger = logging.getLogger(__name__)
@@ -22,36 +22,37 @@ logger = logging.getLogger(__name__)
 class CollapseGuard:
     """Judge logged metrics by rules; warn, end the run, or ask for a rollback.
 
-    A rule looks at each new value of its metric, once per log window and at an epoch's end, when everybody else has read
+    A rule looks at each new value of its metric, once per log interval and at an epoch's end, when everybody else has read
     it. Rank 0 decides for all.
 
-    Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``, ``RECORD_DUE``, ``ITERATION_COMMITTED``, ``EPOCH_COMMITTED``.
+    Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``, ``LOG_METRICS``, ``ITERATION_FINALIZED`` and
+    ``EPOCH_FINALIZED``.
     Reads: ``engine.state.metrics``, ``engine.state.rollbacks``.
-    Writes: ``engine.state.suspect_since``: checkpoints from before this iteration are known to be good for every rule that
-    may roll back, and the newest of them is kept; ``engine.state.metrics["train/rollbacks"]``, once there are any; raises
-    :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
+    Writes: ``engine.state.first_untrusted_iteration``: checkpoints from before this iteration are known to be good for every
+    rule that may roll back, and the newest of them is kept; ``engine.state.metrics["train/rollbacks"]``, once there are any;
+    raises :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
 
     Args:
         rules: see :class:`~hjepa_engine.config.monitoring.GuardRule`.
     """
 
     def __init__(self, rules: Sequence[GuardRule] | None = None) -> None:
-        self.watches = [Watch(rule) for rule in (default_rules() if rules is None else rules)]
+        self.monitors = [RuleMonitor(rule) for rule in (default_rules() if rules is None else rules)]
         self._seen, self._is_new, self._is_named = 0, False, False
-        self._place = 0, 0  # optimiser step and iteration of what is new
+        self._place = 0, 0  # optimizer step and iteration of what is new
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
-        engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.name_missing)
-        engine.add_event_handler(TrainEvents.RECORD_DUE, self.notice)
-        engine.add_event_handler(TrainEvents.ITERATION_COMMITTED, self.check)
-        engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.check)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.EPOCH_FINALIZED, self.name_missing)
+        engine.add_event_handler(TrainEvents.LOG_METRICS, self.notice)
+        engine.add_event_handler(TrainEvents.ITERATION_FINALIZED, self.check)
+        engine.add_event_handler(TrainEvents.EPOCH_FINALIZED, self.check)
 
     def start(self, engine: Trainer) -> None:
         """Protect what a resumed run would go back to."""
-        engine.state.suspect_since = self._suspect_since()
+        engine.state.first_untrusted_iteration = self._first_untrusted_iteration()
 
     def report(self, engine: Trainer) -> None:
         """Write how often the run was rolled back."""
@@ -62,7 +63,7 @@ class CollapseGuard:
         """Say once, after an epoch, which metrics of rules are not there; those of the default rules may be off."""
         if self._is_named:
             return
-        missing = {watch.rule.metric for watch in self.watches} - {rule.metric for rule in default_rules()}
+        missing = {monitor.rule.metric for monitor in self.monitors} - {rule.metric for rule in default_rules()}
         missing -= engine.state.metrics.keys()
         if missing and idist.get_rank() == 0:
             known = ", ".join(sorted(engine.state.metrics))
@@ -78,7 +79,7 @@ class CollapseGuard:
         if not self._is_new:
             return
         self._is_new = False
-        verdicts, seen = rank_zero(lambda: (self.judge(engine), self.state_dict()))
+        verdicts, seen = rank_zero(lambda: (self.evaluate_rules(engine), self.state_dict()))
         self.load_state_dict(seen)  # what rank 0 has seen, on every rank
         for verdict in verdicts:
             if verdict.action == "stop":
@@ -88,29 +89,31 @@ class CollapseGuard:
             if idist.get_rank() == 0:
                 logger.warning("%s", verdict.text)
 
-    def judge(self, engine: Trainer) -> list[Verdict]:
+    def evaluate_rules(self, engine: Trainer) -> list[Verdict]:
         """What the rules say of the values that are new."""
         state = engine.state
         fresh, self._seen = state.metrics.since(self._seen)
         verdicts = [
-            watch.look(fresh[watch.rule.metric], *self._place) for watch in self.watches if watch.rule.metric in fresh
+            monitor.update(fresh[monitor.rule.metric], *self._place)
+            for monitor in self.monitors
+            if monitor.rule.metric in fresh
         ]
-        state.suspect_since = self._suspect_since()
+        state.first_untrusted_iteration = self._first_untrusted_iteration()
         # A warning must not be lost to a rule behind it that ends the run.
         return sorted(filter(None, verdicts), key=lambda verdict: verdict.action != "warn")
 
-    def _suspect_since(self) -> int | None:
-        rolling = [watch for watch in self.watches if watch.rule.action == "rollback"]
-        bounds = [watch.since if watch.good is None else watch.good + 1 for watch in rolling]
+    def _first_untrusted_iteration(self) -> int | None:
+        rolling = [monitor for monitor in self.monitors if monitor.rule.action == "rollback"]
+        bounds = [monitor.since if monitor.good is None else monitor.good + 1 for monitor in rolling]
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         """What each rule has seen, by the rule."""
-        return {"seen": self._seen, "watches": {str(watch.rule): watch.state_dict() for watch in self.watches}}
+        return {"seen": self._seen, "monitors": {str(monitor.rule): monitor.state_dict() for monitor in self.monitors}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; rules that were not there begin anew."""
         self._seen, self._is_new = state_dict["seen"], False
-        for watch in self.watches:
-            if str(watch.rule) in state_dict["watches"]:
-                watch.load_state_dict(state_dict["watches"][str(watch.rule)])
+        for monitor in self.monitors:
+            if str(monitor.rule) in state_dict["monitors"]:
+                monitor.load_state_dict(state_dict["monitors"][str(monitor.rule)])

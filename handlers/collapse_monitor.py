@@ -14,7 +14,7 @@ from torch import Tensor
 from hjepa_engine.data.views import random_views
 from hjepa_engine.engine import Evaluator, Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.loggers.media import Anything
+from hjepa_engine.loggers.media import JsonValue
 from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req
 from hjepa_engine.utils.eta import total_iterations
 
@@ -31,12 +31,12 @@ class Images(Protocol):
 class CollapseMonitor:
     """Measure how much the features of both encoders, and of every level, still tell images apart.
 
-    The images are fixed, so that readings compare over time. Features are centred at each place of their map: tokens that
+    The images are fixed, so that readings compare over time. Features are centered at each place of their map: tokens that
     differ between places and not between images are collapsed, and would pass for healthy otherwise. A reading is taken
-    before the first step, then every ``every`` optimiser steps, at the end of the log window, and at the end of the run.
+    before the first step, then every ``every`` optimizer steps, at the end of the log interval, and at the end of the run.
     With ``epoch_ends`` every epoch ends with a reading too. All ranks measure, each its own images.
 
-    Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``.
+    Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: the evaluator's ``state.output``: features (B, places, D) by name, ``<name>`` or ``<name>_level_<l>``.
     Writes: ``engine.state.metrics["collapse/<name>_<key>"]``, with ``_level_<l>`` behind the key, where the keys are
     ``std``, ``norm``, ``rank`` and ``rank_share`` (see :meth:`FeatureStatistics.summary`) and, not for levels, ``rank_me``,
@@ -47,7 +47,7 @@ class CollapseMonitor:
         evaluator: runs a step with such outputs, like :func:`~hjepa_engine.steps.feature_map_step`.
         images: the fixed set, of which rank r of R holds images r, r + R, ...; at least max(2 D, 2048) features over all
             ranks, or the rank cannot be trusted.
-        every: optimiser steps between readings.
+        every: optimizer steps between readings.
         alpha_req: measure alpha-ReQ too.
         lidar_views: measure LiDAR too, on the mean token of this many random views of each image; 0: do not.
         seed: names the views.
@@ -75,7 +75,7 @@ class CollapseMonitor:
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.read_if_due)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.read_if_due)
 
     def start(self, engine: Trainer) -> None:
         """Take the reading before the first step."""
@@ -118,7 +118,7 @@ class CollapseMonitor:
         for key in ("std", "norm", "rank", "rank_share") if is_level else found:
             engine.state.metrics[f"collapse/{encoder}_{key}{is_level}{level}"] = found[key]
         if not is_level:
-            engine.state.media[f"collapse/{encoder}_spectrum"] = Anything(thinned(values))
+            engine.state.media[f"collapse/{encoder}_spectrum"] = JsonValue(thinned(values))
 
     def _read_lidar(self, engine: Trainer) -> None:
         found: dict[str, ViewStatistics] = {}

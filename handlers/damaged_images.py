@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 class DamagedImages:
     """Name each damaged image once, and end the run when there are too many.
 
-    Listens to: ``GET_BATCH_COMPLETED``, ``TrainEvents.WINDOW_COMPLETED``.
+    Listens to: ``GET_BATCH_COMPLETED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.batch["damaged"]``, names of images that were replaced by others.
     Writes: ``engine.state.metrics["data/damaged"]``, how many there were so far, once there are any.
 
     Args:
-        max_share: largest share of damaged images among those read, in [0, 1]; judged at the end of a log window, from
+        max_share: largest share of damaged images among those read, in [0, 1]; judged at the end of a log interval, from
             100 images on.
     """
 
@@ -37,7 +37,7 @@ class DamagedImages:
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.count)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.judge)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.check)
 
     def count(self, engine: StepEngine) -> None:
         """Look at the newest batch."""
@@ -49,7 +49,7 @@ class DamagedImages:
                 self._named[name] = None
                 logger.warning("damaged image replaced by another: %s", name)
 
-    def judge(self, engine: StepEngine) -> None:
+    def check(self, engine: StepEngine) -> None:
         """Compare the share with what is allowed, over all ranks."""
         read, damaged = (int(idist.all_reduce(number)) for number in (self.read, self.damaged))
         if damaged:

@@ -32,9 +32,9 @@ class DataPosition:
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self.place)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.set_position)
 
-    def place(self, engine: StepEngine) -> None:
+    def set_position(self, engine: StepEngine) -> None:
         """Place the sampler."""
         state = engine.state
         epoch = state.epoch - 1

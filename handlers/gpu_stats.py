@@ -49,12 +49,12 @@ def _memory(place: int) -> tuple[int, int]:
 
 
 class GpuStats:
-    """Log what GPUs and hosts are doing, once per log window.
+    """Log what GPUs and hosts are doing, once per log interval.
 
     What cannot be read (no driver, no permission, not offered by this GPU) is not written; there is no warning. GPUs are
     looked up by UUID, so that ``CUDA_VISIBLE_DEVICES`` may name any of them in any order. All ranks write the same values.
 
-    Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``, ``COMPLETED``.
+    Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``, ``COMPLETED``.
     Writes: to ``engine.state.metrics``, 1 GB being 1e9 bytes: ``system/gpu<i>_memory_allocated_gb`` (of live tensors) and
     ``_memory_reserved_gb`` (taken from the GPU by torch), at the end of the window; ``_utilization``, share of the last
     second or less in which the GPU was at work, from 0 to 1; ``_power_w``, watts; ``_temperature_c``, degrees Celsius;
@@ -77,7 +77,7 @@ class GpuStats:
         """Attach to the trainer."""
         self._psutil = import_module("psutil")
         engine.add_event_handler(Events.STARTED, self.open)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
         engine.add_event_handler(Events.COMPLETED, self.close)
 
     def open(self, engine: StepEngine) -> None:

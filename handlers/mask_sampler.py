@@ -10,7 +10,7 @@ from hjepa_engine.masking import MultiBlockMasks
 
 
 class MaskSampler:
-    """Put masks into every batch, keyed by (seed, optimiser step, place in the global batch).
+    """Put masks into every batch, keyed by (seed, optimizer step, place in the global batch).
 
     One large batch, its micro-batches and the ranks that share it all see the same masks. On an evaluator the step is
     the number of the batch, so that every evaluation of a seed sees the same masks.
@@ -22,7 +22,7 @@ class MaskSampler:
     Args:
         masks: the sampler of masks.
         seed: seed of the run.
-        accumulation_steps: micro-batches of an optimiser step.
+        accumulation_steps: micro-batches of an optimizer step.
     """
 
     def __init__(self, masks: MultiBlockMasks, seed: int = 0, accumulation_steps: int = 1) -> None:
@@ -37,7 +37,7 @@ class MaskSampler:
         state, size = engine.state, len(engine.state.batch["images"])
         if isinstance(engine, Trainer):
             step = state.optimizer_step
-            micro_batch = accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps).place
+            micro_batch = accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps).position
         else:
             step, micro_batch = state.iteration - 1, 0
         offset = (micro_batch * idist.get_world_size() + idist.get_rank()) * size

@@ -13,10 +13,10 @@ from hjepa_engine.metrics.means import WeightedMeans
 class MetricAverager:
     """Average every 0-dimensional tensor of the step's output, over samples and ranks.
 
-    On a trainer a mean covers one log window and is then reset; on an evaluator it covers the run. Values stay on their
-    device until then: one synchronisation per window.
+    On a trainer a mean covers one log interval and is then reset; on an evaluator it covers the run. Values stay on their
+    device until then: one synchronization per window.
 
-    Listens to: ``ITERATION_COMPLETED``, and ``TrainEvents.WINDOW_COMPLETED`` (trainer) or ``EPOCH_COMPLETED``
+    Listens to: ``ITERATION_COMPLETED``, and ``TrainEvents.LOG_INTERVAL_COMPLETED`` (trainer) or ``EPOCH_COMPLETED``
     (evaluator).
     Reads: ``engine.state.output``, ``engine.state.batch`` for the number of samples.
     Writes: ``engine.state.metrics[prefix + name]``.
@@ -34,7 +34,7 @@ class MetricAverager:
         """Attach to a trainer or an evaluator."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
-        window = TrainEvents.WINDOW_COMPLETED if isinstance(engine, Trainer) else Events.EPOCH_COMPLETED
+        window = TrainEvents.LOG_INTERVAL_COMPLETED if isinstance(engine, Trainer) else Events.EPOCH_COMPLETED
         engine.add_event_handler(window, self.report)
 
     def start(self, engine: StepEngine) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.loggers.base import Writer, as_number, check_names
-from hjepa_engine.loggers.media import Anything, Histogram, Image, Media, Text
+from hjepa_engine.loggers.base import Writer, check_names, to_float
+from hjepa_engine.loggers.media import Histogram, Image, JsonValue, Media, Text
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 class MetricsLogger:
     """Write new values of ``engine.state.metrics``, and what lies in ``engine.state.media``, to every writer.
 
-    A value is written once, with the optimiser step at which it was new. A writer that fails is named in one warning
+    A value is written once, with the optimizer step at which it was new. A writer that fails is named in one warning
     and dropped: its failure is not the run's. The ``log_...`` methods are for values of your own; what they cannot take
     (a bad name, shape or type) they refuse with a ``ValueError`` or ``TypeError``, and no writer sees it.
 
-    Listens to: ``TrainEvents.RECORD_DUE``, ``COMPLETED``.
+    Listens to: ``TrainEvents.LOG_METRICS``, ``COMPLETED``.
     Reads: ``engine.state.metrics``; empties ``engine.state.media``.
 
     Args:
@@ -46,7 +46,7 @@ class MetricsLogger:
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         self._engine = engine
-        for event in (TrainEvents.RECORD_DUE, Events.COMPLETED):
+        for event in (TrainEvents.LOG_METRICS, Events.COMPLETED):
             engine.add_event_handler(event, self.write)
 
     def write(self, engine: StepEngine) -> None:
@@ -56,7 +56,7 @@ class MetricsLogger:
         media, state.media = state.media, {}
         for name, item in media.items():
             if not isinstance(item, Media):
-                kinds = "an Image, Histogram, Text or Anything of hjepa_engine.loggers.media"
+                kinds = "an Image, Histogram, Text or JsonValue of hjepa_engine.loggers.media"
                 raise TypeError(f"state.media[{name!r}] must be {kinds}, got {type(item).__name__}")
         self._send(fresh, media, state.optimizer_step, state.epoch)
 
@@ -65,10 +65,10 @@ class MetricsLogger:
 
         Args:
             metrics: numbers, or tensors of one, by name; names may be grouped with ``/``.
-            step: optimiser step they belong to; the engine's present one by default.
+            step: optimizer step they belong to; the engine's present one by default.
             prefix: put before the names.
         """
-        self._log({f"{prefix}{name}": as_number(name, value) for name, value in metrics.items()}, {}, step)
+        self._log({f"{prefix}{name}": to_float(name, value) for name, value in metrics.items()}, {}, step)
 
     def log_system_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write numbers of your own under ``system/``."""
@@ -83,12 +83,12 @@ class MetricsLogger:
         self._log({}, {name: Histogram.of(values, bins)}, step)
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
-        """Write a text."""
+        """Write a string."""
         self._log({}, {name: Text(text)}, step)
 
     def log_object(self, name: str, value: Any, step: int | None = None) -> None:
         """Write anything that JSON can hold; tensors and arrays in it become lists."""
-        self._log({}, {name: Anything(value)}, step)
+        self._log({}, {name: JsonValue(value)}, step)
 
     def close(self) -> None:
         """Flush and close every writer; nothing can be logged any more."""

@@ -12,14 +12,14 @@ from hjepa_engine.events import TrainEvents
 from hjepa_engine.utils.distributed import any_rank
 
 # A loss scale of 2 ** 16 that is halved this often in a row is too small for any gradient.
-_MOST_OVERFLOWS = 50
+MAX_OVERFLOWS = 50
 
 
 class NonFiniteGuard:
-    """Act on a non-finite loss or gradient before the optimiser's step, so that the weights never see it.
+    """Act on a non-finite loss or gradient before the optimizer's step, so that the weights never see it.
 
     With fp16 a non-finite gradient alone is the scaler's business: it skips the step and lowers the scale. Reading the
-    loss waits for the GPU once per optimiser step. Ranks decide together.
+    loss waits for the GPU once per optimizer step. Ranks decide together.
 
     Listens to: ``TrainEvents.GRADIENTS_READY``.
     Reads: ``engine.state.window_loss`` () and ``engine.state.output["grad_norm"]`` ().
@@ -51,12 +51,12 @@ class NonFiniteGuard:
         bad_loss = any_rank(bad_loss)  # the loss is each rank's own; gradients are equal on all
         self.in_a_row = self.in_a_row + 1 if bad_loss or bad_norm else 0
         ours = bad_loss or (bad_norm and not self.scaled)
-        limit = (1 if self.action == "stop" else self.patience) if ours else _MOST_OVERFLOWS
+        limit = (1 if self.action == "stop" else self.patience) if ours else MAX_OVERFLOWS
         if self.in_a_row >= limit:
             times = f" for {self.in_a_row} updates in a row" if self.in_a_row > 1 else ""
             what = "loss" if bad_loss else "gradient"
             raise GuardStop(
-                f"non-finite {what} at optimiser step {engine.state.optimizer_step}{times}; the weights are those of the "
+                f"non-finite {what} at optimizer step {engine.state.optimizer_step}{times}; the weights are those of the "
                 "last good step. A lower training.lr, clip_grad or a longer warm-up usually helps"
             )
         engine.state.skip_update = engine.state.skip_update or ours

@@ -1,4 +1,4 @@
-"""What are the features good for? Judged on labelled images while the encoder is trained."""
+"""What are the features good for? Judged on labeled images while the encoder is trained."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from ignite.engine import Events
 
 from hjepa_engine.engine import Evaluator, Trainer
-from hjepa_engine.types import Labelled
+from hjepa_engine.types import Labeled
 from hjepa_engine.utils.eta import total_iterations
 
 
 class OnlineProbe:
-    """Read the features of labelled images and let judges say how well they tell classes apart.
+    """Read the features of labeled images and let classifiers say how well they tell classes apart.
 
     A probe is taken before the first step (of a random encoder, the baseline of the curve), after every ``every``-th epoch
-    and after the last one. Features are read without gradients, so that nothing of a judge reaches the encoder. All ranks
-    read all images; the figures are those of rank 0.
+    and after the last one. Features are read without gradients, so that nothing of a classifier reaches the encoder. All
+    ranks read all images; the figures are those of rank 0.
 
     Listens to: ``STARTED``, ``EPOCH_COMPLETED``.
     Reads: the evaluator's ``state.output["features"]`` (B, F) and ``state.batch["labels"]`` (B,).
-    Writes: ``engine.state.metrics["probe/<name>"]`` for each judge, an accuracy from 0 to 1.
+    Writes: ``engine.state.metrics["probe/<name>"]`` for each classifier, an accuracy from 0 to 1.
 
     Args:
         evaluator: runs a step with such an output, like :func:`~hjepa_engine.steps.feature_step`, on the encoder.
         train: batches of ``images`` (B, C, H, W) and ``labels`` to learn from, the same in every pass.
         val: such batches to judge on.
-        judges: by name, from the training and the validation features to an accuracy; without unkeyed random draws.
+        classifiers: by name, from the training and the validation features to an accuracy; without unkeyed random draws.
         every: epochs between probes.
     """
 
@@ -38,12 +38,18 @@ class OnlineProbe:
         evaluator: Evaluator,
         train: Iterable[dict[str, Any]],
         val: Iterable[dict[str, Any]],
-        judges: Mapping[str, Callable[[Labelled, Labelled], float]],
+        classifiers: Mapping[str, Callable[[Labeled, Labeled], float]],
         every: int = 1,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.evaluator, self.train, self.val, self.judges, self.every = evaluator, train, val, dict(judges), every
+        self.evaluator, self.train, self.val, self.classifiers, self.every = (
+            evaluator,
+            train,
+            val,
+            dict(classifiers),
+            every,
+        )
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -64,13 +70,15 @@ class OnlineProbe:
     def probe(self, engine: Trainer) -> None:
         """Probe now. Collective."""
         train, val = self._features(self.train), self._features(self.val)
-        values = torch.tensor([judge(train, val) for judge in self.judges.values()], dtype=torch.float64)
+        values = torch.tensor([classify(train, val) for classify in self.classifiers.values()], dtype=torch.float64)
         # GPUs may round differently, and whoever acts on a figure has to act on all ranks.
         shared: Any = idist.broadcast(values.to(self.evaluator.device), src=0)
-        engine.state.metrics.update({f"probe/{name}": x for name, x in zip(self.judges, shared.tolist(), strict=True)})
+        engine.state.metrics.update(
+            {f"probe/{name}": x for name, x in zip(self.classifiers, shared.tolist(), strict=True)}
+        )
 
-    def _features(self, images: Iterable[dict[str, Any]]) -> Labelled:
-        read: list[Labelled] = []
+    def _features(self, images: Iterable[dict[str, Any]]) -> Labeled:
+        read: list[Labeled] = []
 
         def keep(evaluator: Evaluator) -> None:
             read.append((evaluator.state.output["features"], evaluator.state.batch["labels"]))

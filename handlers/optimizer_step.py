@@ -1,4 +1,4 @@
-"""Backward pass, accumulation, clipping and the optimiser's step."""
+"""Backward pass, accumulation, clipping and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 class OptimizerStep:
-    """Turn losses into steps of the optimiser, one per window of ``accumulation_steps`` micro-batches.
+    """Turn losses into steps of the optimizer, one per window of ``accumulation_steps`` micro-batches.
 
     The gradient is the mean over the micro-batches that are really in the window; an epoch's last, shorter window is
     stepped too. Under DDP gradients are exchanged in a window's last micro-batch only. Gradients are unscaled before
     they are measured and clipped.
 
-    Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.WINDOW_COMPLETED``.
+    Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
     set to drop this update.
     Writes: ``engine.state.window_open``; in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its
@@ -41,7 +41,7 @@ class OptimizerStep:
         scaler: for fp16; None: no scaling.
     """
 
-    must_resume = True  # nothing else could stand in for the optimiser's moments
+    must_resume = True  # nothing else could stand in for the optimizer's moments
 
     def __init__(
         self,
@@ -64,17 +64,17 @@ class OptimizerStep:
         engine.state.skip_update, engine.state.skipped_updates = False, 0
         engine.add_event_handler(Events.ITERATION_STARTED, self.open)
         engine.add_event_handler(TrainEvents.LOSS_READY, self.step)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
         engine.state.skip_update, engine.state.skipped_updates = False, self._skipped_updates
         window = self._window(engine)
-        if window.place == 0 and isinstance(self._loss, Tensor):
+        if window.position == 0 and isinstance(self._loss, Tensor):
             self._loss = 0.0  # a window that was cut off leaves nothing behind
             self.optimizer.zero_grad(set_to_none=True)
         if not isinstance(self._loss, Tensor):
-            self._first = window.place  # above 0 where a longer run goes on behind a window that max_iters had cut
+            self._first = window.position  # above 0 where a longer run goes on behind a window that max_iters had cut
         for module in engine.modules.values():
             if isinstance(module, DistributedDataParallel):
                 module.require_backward_grad_sync = window.is_last  # what module.no_sync() sets
@@ -119,7 +119,7 @@ class OptimizerStep:
     def _gradients(self) -> list[Tensor]:
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
-            raise RuntimeError("the loss reaches none of the optimiser's parameters")
+            raise RuntimeError("the loss reaches none of the optimizer's parameters")
         return grads
 
     def _window(self, engine: Trainer) -> Window:
@@ -127,7 +127,7 @@ class OptimizerStep:
         return accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state, the scaler's (empty without fp16), and how many updates were skipped."""
+        """The optimizer's state, the scaler's (empty without fp16), and how many updates were skipped."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -138,7 +138,7 @@ class OptimizerStep:
         """Restore what ``state_dict`` returned.
 
         Raises:
-            ValueError: it is of an optimiser with other parameters.
+            ValueError: it is of an optimizer with other parameters.
         """
         for saved, group in zip(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
             for number, parameter in zip(saved["params"], group["params"], strict=False):

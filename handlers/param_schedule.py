@@ -1,4 +1,4 @@
-"""Schedules of learning rate, weight decay and momentum, on the optimiser-step clock."""
+"""Schedules of learning rate, weight decay and momentum, on the optimizer-step clock."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ParamSchedule(ParamScheduler):
     Reads: ``engine.state.optimizer_step``; ``engine.state.lr_scale``, a factor of every ``lr`` (1, unless the run was rolled
     back).
     Writes: ``param_name`` of the selected groups; where ``metric`` is given, ``engine.state.metrics[metric]`` at the end
-    of a log window, the value of the first selected group (of each level, with ``_level_{l}`` appended).
+    of a log interval, the value of the first selected group (of each level, with ``_level_{l}`` appended).
 
     Args:
-        optimizer: an optimiser, or anything with ``param_groups`` (``TargetEncoderEMA``).
+        optimizer: an optimizer, or anything with ``param_groups`` (``TargetEncoderEMA``).
         param_name: key in the parameter groups.
-        schedule: from the optimiser step to a float, or to one float per level (``HierarchicalScheduler``), written to
+        schedule: from the optimizer step to a float, or to one float per level (``HierarchicalScheduler``), written to
             the groups whose ``level`` it is.
         select: which groups to write; all of them by default.
         metric: name under which the value is logged; None: not logged.
@@ -50,17 +50,17 @@ class ParamSchedule(ParamScheduler):
 
     @property
     def optimizer_param_groups(self) -> list[Group]:
-        """The selected groups, looked up anew: loading an optimiser's state replaces its groups."""
+        """The selected groups, looked up anew: loading an optimizer's state replaces its groups."""
         return [group for group in self.optimizer.param_groups if self.select(group)]
 
     def attach(self, engine: Engine, event: Any = Events.ITERATION_STARTED) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(event, self)
         if self.metric is not None:
-            engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+            engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def __call__(self, engine: Any, name: str | None = None) -> None:
-        """Write the value of the coming optimiser step."""
+        """Write the value of the coming optimizer step."""
         if engine is not None:
             self.event_index = engine.state.optimizer_step
             self._scale = getattr(engine.state, "lr_scale", 1.0) if self.param_name == "lr" else 1.0
@@ -69,14 +69,14 @@ class ParamSchedule(ParamScheduler):
             group[self.param_name] = value[group["level"]] if isinstance(value, list) else value
 
     def get_param(self) -> list[float] | float:
-        """The schedule's value at the present optimiser step."""
+        """The schedule's value at the present optimizer step."""
         value = self.schedule(self.event_index)
         if isinstance(value, Sequence):
             return [self._scale * float(item) for item in value]
         return self._scale * float(value)
 
     def report(self, engine: StepEngine) -> None:
-        """Write the value that the last optimiser step used to the metrics."""
+        """Write the value that the last optimizer step used to the metrics."""
         assert self.metric is not None
         value = self.get_param()
         if isinstance(value, list):

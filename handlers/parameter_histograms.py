@@ -23,13 +23,13 @@ class ParameterHistograms:
     Gradients are those of the whole accumulation window and of all ranks, unscaled and before clipping; parameters are those
     after the step. The device is waited for once per set, when it is read.
 
-    Listens to: ``TrainEvents.GRADIENTS_READY``, ``WINDOW_COMPLETED``.
+    Listens to: ``TrainEvents.GRADIENTS_READY``, ``LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.modules``, in which a parameter that two of them share counts once.
     Writes: ``engine.state.media["gradients/<module>.<parameter>"]`` and ``["parameters/<module>.<parameter>"]``.
 
     Args:
         watch: ``gradients``, ``parameters`` or ``all``.
-        every: optimiser steps between sets; a multiple of the engine's ``log_frequency``.
+        every: optimizer steps between sets; a multiple of the engine's ``log_frequency``.
     """
 
     def __init__(self, watch: Watch = "all", every: int = 500) -> None:
@@ -51,7 +51,7 @@ class ParameterHistograms:
             raise ValueError(f"every must be a multiple of log_frequency ({engine.log_frequency}), got {self.every}")
         if idist.get_rank() == 0:
             engine.add_event_handler(TrainEvents.GRADIENTS_READY, self.measure_gradients)
-            engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.write)
+            engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.write)
 
     def measure_gradients(self, engine: Trainer) -> None:
         """Measure, if the coming step is one to be watched: they are gone when the window is complete."""

@@ -20,7 +20,7 @@ from hjepa_engine.visualization.drawing import save
 from hjepa_engine.visualization.figure_data import (
     Spectrum,
     encoder_of,
-    patch_colours,
+    patch_colors,
     read_spectra,
     similarities,
     to_pixels,
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Images of a batch that principal components and similarities are computed from, at most.
-_MOST_IMAGES = 64
+MAX_IMAGES = 64
 
 
 class Pictures:
     """Draw figures of the batch at hand at the run's last iteration, and at epochs' ends if asked to.
 
     ``masks``: images with what is seen and what is predicted. ``features``: principal components of the target encoder's
-    patch features as colour. ``similarity``: of predictions with their own and with other images' targets. ``spectrum``:
+    patch features as color. ``similarity``: of predictions with their own and with other images' targets. ``spectrum``:
     singular values over the run, where they were measured. Rank 0 draws, of its own share of the batch. A figure that
     cannot be drawn or written is named in one warning; nothing of the training depends on it.
 
-    Listens to: ``STARTED``, ``TrainEvents.WINDOW_COMPLETED``.
+    Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.batch["images"]`` (B, C, H, W) and ``["masks"]``; ``engine.state.output["target_tokens"]``
     (B, N, D), ``["predictions"]`` and ``["targets"]``, lists over levels of (B, M, cells, D); spectra in
     ``engine.state.media`` and in ``metrics.jsonl``.
-    Writes: ``<folder>/figures/<name>_<optimiser step>.png``, and the same to ``engine.state.media["figures/<name>"]``.
+    Writes: ``<folder>/figures/<name>_<optimizer step>.png``, and the same to ``engine.state.media["figures/<name>"]``.
 
     Args:
         folder: of the run.
         levels: of the hierarchy.
         grid: (H, W), the patch grid.
-        stats: mean and standard deviation of each channel that images were normalised with.
+        stats: mean and standard deviation of each channel that images were normalized with.
         every: epochs between figures; None: only when the run ends.
         images: number of images in a figure.
     """
@@ -79,8 +79,8 @@ class Pictures:
 
     def listen(self, engine: Trainer) -> None:
         """Go last among those who write at a window's end, in whatever order they were attached: spectra are wanted."""
-        if not engine.has_event_handler(self.draw_if_due, TrainEvents.WINDOW_COMPLETED):
-            engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.draw_if_due)
+        if not engine.has_event_handler(self.draw_if_due, TrainEvents.LOG_INTERVAL_COMPLETED):
+            engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.draw_if_due)
 
     def draw_if_due(self, engine: Trainer) -> None:
         """Draw if it is time to."""
@@ -116,14 +116,14 @@ class Pictures:
 
     def _features(self, state: Any) -> Figure:
         pixels = to_pixels(state.batch["images"][: self.images], self.stats)
-        tokens = state.output["target_tokens"][: max(_MOST_IMAGES, self.images)]
-        return figures.draw_features(pixels, patch_colours(tokens), self.grid)
+        tokens = state.output["target_tokens"][: max(MAX_IMAGES, self.images)]
+        return figures.draw_features(pixels, patch_colors(tokens), self.grid)
 
     def _similarity(self, state: Any) -> Figure:
         masks, output = on_cpu(state.batch["masks"]), state.output
-        some = Masks(masks.context_idx[:_MOST_IMAGES], masks.target_idx[:_MOST_IMAGES], masks.block)
+        some = Masks(masks.context_idx[:MAX_IMAGES], masks.target_idx[:MAX_IMAGES], masks.block)
         found = [
-            similarities(prediction[:_MOST_IMAGES], target[:_MOST_IMAGES], some, level, self.grid[1])
+            similarities(prediction[:MAX_IMAGES], target[:MAX_IMAGES], some, level, self.grid[1])
             for prediction, target, level in zip(output["predictions"], output["targets"], self.levels, strict=True)
         ]
         return figures.draw_similarities(found, self.levels)

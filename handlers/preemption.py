@@ -27,9 +27,9 @@ class Preemption:
     same iteration, whichever of them was asked. The signals are given back when the run ends or is interrupted; after
     another error, call :meth:`close`.
 
-    Listens to: ``STARTED``, ``TrainEvents.SAVE_POINT``, ``COMPLETED``.
+    Listens to: ``STARTED``, ``TrainEvents.CHECKPOINT_READY``, ``COMPLETED``.
     Reads: ``engine.state.checkpoint``, for the message.
-    Fires: ``TrainEvents.INTERRUPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
+    Fires: ``TrainEvents.PREEMPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
 
     Args:
         time_limit: minutes from the making of this handler until the run is ended; None: no limit.
@@ -49,7 +49,7 @@ class Preemption:
         """Attach to the trainer."""
         self._trainer = engine
         engine.add_event_handler(Events.STARTED, self.listen)
-        engine.add_event_handler(TrainEvents.SAVE_POINT, self.check)
+        engine.add_event_handler(TrainEvents.CHECKPOINT_READY, self.check)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def watch(self, evaluator: StepEngine) -> None:
@@ -99,7 +99,7 @@ class Preemption:
 
     def _leave(self) -> NoReturn:
         assert self._trainer is not None
-        self._trainer.fire_event(TrainEvents.INTERRUPTED)
+        self._trainer.fire_event(TrainEvents.PREEMPTED)
         reason, self.reason = self.reason or "another process was asked to stop", None
         self.close()
         state = self._trainer.state

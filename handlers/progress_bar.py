@@ -15,18 +15,18 @@ from tqdm import tqdm
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.utils.eta import Pace, duration, total_iterations
+from hjepa_engine.utils.eta import TimeRemaining, duration, total_iterations
 
 
 class ProgressBar:
     """A progress bar over the run, with an estimate of the time left, and one summary line per epoch.
 
-    The estimate is :class:`Pace`'s: it knows this process only, so that it is right after a resume, and
+    The estimate is :class:`TimeRemaining`'s: it knows this process only, so that it is right after a resume, and
     counts what lies between epochs once it has seen it, and not what follows the last one. Where the output is no terminal
     there is no bar, only the lines. Silent on ranks other than 0.
 
     Listens to: ``STARTED``, ``EPOCH_STARTED``, ``ITERATION_STARTED`` and ``ITERATION_COMPLETED``, ``COMPLETED``;
-    ``TrainEvents.METRICS_READY`` and ``EPOCH_COMMITTED``.
+    ``TrainEvents.METRICS_READY`` and ``EPOCH_FINALIZED``.
     Reads: ``engine.state.metrics``.
 
     Args:
@@ -45,7 +45,7 @@ class ProgressBar:
     ) -> None:
         self.metrics, self.name, self.summaries, self.stream = metrics, name, summaries, stream or sys.stderr
         self._bar: _Bar | None = None
-        self._pace = Pace()
+        self._pace = TimeRemaining()
         self._run_began = self._epoch_began = 0.0
         self._first_epoch_iteration = 0
 
@@ -58,14 +58,14 @@ class ProgressBar:
         engine.add_event_handler(Events.ITERATION_STARTED, self.start_iteration)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.advance)
         engine.add_event_handler(TrainEvents.METRICS_READY, self.show)
-        engine.add_event_handler(TrainEvents.EPOCH_COMMITTED, self.end_epoch)
+        engine.add_event_handler(TrainEvents.EPOCH_FINALIZED, self.end_epoch)
         engine.add_event_handler(Events.COMPLETED, self.close)
 
     def open(self, engine: StepEngine) -> None:
         """Show the empty bar."""
         if self._bar is not None:
             self._bar.close()  # of a run that is put back to an earlier checkpoint
-        self._run_began, self._pace = time.monotonic(), Pace(time.monotonic)
+        self._run_began, self._pace = time.monotonic(), TimeRemaining(time.monotonic)
         self._bar = _Bar(
             total=total_iterations(engine.state),
             initial=engine.state.iteration,

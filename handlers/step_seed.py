@@ -14,7 +14,7 @@ class StepSeed:
 
     A run that is resumed, or observed by handlers that draw random numbers themselves, then draws the same ones.
 
-    Listens to: ``TrainEvents.STEP_STARTED``.
+    Listens to: ``TrainEvents.FORWARD_STARTED``.
 
     Args:
         seed: seed of the run.
@@ -25,7 +25,7 @@ class StepSeed:
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to a trainer or an evaluator."""
-        engine.add_event_handler(TrainEvents.STEP_STARTED, self.reseed)
+        engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.reseed)
 
     def reseed(self, engine: StepEngine) -> None:
         """Seed for the coming step."""

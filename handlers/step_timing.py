@@ -71,19 +71,19 @@ class CudaClock:
 
 
 class StepTiming:
-    """Measure forward pass, backward pass and update, each as mean milliseconds per iteration of the log window.
+    """Measure forward pass, backward pass and update, each as mean milliseconds per iteration of the log interval.
 
-    ``forward``: from ``STEP_STARTED`` to ``STEP_COMPLETED``, the step: both encoders, predictor and losses. ``backward``: to
-    the end of ``GRADIENTS_READY``, with all that looks at gradients there; within an accumulation window to the end of
-    ``LOSS_READY``. ``update``: from there to the end of ``LOSS_READY``: clipping, optimiser, momentum encoder. It happens
-    once per accumulation window and is shared by its iterations, so that the three add up. What they leave of
-    ``train/step_ms`` is data, masks, moving the batch, and other handlers.
+    ``forward``: from ``FORWARD_STARTED`` to ``FORWARD_COMPLETED``, the step: both encoders, predictor and losses.
+    ``backward``: to the end of ``GRADIENTS_READY``, with all that looks at gradients there; within an accumulation window to
+    the end of ``LOSS_READY``. ``update``: from there to the end of ``LOSS_READY``: clipping, optimizer, momentum encoder. It
+    happens once per accumulation window and is shared by its iterations, so that the three add up. What they leave of
+    ``train/iteration_ms`` is data, masks, moving the batch, and other handlers.
 
-    On a GPU these are times of the GPU, read once per log window, which waits for it; they include its waiting for the
+    On a GPU these are times of the GPU, read once per log interval, which waits for it; they include its waiting for the
     program. Elsewhere they are times of the program.
 
-    Listens to: ``STARTED``; ``TrainEvents.STEP_STARTED``, ``STEP_COMPLETED``, ``GRADIENTS_READY``, ``LOSS_READY`` and
-    ``WINDOW_COMPLETED``.
+    Listens to: ``STARTED``; ``TrainEvents.FORWARD_STARTED``, ``FORWARD_COMPLETED``, ``GRADIENTS_READY``, ``LOSS_READY`` and
+    ``LOG_INTERVAL_COMPLETED``.
     Writes: ``train/forward_ms``, ``train/backward_ms`` and ``train/update_ms`` to ``engine.state.metrics``, of this rank.
 
     Args:
@@ -104,9 +104,9 @@ class StepTiming:
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(TrainEvents.STEP_STARTED, self.begin)
-        engine.add_event_handler(TrainEvents.STEP_COMPLETED, self.end, "backward")
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.begin)
+        engine.add_event_handler(TrainEvents.FORWARD_COMPLETED, self.end, "backward")
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def start(self, engine: StepEngine) -> None:
         """Take up the clock; listen behind all that is attached by now, so that a part ends when its handlers have run."""

@@ -13,14 +13,14 @@ from hjepa_engine.types import unwrap
 
 
 class TargetEncoderEMA:
-    """Move the target encoder towards the context encoder after every optimiser step.
+    """Move the target encoder towards the context encoder after every optimizer step.
 
     target = momentum * target + (1 - momentum) * context, for parameters and floating-point buffers; other buffers are
     copied. ``param_groups[0]["momentum"]`` is what a ``ParamScheduler`` drives. Ranks hold equal weights, so that they
     agree without talking.
 
     Listens to: ``TrainEvents.OPTIMIZER_STEPPED``.
-    Writes: ``engine.state.metrics["train/ema_momentum"]`` at the end of a log window.
+    Writes: ``engine.state.metrics["train/ema_momentum"]`` at the end of a log interval.
 
     Args:
         context_encoder: the trained encoder.
@@ -37,7 +37,7 @@ class TargetEncoderEMA:
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(TrainEvents.OPTIMIZER_STEPPED, self.update)
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.report)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -34,7 +34,7 @@ from hjepa_engine.utils.imports import import_object
 
 
 class Schedules(NamedTuple):
-    """Functions of the optimiser step."""
+    """Functions of the optimizer step."""
 
     lr: Schedule
     level_lr: Callable[[int], list[float]]
@@ -131,7 +131,7 @@ def build_loss(name: str) -> LossFunction:
 
 
 def build_step(config: Config) -> Step:
-    """The pretraining step with the configured loss and regularisers."""
+    """The pretraining step with the configured loss and regularizers."""
     loss = config.loss
     weights = {"variance": loss.variance_weight, "covariance": loss.covariance_weight, "sigreg": loss.sigreg_weight}
     regularizers = {name: weight for name, weight in weights.items() if weight > 0}
@@ -139,7 +139,7 @@ def build_step(config: Config) -> Step:
 
 
 def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
-    """The schedules of a run of ``training.epochs`` epochs of ``steps_per_epoch`` optimiser steps."""
+    """The schedules of a run of ``training.epochs`` epochs of ``steps_per_epoch`` optimizer steps."""
     training, ema = config.training, config.model.ema
 
     def lr_schedule(peak: float) -> Schedule:
@@ -159,12 +159,12 @@ def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
 
 
 def steps_per_epoch(batches: int, accumulation_steps: int) -> int:
-    """Optimiser steps in an epoch of ``batches`` micro-batches; the last window may be shorter."""
+    """Optimizer steps in an epoch of ``batches`` micro-batches; the last window may be shorter."""
     return math.ceil(batches / accumulation_steps)
 
 
 def build_run_optimizer(config: Config, modules: nn.ModuleDict) -> torch.optim.Optimizer:
-    """The configured optimiser over everything that is trained.
+    """The configured optimizer over everything that is trained.
 
     Raises:
         ConfigError: it is unknown or refuses its arguments.

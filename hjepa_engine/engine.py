@@ -84,9 +84,9 @@ def _is_number(value: Any) -> bool:
 
 
 class Window(NamedTuple):
-    """Place of an iteration in its accumulation window."""
+    """Position of an iteration in its accumulation window."""
 
-    place: int
+    position: int
     """Number of the micro-batch within the window, from 0."""
     size: int
     """Micro-batches in the window; the last of an epoch or run may have fewer than the others."""
@@ -94,7 +94,7 @@ class Window(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Whether the window ends with this micro-batch."""
-        return self.place == self.size - 1
+        return self.position == self.size - 1
 
 
 def accumulation_window(
@@ -103,12 +103,12 @@ def accumulation_window(
     """Which window ``iteration`` (from 1) belongs to; windows start anew with every epoch.
 
     >>> [accumulation_window(i, epoch_length=5, accumulation_steps=2) for i in (1, 2, 5)]
-    [Window(place=0, size=2), Window(place=1, size=2), Window(place=0, size=1)]
+    [Window(position=0, size=2), Window(position=1, size=2), Window(position=0, size=1)]
     """
     position = (iteration - 1) % epoch_length
     end = epoch_length if max_iters is None else min(epoch_length, position + 1 + max_iters - iteration)
-    place = position % accumulation_steps
-    return Window(place, min(accumulation_steps, end - (position - place)))
+    offset = position % accumulation_steps
+    return Window(offset, min(accumulation_steps, end - (position - offset)))
 
 
 class StepEngine(Engine):
@@ -157,7 +157,7 @@ class StepEngine(Engine):
 
     def _run_step(self, batch: Batch) -> Outputs:
         batch = self.state.batch = move_to(batch, self.device)
-        self._fire_event(TrainEvents.STEP_STARTED)
+        self._fire_event(TrainEvents.FORWARD_STARTED)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.step(self.modules, batch)
 
@@ -189,7 +189,7 @@ class Trainer(StepEngine):
         super().__init__(step, modules, device, amp_dtype)
         self.log_frequency = log_frequency
         self.state.window_open = self.state.epoch_open = False
-        self.state.suspect_since, self.state.rollbacks, self.state.lr_scale = None, 0, 1.0
+        self.state.first_untrusted_iteration, self.state.rollbacks, self.state.lr_scale = None, 0, 1.0
         self._stepped = self._resumed = False
         self._stateful: list[Any] = []
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
@@ -212,8 +212,8 @@ class Trainer(StepEngine):
         named: dict[str, Any] = {}
         for handler in self._stateful:
             name = type(handler).__name__
-            place = sum(type(other).__name__ == name for other in named.values())
-            named[f"{name}_{place + 1}" if place else name] = handler
+            count = sum(type(other).__name__ == name for other in named.values())
+            named[f"{name}_{count + 1}" if count else name] = handler
         return named
 
     def state_dict(self) -> OrderedDict[str, Any]:
@@ -228,7 +228,7 @@ class Trainer(StepEngine):
             setattr(state, name, state_dict[name])
         state.epoch = state.iteration // state.epoch_length
         state.metrics.load_state_dict(state_dict["metrics"])
-        state.media, state.window_open, state.suspect_since = {}, False, None
+        state.media, state.window_open, state.first_untrusted_iteration = {}, False, None
         self._resumed = True
 
     def run(
@@ -262,7 +262,7 @@ class Trainer(StepEngine):
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         self._stepped = False
         self.state.output = self._run_step(batch)
-        self._fire_event(TrainEvents.STEP_COMPLETED)
+        self._fire_event(TrainEvents.FORWARD_COMPLETED)
         self._fire_event(TrainEvents.LOSS_READY)
         # A live loss would keep the graph, and with it all activations, until the next iteration has replaced it.
         return detach(self.state.output)
@@ -275,21 +275,21 @@ class Trainer(StepEngine):
             self._stepped = True
         elif event_name == Events.ITERATION_COMPLETED:
             if self._log_window_ends():
-                super()._fire_event(TrainEvents.WINDOW_COMPLETED)
+                super()._fire_event(TrainEvents.LOG_INTERVAL_COMPLETED)
                 super()._fire_event(TrainEvents.METRICS_READY)
-                super()._fire_event(TrainEvents.RECORD_DUE)
-            super()._fire_event(TrainEvents.ITERATION_COMMITTED)
+                super()._fire_event(TrainEvents.LOG_METRICS)
+            super()._fire_event(TrainEvents.ITERATION_FINALIZED)
             state.epoch_open = state.epoch_length is not None and state.iteration % state.epoch_length == 0
             if not state.window_open:
-                super()._fire_event(TrainEvents.SAVE_POINT)
+                super()._fire_event(TrainEvents.CHECKPOINT_READY)
         elif event_name == Events.EPOCH_COMPLETED:
-            super()._fire_event(TrainEvents.RECORD_DUE)
-            super()._fire_event(TrainEvents.EPOCH_COMMITTED)
+            super()._fire_event(TrainEvents.LOG_METRICS)
+            super()._fire_event(TrainEvents.EPOCH_FINALIZED)
             state.epoch_open = False
-            super()._fire_event(TrainEvents.SAVE_POINT)
+            super()._fire_event(TrainEvents.CHECKPOINT_READY)
         elif event_name == Events.STARTED:
             if state.iteration == 0:
-                super()._fire_event(TrainEvents.RECORD_DUE)
+                super()._fire_event(TrainEvents.LOG_METRICS)
             elif state.epoch_open:
                 # Saved behind an epoch's last iteration: its end is still to come.
                 self._fire_event(Events.EPOCH_COMPLETED)
@@ -351,7 +351,7 @@ def create_trainer(
         modules: what the step works on, also ``trainer.modules``; put into training mode at every epoch's start.
         device: where batches are moved to; modules must be there already.
         amp_dtype: run the step under autocast with ``torch.bfloat16`` or ``torch.float16``; None: float32.
-        log_frequency: optimiser steps of a log window. The epoch's and the run's last iteration end one too.
+        log_frequency: optimizer steps of a log interval. The epoch's and the run's last iteration end one too.
     """
     return Trainer(step, modules, device, amp_dtype, log_frequency)
 

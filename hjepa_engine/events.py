@@ -8,12 +8,12 @@ from ignite.engine import EventEnum
 class TrainEvents(EventEnum):
     """What the engine fires besides Ignite's own events; docs/architecture.md has the whole timeline.
 
-    Filters count the number in brackets: ``TrainEvents.OPTIMIZER_STEPPED(every=50)`` runs at optimiser steps 50, 100, ...
+    Filters count the number in brackets: ``TrainEvents.OPTIMIZER_STEPPED(every=50)`` runs at optimizer steps 50, 100, ...
     """
 
-    STEP_STARTED = "step_started"
+    FORWARD_STARTED = "forward_started"
     """Batch, masks and parameters are as the step will see them; the step comes next. [iteration]"""
-    STEP_COMPLETED = "step_completed"
+    FORWARD_COMPLETED = "forward_completed"
     """The step has run, nothing else has yet: clocks. [iteration]"""
     LOSS_READY = "loss_ready"
     """The step has run, ``state.output`` still has its graph: backward. [iteration]"""
@@ -21,39 +21,39 @@ class TrainEvents(EventEnum):
     """The accumulation window is complete, gradients are unscaled and not yet clipped. [optimizer_step]"""
     OPTIMIZER_STEPPED = "optimizer_stepped"
     """Parameters have changed; never fired for a skipped update. [optimizer_step]"""
-    WINDOW_COMPLETED = "window_completed"
-    """A log window has ended: handlers write its floats to ``state.metrics``. [optimizer_step]"""
+    LOG_INTERVAL_COMPLETED = "log_interval_completed"
+    """A log interval has ended: handlers write its floats to ``state.metrics``. [optimizer_step]"""
     METRICS_READY = "metrics_ready"
-    """The floats of the log window are complete: progress bars and your own handlers read them. [optimizer_step]"""
-    RECORD_DUE = "record_due"
+    """The floats of the log interval are complete: progress bars and your own handlers read them. [optimizer_step]"""
+    LOG_METRICS = "log_metrics"
     """Loggers write what is new. Fires behind ``METRICS_READY`` and behind an epoch's end, and when a new run starts, for
     what is measured before its first step. [optimizer_step]"""
-    ITERATION_COMMITTED = "iteration_committed"
+    ITERATION_FINALIZED = "iteration_finalized"
     """Last of an iteration, after every handler of ``ITERATION_COMPLETED`` and ``METRICS_READY``. [iteration]"""
     VALIDATION_COMPLETED = "validation_completed"
     """``state.metrics`` has fresh ``val/`` values, within ``EPOCH_COMPLETED``. [epoch]"""
-    EPOCH_COMMITTED = "epoch_committed"
+    EPOCH_FINALIZED = "epoch_finalized"
     """Last of an epoch, after every handler of ``EPOCH_COMPLETED``: summaries. [epoch]"""
-    SAVE_POINT = "save_point"
+    CHECKPOINT_READY = "checkpoint_ready"
     """Every other handler has run and no accumulation window is open: checkpoints and stop requests, which change nothing.
     Fires behind an iteration, and once more behind its epoch. [iteration]"""
-    INTERRUPTED = "interrupted"
+    PREEMPTED = "interrupted"
     """A stop request is about to end the run: save now. [iteration]"""
 
 
 #: The counter of ``engine.state`` that an event's filters look at.
 EVENT_TO_ATTR = {
-    TrainEvents.STEP_STARTED: "iteration",
-    TrainEvents.STEP_COMPLETED: "iteration",
+    TrainEvents.FORWARD_STARTED: "iteration",
+    TrainEvents.FORWARD_COMPLETED: "iteration",
     TrainEvents.LOSS_READY: "iteration",
     TrainEvents.GRADIENTS_READY: "optimizer_step",
     TrainEvents.OPTIMIZER_STEPPED: "optimizer_step",
-    TrainEvents.WINDOW_COMPLETED: "optimizer_step",
+    TrainEvents.LOG_INTERVAL_COMPLETED: "optimizer_step",
     TrainEvents.METRICS_READY: "optimizer_step",
-    TrainEvents.RECORD_DUE: "optimizer_step",
-    TrainEvents.ITERATION_COMMITTED: "iteration",
+    TrainEvents.LOG_METRICS: "optimizer_step",
+    TrainEvents.ITERATION_FINALIZED: "iteration",
     TrainEvents.VALIDATION_COMPLETED: "epoch",
-    TrainEvents.EPOCH_COMMITTED: "epoch",
-    TrainEvents.SAVE_POINT: "iteration",
-    TrainEvents.INTERRUPTED: "iteration",
+    TrainEvents.EPOCH_FINALIZED: "epoch",
+    TrainEvents.CHECKPOINT_READY: "iteration",
+    TrainEvents.PREEMPTED: "iteration",
 }

@@ -47,7 +47,7 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
 
 
 def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEncoder:
-    """The target encoder of a run, in evaluation mode: normalised images (B, C, H, W) to tokens (B, N, D).
+    """The target encoder of a run, in evaluation mode: normalized images (B, C, H, W) to tokens (B, N, D).
 
     Args:
         run_dir: a run folder, or the ``encoder`` folder in it.

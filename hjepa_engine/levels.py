@@ -20,7 +20,7 @@ def take_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
 
 
 def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
-    """What ``level`` predicts of the patch features (B, N, D), before it is normalised.
+    """What ``level`` predicts of the patch features (B, N, D), before it is normalized.
 
     Returns:
         (B, M, cells, D), the means of the cells of each target block, row by row; a cell that the block's edge cuts
@@ -66,6 +66,6 @@ def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tens
 
 
 def _centres(length: int, pool: int, device: torch.device) -> Tensor:
-    """Doubled centres of the cells that ``pool`` cuts ``length`` patches into; the last cell may be smaller."""
+    """Doubled centers of the cells that ``pool`` cuts ``length`` patches into; the last cell may be smaller."""
     starts = torch.arange(0, length, pool, device=device)
     return 2 * starts + (length - starts).clamp(max=pool) - 1

@@ -1,4 +1,4 @@
-"""Prediction losses and the optional regularisers of the encoder's tokens."""
+"""Prediction losses and the optional regularizers of the encoder's tokens."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tenso
     return len(samples) * torch.trapezoid(distance * normal, t, dim=-1).mean()
 
 
-#: Regularisers by name, each from tokens (..., D) to a loss ().
+#: Regularizers by name, each from tokens (..., D) to a loss ().
 REGULARIZERS = {"variance": variance, "covariance": covariance, "sigreg": sigreg}

@@ -18,7 +18,7 @@ IntArray = NDArray[np.int64]
 Range = tuple[float, float]
 
 # K is this quantile of the visible count over random layouts of one shape. Lower throws more visible tokens away,
-# higher redraws more layouts and so favours overlapping targets; docs/masks.md has the trade-off measured.
+# higher redraws more layouts and so favors overlapping targets; docs/masks.md has the trade-off measured.
 _QUANTILE = 0.64
 _CALIBRATION_LAYOUTS = 1024
 _ATTEMPTS = 24
@@ -43,7 +43,7 @@ class _Shape(NamedTuple):
 class MultiBlockMasks:
     """Sample I-JEPA's multi-block masks (arXiv:2301.08243) without its sampler's biases.
 
-    Per optimiser step one target block shape and one context block shape are drawn, scale and aspect ratio
+    Per optimizer step one target block shape and one context block shape are drawn, scale and aspect ratio
     independently; per image ``num_targets`` target positions and one context position, every position that fits
     being equally likely. Context is the context block minus all targets of the image.
 
@@ -94,12 +94,12 @@ class MultiBlockMasks:
         return self.grid[0] * self.grid[1]
 
     def sample(self, batch_size: int, seed: int, step: int = 0, offset: int = 0) -> Masks:
-        """Masks of the images ``offset`` to ``offset + batch_size`` of the global batch of optimiser step ``step``.
+        """Masks of the images ``offset`` to ``offset + batch_size`` of the global batch of optimizer step ``step``.
 
         Args:
             batch_size: B, number of images.
             seed: seed of the run.
-            step: optimiser step; fixes the block shapes.
+            step: optimizer step; fixes the block shapes.
             offset: place in the global batch (over ranks and micro-batches) of this slice's first image.
         """
         shape = self._draw_shape(seed, step)

@@ -1,4 +1,4 @@
-"""Optimisers by name, and which parameters they treat how."""
+"""Optimizers by name, and which parameters they treat how."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def _level_of(name: str) -> int | None:
 def build_optimizer(
     name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999), **arguments: Any
 ) -> torch.optim.Optimizer:
-    """An optimiser by short name or dotted path.
+    """An optimizer by short name or dotted path.
 
     Args:
         name: one of :data:`OPTIMIZERS` or a path like ``torch.optim.RAdam``.
         groups: from :func:`param_groups`.
         lr: learning rate before any schedule.
-        betas: passed on where the optimiser takes them; to SGD the first one is passed as ``momentum``.
+        betas: passed on where the optimizer takes them; to SGD the first one is passed as ``momentum``.
         **arguments: passed on.
 
     Raises:
-        ValueError: the name is unknown or no optimiser, or an argument is.
+        ValueError: the name is unknown or no optimizer, or an argument is.
     """
     if "." in name:
         cls = import_object(name)

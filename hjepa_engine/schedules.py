@@ -1,4 +1,4 @@
-"""Schedules: functions of the optimiser step, in closed form, so that a step's number is all there is to save."""
+"""Schedules: functions of the optimizer step, in closed form, so that a step's number is all there is to save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CosineScheduler:
         base: value at the end of the warm-up (at step 0 without one).
         minimum: value at the last step and after it; where the warm-up leaves no step to decay in, ``base`` stays.
         epochs: length of the run.
-        steps_per_epoch: optimiser steps in an epoch.
+        steps_per_epoch: optimizer steps in an epoch.
         warmup_epochs: length of the warm-up, from 0 to ``epochs``.
     """
 
@@ -35,7 +35,7 @@ class CosineScheduler:
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
 
     def __call__(self, step: int) -> float:
-        """The value at optimiser step ``step``, from 0."""
+        """The value at optimizer step ``step``, from 0."""
         if step < self.warmup_steps:
             return self.base * step / self.warmup_steps
         decay_steps = self.total_steps - 1 - self.warmup_steps
@@ -76,7 +76,7 @@ class EMAScheduler(CosineScheduler):
         base: momentum at the end of the warm-up, in [0, 1].
         final: momentum at the last step and after it, in [0, 1].
         epochs: length of the run.
-        steps_per_epoch: optimiser steps in an epoch.
+        steps_per_epoch: optimizer steps in an epoch.
         warmup_epochs: length of the warm-up, from 0 to ``epochs``.
     """
 
@@ -101,7 +101,7 @@ class HierarchicalScheduler:
         self.schedules = tuple(schedules)
 
     def __call__(self, step: int) -> list[float]:
-        """The value of every level, finest first, at optimiser step ``step``."""
+        """The value of every level, finest first, at optimizer step ``step``."""
         return [schedule(step) for schedule in self.schedules]
 
 

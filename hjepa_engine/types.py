@@ -6,13 +6,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-#: ``images`` (B, C, H, W), normalised, ``labels`` (B,) where there are any, and what handlers add (masks).
+#: ``images`` (B, C, H, W), normalized, ``labels`` (B,) where there are any, and what handlers add (masks).
 Batch = dict[str, Any]
-#: ``loss`` () is what is minimised; tensors that a handler may measure lie beside it.
+#: ``loss`` () is what is minimized; tensors that a handler may measure lie beside it.
 Outputs = dict[str, Any]
 
 #: Features (samples, F) and labels (samples,).
-Labelled = tuple[Tensor, Tensor]
+Labeled = tuple[Tensor, Tensor]
 
 
 class Step(Protocol):

@@ -2,8 +2,8 @@
 
     python recipes/linear_probe.py --run RUN_DIR [--checkpoint best] [--probe.features concat ...]
 
-The probe is trained by the same engine, optimiser step, schedule, averages and progress bar as pretraining. Features are
-read once from unaugmented images and standardised (as by MAE's batch norm without affine parameters, arXiv:2111.06377).
+The probe is trained by the same engine, optimizer step, schedule, averages and progress bar as pretraining. Features are
+read once from unaugmented images and standardized (as by MAE's batch norm without affine parameters, arXiv:2111.06377).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from hjepa_engine.data import build_loader, few_labels, open_source
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.models import build_modules
-from hjepa_engine.recipes.common.heads import standardised, train_head
+from hjepa_engine.recipes.common.heads import standardized, train_head
 from hjepa_engine.run.cli import command_parser, run_command
 from hjepa_engine.steps import feature_step
-from hjepa_engine.types import Labelled
+from hjepa_engine.types import Labeled
 
 
-def read_features(config: Config, encoder: nn.Module | None, device: torch.device) -> tuple[Labelled, Labelled, int]:
-    """Standardised features (samples, F) and labels of the probe and validation splits, and the number of classes."""
+def read_features(config: Config, encoder: nn.Module | None, device: torch.device) -> tuple[Labeled, Labeled, int]:
+    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes."""
     modules = nn.ModuleDict({} if encoder is None else {"encoder": encoder})
     evaluator = create_evaluator(partial(feature_step, features=config.probe.features), modules, device)
-    splits: list[Labelled] = []
-    found: list[Labelled] = []
+    splits: list[Labeled] = []
+    found: list[Labeled] = []
 
     def keep(engine: StepEngine) -> None:
         found.append((engine.state.output["features"].cpu(), engine.state.batch["labels"].cpu()))
@@ -45,14 +45,14 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
     for split in ("probe", "val"):
         source = open_source(config.data, split, config.seed)
-        evaluator.run(build_loader(config.data, source, config.seed, train=False, alone=True)[0])
+        evaluator.run(build_loader(config.data, source, config.seed, train=False, replicate=True)[0])
         splits.append((torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])))
         found.clear()
     (features, labels), val = splits
     if config.probe.labels_per_class is not None:
         chosen = few_labels(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]
-    return *standardised((features, labels), val), source.num_classes
+    return *standardized((features, labels), val), source.num_classes
 
 
 def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | None = None, bar: bool = False) -> float:
@@ -75,7 +75,9 @@ def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | N
     )
 
 
-def judge(config: Config, encoder: nn.Module, folder: Path | None = None, bar: bool = False) -> dict[str, float]:
+def evaluate_encoder(
+    config: Config, encoder: nn.Module, folder: Path | None = None, bar: bool = False
+) -> dict[str, float]:
     """Accuracy of the probe on the trained encoder, on the same encoder with its initial weights, and on pixels."""
     encoders = {
         "trained": encoder,
@@ -106,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     known, overrides = parser.parse_known_args(argv)
     encoder = load_encoder(known.run, known.checkpoint)
     config = load_config(known.run / "config.yaml", overrides)
-    results = judge(config, encoder.to(choose_device(config.device)), known.run, config.logging.progress_bar)
+    results = evaluate_encoder(config, encoder.to(choose_device(config.device)), known.run, config.logging.progress_bar)
     print(describe(results, config))
     (known.run / "linear_probe.json").write_text(
         json.dumps({"probe": asdict(config.probe), "checkpoint": known.checkpoint, "accuracy": results}) + "\n",

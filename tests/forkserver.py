@@ -170,7 +170,7 @@ class Witness:
 
         for event, what in (
             (Events.STARTED, "began"),
-            (TrainEvents.ITERATION_COMMITTED, "trained"),
+            (TrainEvents.ITERATION_FINALIZED, "trained"),
             (Events.EPOCH_COMPLETED, "validated"),
         ):
             engine.add_event_handler(event, self.write, what)
@@ -236,7 +236,7 @@ def outcome(run: Path) -> tuple[Any, dict[str, torch.Tensor], list[dict[str, Any
     structure["handlers"]["MetricsLogger"]["writers"]["JsonlWriter"].pop("bytes")  # as long as its numbers are
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     log = [{name: line[name] for name in line if not is_time(name)} for line in lines]
-    assert len(tensors) > 150 and len(log) > 3  # modules, target encoder and optimiser; or nothing is compared
+    assert len(tensors) > 150 and len(log) > 3  # modules, target encoder and optimizer; or nothing is compared
     return structure, tensors, log
 
 

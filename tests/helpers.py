@@ -221,7 +221,7 @@ def linear_step(modules: nn.ModuleDict, batch: dict[str, Tensor]) -> dict[str, A
 def linear_trainer(
     accumulation_steps: int = 1, clip_grad: float | None = None, lr: float = 1.0, **arguments: Any
 ) -> tuple[Trainer, OptimizerStep]:
-    """A trainer of a linear model with plain SGD, and its optimiser step."""
+    """A trainer of a linear model with plain SGD, and its optimizer step."""
     log_frequency = arguments.pop("log_frequency", 1)
     step = arguments.pop("step", linear_step)
     modules = nn.ModuleDict({"model": LinearModel()})

@@ -39,7 +39,7 @@ ITERATIONS = 15
 
 
 class OnlineProbe:
-    """A linear head with an optimiser of its own, trained on what the step has put out."""
+    """A linear head with an optimizer of its own, trained on what the step has put out."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(7)
@@ -90,12 +90,12 @@ class Drawer:
 
 
 class Steps:
-    """Note the learning rate of every optimiser step that is taken, of all runs."""
+    """Note the learning rate of every optimizer step that is taken, of all runs."""
 
     taken = []
 
     def attach(self, engine):
-        engine.add_event_handler(TrainEvents.STEP_STARTED, self.note)
+        engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.note)
 
     def note(self, engine):
         groups = engine.stateful_handlers()["OptimizerStep"].optimizer.param_groups

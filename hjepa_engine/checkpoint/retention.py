@@ -18,7 +18,7 @@ class Record(NamedTuple):
     iteration: int
     """Micro-batches trained."""
     step: int
-    """Optimiser steps trained."""
+    """Optimizer steps trained."""
     epoch: int
     """Epochs completed."""
     ends_epoch: bool = False
@@ -27,7 +27,7 @@ class Record(NamedTuple):
     """Value of the retention metric if it was new when the checkpoint was saved."""
 
     @property
-    def place(self) -> tuple[int, bool]:
+    def order(self) -> tuple[int, bool]:
         """Where in the run it was saved; later places are greater."""
         return self.iteration, self.ends_epoch
 
@@ -47,7 +47,7 @@ def is_better(value: float | None, other: float | None, mode: Mode) -> bool:
 
 def latest(records: Sequence[Record]) -> Record | None:
     """The newest checkpoint."""
-    return max(records, key=lambda record: record.place, default=None)
+    return max(records, key=lambda record: record.order, default=None)
 
 
 def best(records: Sequence[Record], mode: Mode = "min") -> Record | None:
@@ -58,7 +58,7 @@ def best(records: Sequence[Record], mode: Mode = "min") -> Record | None:
 
 def _ranked(records: Sequence[Record], mode: Mode) -> list[Record]:
     scored = [record for record in records if record.score is not None and math.isfinite(record.score)]
-    return sorted(scored, key=lambda record: (record.score if mode == "min" else -record.score, record.place))  # type: ignore[operator]
+    return sorted(scored, key=lambda record: (record.score if mode == "min" else -record.score, record.order))  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RetentionPolicy:
     Args:
         keep_last_n: newest ones, at least 2: the newest may turn out to be damaged.
         keep_best_n: ones with the best finite score.
-        keep_every_epochs: those at the end of every so-manieth epoch stay for good; None: none do.
+        keep_every_epochs: those at the end of every N-th epoch stay for good; None: none do.
         mode: whether a smaller (``min``) or a larger (``max``) score is better.
     """
 
@@ -94,11 +94,11 @@ class RetentionPolicy:
     def __call__(self, records: Sequence[Record]) -> dict[str, list[str]]:
         """Names of the checkpoints to keep, each with the reasons."""
         kept: dict[str, list[str]] = {}
-        newest = sorted(records, key=lambda record: record.place, reverse=True)[: self.keep_last_n]
-        for place, record in enumerate(newest, 1):
-            kept.setdefault(record.name, []).append("latest" if place == 1 else f"last {place}")
-        for place, record in enumerate(_ranked(records, self.mode)[: self.keep_best_n], 1):
-            kept.setdefault(record.name, []).append("best" if place == 1 else f"best {place}")
+        newest = sorted(records, key=lambda record: record.order, reverse=True)[: self.keep_last_n]
+        for rank, record in enumerate(newest, 1):
+            kept.setdefault(record.name, []).append("latest" if rank == 1 else f"last {rank}")
+        for rank, record in enumerate(_ranked(records, self.mode)[: self.keep_best_n], 1):
+            kept.setdefault(record.name, []).append("best" if rank == 1 else f"best {rank}")
         for record in records:
             if self.keep_every_epochs and record.ends_epoch and record.epoch % self.keep_every_epochs == 0:
                 kept.setdefault(record.name, []).append(f"every {self.keep_every_epochs} epochs")

@@ -198,11 +198,11 @@ def resume(trainer: Trainer, folder: Path) -> tuple[Checkpoint, list[str]] | Non
     Raises:
         CheckpointError: there are checkpoints but none is usable, or they are of another run; nothing is changed.
     """
-    found = load_everywhere(lambda: load_newest(folder))
+    found = load_on_all_ranks(lambda: load_newest(folder))
     return None if found is None else (found[0], restore_state(trainer, found[1]))
 
 
-def load_everywhere(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tuple[Checkpoint, Any] | None:
+def load_on_all_ranks(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tuple[Checkpoint, Any] | None:
     """What ``load`` finds on rank 0; the other ranks read the very same checkpoint. Collective."""
     found: tuple[Checkpoint, Any] | None = None
 
@@ -228,7 +228,7 @@ def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     places = (path, path / "model.safetensors", path / "encoder" / "model.safetensors")
     exported = next((place for place in places if place.is_file()), None)
     if exported is None or list_checkpoints(path / "checkpoints"):
-        found = load_everywhere(lambda: load_one(path))
+        found = load_on_all_ranks(lambda: load_one(path))
         assert found is not None
         return str(found[0].path), _modules_in(found[1])
     try:
@@ -238,7 +238,7 @@ def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     return str(exported), {"context_encoder": weights, "target_encoder": weights}
 
 
-def take_weights(modules: nn.ModuleDict, source: Path, parts: Sequence[str] | None = None) -> str:
+def load_pretrained(modules: nn.ModuleDict, source: Path, parts: Sequence[str] | None = None) -> str:
     """Start from the weights of another run: every tensor whose name and shape fit.
 
     Args:
@@ -280,7 +280,7 @@ def take_weights(modules: nn.ModuleDict, source: Path, parts: Sequence[str] | No
     return "\n".join(lines)
 
 
-def changes_of_environment(checkpoint: Checkpoint, environment: Mapping[str, Any]) -> list[str]:
+def reproducibility_changes(checkpoint: Checkpoint, environment: Mapping[str, Any]) -> list[str]:
     """What differs from the environment that wrote a checkpoint; the run's bits may then differ too."""
     return [
         f"{name} is {environment[name]}, the checkpoint was written with {checkpoint.environment.get(name)}"
@@ -289,7 +289,7 @@ def changes_of_environment(checkpoint: Checkpoint, environment: Mapping[str, Any
     ]
 
 
-def bits_environment(device: torch.device) -> State:
+def reproducibility_info(device: torch.device) -> State:
     """What the bits of a run depend on besides its configuration."""
     return {
         "torch": torch.__version__,

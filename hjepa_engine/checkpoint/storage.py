@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 STATE, MANIFEST, INDEX = "state.safetensors", "manifest.json", "index.json"
-_LARGEST_MANIFEST = 16 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
 _PREFIX = "epoch_"  # of every checkpoint's name
 _TEMPORARY, _DELETED, _DAMAGED = ".writing_", ".deleted_", "damaged_"
 
 
-class Damaged(ValueError):
+class CorruptCheckpoint(ValueError):
     """A checkpoint is not what was written: the message says what is wrong with it."""
 
 
@@ -133,27 +133,27 @@ def read_manifest(path: Path) -> Checkpoint:
     """What the checkpoint in ``path`` says of itself; its tensors are not looked at.
 
     Raises:
-        Damaged: the manifest is not what was written, or the state file has another size.
+        CorruptCheckpoint: the manifest is not what was written, or the state file has another size.
         CheckpointError: a newer version of this program wrote it.
         OSError: it cannot be read.
     """
     if os.path.islink(path):
-        raise Damaged(f"{path.name} is a link")
-    text = _read_plain_file(path / MANIFEST, _LARGEST_MANIFEST)
+        raise CorruptCheckpoint(f"{path.name} is a link")
+    text = _read_plain_file(path / MANIFEST, MAX_MANIFEST_BYTES)
     try:
         manifest = json.loads(text)
         digest = manifest.pop("digest")
         intact = digest == _digest_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} is none") from error
+        raise CorruptCheckpoint(f"{MANIFEST} is none") from error
     if not intact:
-        raise Damaged(f"{MANIFEST} does not match its digest")
+        raise CorruptCheckpoint(f"{MANIFEST} does not match its digest")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')!r:.50}; this version reads format {FORMAT}")
     try:
         (name,) = manifest["files"]
         if name != STATE:
-            raise Damaged(f"{MANIFEST} names a file {name!r}")
+            raise CorruptCheckpoint(f"{MANIFEST} names a file {name!r}")
         file, score = manifest["files"][STATE], manifest["score"]
         checkpoint = Checkpoint(
             path,
@@ -175,9 +175,11 @@ def read_manifest(path: Path) -> Checkpoint:
             dict(manifest["environment"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise error if isinstance(error, Damaged) else Damaged(f"{MANIFEST} lacks a field: {error}") from error
+        raise (
+            error if isinstance(error, CorruptCheckpoint) else CorruptCheckpoint(f"{MANIFEST} lacks a field: {error}")
+        ) from error
     if (size := _plain_file(path / STATE).st_size) != checkpoint.size:
-        raise Damaged(f"{STATE} has {size} bytes instead of {checkpoint.size}")
+        raise CorruptCheckpoint(f"{STATE} has {size} bytes instead of {checkpoint.size}")
     return checkpoint
 
 
@@ -185,16 +187,16 @@ def read_state(checkpoint: Checkpoint) -> Any:
     """The state in a checkpoint, on the CPU, after its checksum has been verified. No code in it can run.
 
     Raises:
-        Damaged: the file is not what was written.
+        CorruptCheckpoint: the file is not what was written.
         OSError: it cannot be read.
     """
     path = checkpoint.path / STATE
     if file_digest(path) != checkpoint.digest:
-        raise Damaged(f"{STATE} does not match its sha256")
+        raise CorruptCheckpoint(f"{STATE} does not match its sha256")
     try:
         return unflatten(*read_tensors(path))
     except ValueError as error:
-        raise Damaged(f"{STATE} cannot be decoded: {error}") from error
+        raise CorruptCheckpoint(f"{STATE} cannot be decoded: {error}") from error
 
 
 def list_checkpoints(folder: Path, on_problem: Callable[[Path, Exception], object] | None = None) -> list[Checkpoint]:
@@ -210,10 +212,10 @@ def list_checkpoints(folder: Path, on_problem: Callable[[Path, Exception], objec
             continue
         try:
             found.append(read_manifest(path))
-        except (Damaged, OSError) as error:
+        except (CorruptCheckpoint, OSError) as error:
             if on_problem is not None and os.path.lexists(path):  # else it was pruned by a run that is going on
                 on_problem(path, error)
-    return sorted(found, key=lambda checkpoint: (checkpoint.record.place, checkpoint.saved_at), reverse=True)
+    return sorted(found, key=lambda checkpoint: (checkpoint.record.order, checkpoint.saved_at), reverse=True)
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
@@ -228,14 +230,14 @@ def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
 
     def report(path: Path, error: Exception) -> None:
         problems.append(_warn(path, error))
-        if isinstance(error, Damaged):
+        if isinstance(error, CorruptCheckpoint):
             with contextlib.suppress(OSError):  # a read-only folder: it stays where it is, and is named again next time
                 os.rename(path, free_name(path.with_name(_DAMAGED + path.name)))
 
     for checkpoint in list_checkpoints(folder, report):
         try:
             return checkpoint, read_state(checkpoint)
-        except (Damaged, OSError) as error:
+        except (CorruptCheckpoint, OSError) as error:
             report(checkpoint.path, error)
     if problems or any(folder.glob(f"{_DAMAGED}*")):
         raise CheckpointError(
@@ -279,7 +281,7 @@ def checkpoint_folders(path: Path) -> list[Path]:
     """Where the checkpoints of a run, or in a folder of checkpoints, may lie."""
     named = None
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
-        status = json.loads(_read_plain_file(path / "status.json", _LARGEST_MANIFEST))
+        status = json.loads(_read_plain_file(path / "status.json", MAX_MANIFEST_BYTES))
         named = Path(status["checkpoint"]).parent if status.get("checkpoint") else None
     return [folder for folder in (path / "checkpoints", named, path) if folder is not None]
 
@@ -297,13 +299,13 @@ def load_one(path: Path) -> tuple[Checkpoint, Any]:
         for folder in checkpoint_folders(path):
             for checkpoint in list_checkpoints(folder, _warn):
                 return checkpoint, read_state(checkpoint)
-    except (Damaged, OSError) as error:
+    except (CorruptCheckpoint, OSError) as error:
         raise CheckpointError(f"the checkpoint in {path} is not usable: {error}") from error
     raise CheckpointError(f"{path} holds no checkpoint")
 
 
 def _warn(path: Path, error: Exception) -> str:
-    what = f"{path.name} {'is damaged' if isinstance(error, Damaged) else 'cannot be read'}: {error}"
+    what = f"{path.name} {'is damaged' if isinstance(error, CorruptCheckpoint) else 'cannot be read'}: {error}"
     logger.warning("checkpoint %s", what)
     return what
 
@@ -316,13 +318,13 @@ def _plain_file(path: Path) -> os.stat_result:
     try:
         status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Damaged(f"{path.name} is missing") from error
+        raise CorruptCheckpoint(f"{path.name} is missing") from error
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path.name} is no plain file")
+        raise CorruptCheckpoint(f"{path.name} is no plain file")
     return status
 
 
 def _read_plain_file(path: Path, limit: int) -> bytes:
     if (size := _plain_file(path).st_size) > limit:
-        raise Damaged(f"{path.name} has {size} bytes")
+        raise CorruptCheckpoint(f"{path.name} has {size} bytes")
     return path.read_bytes()

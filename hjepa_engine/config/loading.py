@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hjepa_engine.config.ranges import describe_limits, shortened, shown
+from hjepa_engine.config.ranges import describe_limits, format_value, truncate
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError
 
@@ -48,7 +48,7 @@ class _StrictLoader(yaml.SafeLoader):
                 raise ConfigError(f"keys must be plain texts, see line {line}")
             name = f"{path}.{key.value}" if path else key.value
             if key.value in seen:
-                raise ConfigError(f"{shortened(name, 100)} is given twice, again in line {line}")
+                raise ConfigError(f"{truncate(name, 100)} is given twice, again in line {line}")
             seen.add(key.value)
             self._check_keys(value, name)
 
@@ -72,7 +72,7 @@ for _tag, _pattern, _first in (
 ):
     for _class in (_StrictLoader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-# Python refuses to read thousands of digits: they stay a text, which is no number either.
+# Python refuses to read thousands of digits: they stay a string, which is no number either.
 _StrictLoader.add_constructor(
     "tag:yaml.org,2002:int", lambda loader, node: int(node.value) if len(node.value) < 1000 else node.value
 )
@@ -118,7 +118,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         return config
     except ConfigError as error:
         where = f"{path}: " if path is not None and not overrides else ""
-        raise ConfigError(where + shortened(" ".join(str(error).split()), 160)) from error
+        raise ConfigError(where + truncate(" ".join(str(error).split()), 160)) from error
 
 
 def config_from(data: dict[str, Any]) -> Config:
@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"must hold keys and values, got {shown(data)}")
+        raise ConfigError(f"must hold keys and values, got {format_value(data)}")
     return data
 
 
@@ -186,10 +186,10 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
             if not word.startswith("--"):
-                raise ConfigError(f"unexpected argument {shown(word)}, expected --KEY VALUE")
+                raise ConfigError(f"unexpected argument {format_value(word)}, expected --KEY VALUE")
             following = next(words, None)
             if following is None:
-                raise ConfigError(f"{shortened(key, 100)} needs a value")
+                raise ConfigError(f"{truncate(key, 100)} needs a value")
             text = following
         yield key, text
 
@@ -208,11 +208,11 @@ def _assign(data: dict[str, Any], key: str, text: str) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"{section} must be a section with keys, got {shown(node)}")
+            raise ConfigError(f"{section} must be a section with keys, got {format_value(node)}")
     try:
         value = parse_yaml(text)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {shortened(str(error), 90)}, got {shown(text)}") from error
+        raise ConfigError(f"{key}: {truncate(str(error), 90)}, got {format_value(text)}") from error
     is_union = get_origin(hint) in (Union, types.UnionType)
     wants_text = hint is str or (is_union and str in get_args(hint) and value is not None)
     node[name] = text if wants_text else value
@@ -226,7 +226,7 @@ def _build(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
         return value
     if type(value) is int and abs(value) >= 2**63:
-        raise ConfigError(f"{key} must be {_type_words(hint)} below 2**63 in size, got {shown(value)}")
+        raise ConfigError(f"{key} must be {_type_words(hint)} below 2**63 in size, got {format_value(value)}")
     if origin in (Union, types.UnionType):
         return _build_union(hint, value, key)
     if origin is Literal and any(value == known and type(value) is type(known) for known in arguments):
@@ -248,7 +248,7 @@ def _build(hint: Any, value: Any, key: str) -> Any:
     choices = [str(known) for known in arguments] if origin is Literal else []
     for near in difflib.get_close_matches(str(value).lower(), choices, 1):
         note = f", did you mean {near}?"
-    raise ConfigError(f"{key} must be {_type_words(hint)}, got {shown(value)}{note}")
+    raise ConfigError(f"{key} must be {_type_words(hint)}, got {format_value(value)}{note}")
 
 
 def _build_union(hint: Any, value: Any, key: str) -> Any:
@@ -263,12 +263,12 @@ def _build_union(hint: Any, value: Any, key: str) -> Any:
             return _build(option, value, key)
         except ConfigError:
             continue
-    raise ConfigError(f"{key} must be {_type_words(hint)}, got {shown(value)}")
+    raise ConfigError(f"{key} must be {_type_words(hint)}, got {format_value(value)}")
 
 
 def _build_dataclass(cls: Any, value: Any, key: str) -> Any:
     if not isinstance(value, dict):
-        raise ConfigError(f"{key or 'the configuration'} must be a section with keys, got {shown(value)}")
+        raise ConfigError(f"{key or 'the configuration'} must be a section with keys, got {format_value(value)}")
     hints, prefix = _hints(cls), f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -297,7 +297,7 @@ def _unknown(key: str, siblings: Sequence[str]) -> str:
     near = near or [names[name] for name in difflib.get_close_matches(last.lower(), names, 1)]
     near = near or [name for name in known if name.rpartition(".")[2] == last][:1]
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-    return f"unknown key {shortened(key, 80)}, {hint}"
+    return f"unknown key {truncate(key, 80)}, {hint}"
 
 
 def _type_words(hint: Any) -> str:
@@ -317,7 +317,7 @@ def _type_words(hint: Any) -> str:
         return f"a list of {len(arguments)} numbers"
     if origin is dict:
         return "a mapping"
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(hint, str(hint))
 
 

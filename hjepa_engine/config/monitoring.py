@@ -41,7 +41,7 @@ class LoggingConfig:
     log_dir: str | None = None
     """Folder of TensorBoard's and W&B's files; the run folder by default."""
     log_frequency: int = limited(50, least=1)
-    """Optimiser steps between two records; an epoch's end writes one too."""
+    """Optimizer steps between two records; an epoch's end writes one too."""
     progress_bar: bool = True
     """Show progress on standard error."""
     system_metrics: bool = True
@@ -49,7 +49,7 @@ class LoggingConfig:
     watch: Literal["none", "gradients", "parameters", "all"] = "none"
     """Log histograms of every trainable parameter, of its gradient, or of both."""
     watch_frequency: int = limited(500, least=1)
-    """Optimiser steps between two sets of histograms; a multiple of ``log_frequency``."""
+    """Optimizer steps between two sets of histograms; a multiple of ``log_frequency``."""
     report: bool = True
     """Write ``report.html`` into the run folder when the run ends."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -63,12 +63,12 @@ class CollapseConfig:
     enabled: bool = True
     """Measure it."""
     every: int | None = limited(None, least=1)
-    """Optimiser steps between readings on the fixed set of images, each at the end of a log window; by default 50 x images /
-    images of an optimiser step, which keeps them at about 1 % of the run."""
+    """Optimizer steps between readings on the fixed set of images, each at the end of a log interval; by default 50 x
+    images / images of an optimizer step, which keeps them at about 1 % of the run."""
     images: int | None = limited(None, least=2)
     """Images of the fixed set; by default as many as have max(2 D, 2048) features at every level, at least 128."""
     batch_every: int = limited(200, least=1)
-    """Optimiser steps between readings on training batches, which need no forward pass of their own."""
+    """Optimizer steps between readings on training batches, which need no forward pass of their own."""
     alpha_req: bool = False
     """Measure alpha-ReQ too."""
     lidar_views: int = limited(0, least=0)
@@ -94,7 +94,7 @@ class GuardRule:
     readings: int = limited(3, least=1)
     """So many readings in a row must be wrong."""
     after: int = limited(0, least=0)
-    """Readings before this optimiser step are not wrong; later ones are compared with them all the same."""
+    """Readings before this optimizer step are not wrong; later ones are compared with them all the same."""
     action: Literal["warn", "stop", "rollback"] = "warn"
     """``warn`` once per occurrence; ``stop`` the run (exit code 5); ``rollback`` to the newest checkpoint up to the last
     right reading, with a lower learning rate."""
@@ -134,16 +134,16 @@ class GuardConfig:
 
 @dataclass
 class OnlineProbeConfig:
-    """Probes of the target encoder while it is trained, on the mean patch token of labelled images of their own."""
+    """Probes of the target encoder while it is trained, on the mean patch token of labeled images of their own."""
 
     every: int | None = limited(None, least=1)
     """Epochs between probes, one before the first step and one after the last besides; null: none."""
     train_images: int = limited(2000, least=1)
-    """Labelled images to learn from."""
+    """Labeled images to learn from."""
     val_images: int = limited(1000, least=1)
-    """Labelled images, held out, to judge on."""
-    neighbours: int = limited(20, least=1)
-    """Neighbours that vote in ``probe/knn``; all, where there are fewer."""
+    """Labeled images, held out, to judge on."""
+    neighbors: int = limited(20, least=1)
+    """Neighbors that vote in ``probe/knn``; all, where there are fewer."""
     temperature: float = limited(0.07, above=0)
     """Of their weights exp(cosine similarity / temperature)."""
     linear_epochs: int = limited(20, least=0)

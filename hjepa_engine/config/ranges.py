@@ -25,8 +25,8 @@ def limit_problems(node: Any, prefix: str) -> Iterator[str]:
             for number in value if isinstance(value, (list, tuple)) else (value,):
                 if (item.metadata or isinstance(number, float)) and not _within(number, **item.metadata):
                     rules = [describe_limits(item.metadata), "" if math.isfinite(number) else "finite"]
-                    among = "" if number is value else f" in {shown(list(value))}"
-                    yield f"{key} must be {' and '.join(filter(None, rules))}, got {shown(number)}{among}"
+                    among = "" if number is value else f" in {format_value(list(value))}"
+                    yield f"{key} must be {' and '.join(filter(None, rules))}, got {format_value(number)}{among}"
                     break
 
 
@@ -56,11 +56,11 @@ def describe_limits(limits: Mapping[str, float]) -> str:
     return " and ".join(f"{words[name]} {limits[name]}" for name in words if name in limits)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in the line of an error."""
-    return shortened(" ".join(repr(value).split()), 60)
+    return truncate(" ".join(repr(value).split()), 60)
 
 
-def shortened(text: str, size: int) -> str:
+def truncate(text: str, size: int) -> str:
     """The text in ``size`` characters: what is longer ends with three dots."""
     return text if len(text) <= size else text[: size - 3] + "..."

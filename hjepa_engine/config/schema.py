@@ -177,7 +177,7 @@ class LossConfig:
 
 @dataclass
 class TrainingConfig:
-    """Optimiser, schedules and precision."""
+    """Optimizer, schedules and precision."""
 
     epochs: int = limited(100, least=1)
     """Passes over the data."""
@@ -200,13 +200,13 @@ class TrainingConfig:
     optimizer: str = "adamw"
     """``adamw``, ``sgd``, or the dotted path of a ``torch.optim.Optimizer``."""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimiser."""
+    """Further arguments of the optimizer."""
     betas: Pair = limited((0.9, 0.95), least=0, below=1)
     """Of Adam and its like; the first one is SGD's momentum."""
     clip_grad: float | None = limited(None, above=0)
     """Largest L2 norm of all gradients; null: not clipped."""
     accumulation_steps: int = limited(1, least=1)
-    """Micro-batches of an optimiser step."""
+    """Micro-batches of an optimizer step."""
     use_amp: bool = False
     """Mixed precision."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
@@ -227,7 +227,7 @@ class CheckpointConfig:
     save_frequency: int | None = limited(1, least=1)
     """Epochs between saves; null: not by epochs. The end of a run is always saved."""
     save_every_steps: int | None = limited(None, least=1)
-    """Optimiser steps between saves, besides."""
+    """Optimizer steps between saves, besides."""
     save_every_minutes: float | None = limited(15.0, above=0)
     """Minutes between saves, besides."""
     keep_last_n: int = limited(2, least=2)
@@ -235,7 +235,7 @@ class CheckpointConfig:
     keep_best_n: int = limited(1, least=0)
     """Checkpoints with the best ``metric`` to keep."""
     keep_every_epochs: int | None = limited(None, least=1)
-    """Keep the checkpoint of every so-manieth epoch for good; null: none."""
+    """Keep the checkpoint of every N-th epoch for good; null: none."""
     metric: str = "val/loss"
     """Any logged metric; it counts for a checkpoint that is saved when the metric is new."""
     mode: Literal["min", "max"] = "min"
@@ -261,7 +261,7 @@ class ProbeConfig:
     features: Literal["mean", "concat"] = "mean"
     """What the probe reads: the mean of the patch tokens, or all of them side by side."""
     labels_per_class: int | None = limited(None, least=1)
-    """Labelled images of each class to learn from; all by default."""
+    """Labeled images of each class to learn from; all by default."""
     epochs: int = limited(100, least=1)
     """Passes over the features."""
     batch_size: int = limited(256, least=1)

@@ -2,7 +2,7 @@
 
 from hjepa_engine.data.datasets import Source, open_source
 from hjepa_engine.data.features import FeatureBatches, few_labels
-from hjepa_engine.data.image_set import ImageSet
+from hjepa_engine.data.image_set import FixedImageSubset
 from hjepa_engine.data.loading import (
     KeyedDataset,
     build_loader,
@@ -16,7 +16,7 @@ from hjepa_engine.data.sampler import EpochBatchSampler
 __all__ = [
     "EpochBatchSampler",
     "FeatureBatches",
-    "ImageSet",
+    "FixedImageSubset",
     "KeyedDataset",
     "Source",
     "build_loader",

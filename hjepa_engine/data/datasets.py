@@ -20,7 +20,7 @@ from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.errors import DataError
 from hjepa_engine.utils.rng import generator
 
-#: ``train``: pretraining, labels unused; ``probe``: labelled images to learn a probe from; ``val``: labelled, held out.
+#: ``train``: pretraining, labels unused; ``probe``: labeled images to learn a probe from; ``val``: labeled, held out.
 Split = Literal["train", "probe", "val"]
 
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

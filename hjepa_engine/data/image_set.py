@@ -14,20 +14,20 @@ from torchvision.transforms import v2
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.loading import KeyedDataset, collate, eval_pixels, worker_setup
-from hjepa_engine.utils.rng import isolated, key
+from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 
-class ImageSet:
+class FixedImageSubset:
     """One sample of each of ``count`` equal parts of a source, resized and cut as for evaluation, kept as bytes.
 
-    They are read from the source at the first use, and normalised at every one; nothing random is drawn from the outside's
+    They are read from the source at the first use, and normalized at every one; nothing random is drawn from the outside's
     generators.
 
     Args:
         config: of the data.
         source: where the images are.
         count: how many, but one for each process at least; all, where there are fewer.
-        batch_size: of the batches that iterating yields: ``images`` (B, C, H, W), normalised, and ``labels`` (B,).
+        batch_size: of the batches that iterating yields: ``images`` (B, C, H, W), normalized, and ``labels`` (B,).
         seed: names the choice, and the augmentations of data that is drawn when read.
         rank: which share of the set is this process's own.
         world_size: number of shares.
@@ -50,7 +50,7 @@ class ImageSet:
         count = min(max(count, world_size), total)  # a process without images would leave the others waiting
         starts = [number * total // count for number in range(count + 1)]
         # Not the first of each part: labels that come round (as of digit pages) would be of few classes then.
-        drawn = [a + key(seed, "image set", a) % (b - a) for a, b in pairwise(starts)]
+        drawn = [a + derive_seed(seed, "image set", a) % (b - a) for a, b in pairwise(starts)]
         self.indices = drawn[rank::world_size]
         self._images: Tensor | None = None
         self._labels: Tensor | None = None
@@ -73,7 +73,7 @@ class ImageSet:
                 worker_init_fn=worker_setup(workers),
                 generator=torch.Generator(),
             )
-            with isolated():
+            with preserve_rng_state():
                 batches = list(loader)
             self._images = torch.cat([batch["images"] for batch in batches])
             self._labels = torch.cat([batch["labels"] for batch in batches])
@@ -93,6 +93,6 @@ class ImageSet:
         return self._labels
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*self.source.stats)])
+        normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*self.source.stats)])
         for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield {"images": normalise(pixels), "labels": labels}
+            yield {"images": normalize(pixels), "labels": labels}

@@ -22,7 +22,7 @@ from hjepa_engine.data.datasets import Source
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.utils.process import before_exit
-from hjepa_engine.utils.rng import key, seed_everything
+from hjepa_engine.utils.rng import derive_seed, seed_everything
 
 _SUBSTITUTES = 8
 
@@ -50,7 +50,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         epoch, wanted = sample
         damaged: list[str] = []
         for attempt in range(_SUBSTITUTES):
-            index = wanted if attempt == 0 else key(self.seed, "substitute", epoch, wanted, attempt) % len(self)
+            index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
             seed_everything(self.seed, "sample", epoch, wanted)
             try:
                 image, label = self.source.images[index]
@@ -71,7 +71,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_transform(config: DataConfig, source: Source) -> v2.Compose:
-    """Random affine map, resized crop, flip and colour jitter, each as far as ``config`` asks for it."""
+    """Random affine map, resized crop, flip and color jitter, each as far as ``config`` asks for it."""
     size = config.image_size
     steps: list[Any] = []
     if config.random_affine:
@@ -85,12 +85,12 @@ def train_transform(config: DataConfig, source: Source) -> v2.Compose:
     if config.color_jitter:
         strength = config.color_jitter
         steps.append(v2.ColorJitter(strength, strength, strength, strength / 4 if config.in_chans == 3 else 0))
-    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps, *_normalise(source)])
+    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps, *_normalize(source)])
 
 
 def eval_transform(config: DataConfig, source: Source) -> v2.Compose:
-    """Resize the shorter side, cut the middle out, normalise."""
-    return v2.Compose([eval_pixels(config), *_normalise(source)])
+    """Resize the shorter side, cut the middle out, normalize."""
+    return v2.Compose([eval_pixels(config), *_normalize(source)])
 
 
 def eval_pixels(config: DataConfig) -> v2.Compose:
@@ -109,25 +109,25 @@ def _affine(strength: float) -> dict[str, Any]:
     }
 
 
-def _normalise(source: Source) -> list[Any]:
+def _normalize(source: Source) -> list[Any]:
     mean, std = source.stats
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
 class _Channels(torch.nn.Module):
-    """Grey images to three channels, so that a folder may mix them; transparency is dropped."""
+    """Gray images to three channels, so that a folder may mix them; transparency is dropped."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
 
     def forward(self, image: Tensor) -> Tensor:
-        colours = image[:-1] if image.shape[0] in (2, 4) else image
-        return colours.expand(self.channels, -1, -1) if colours.shape[0] == 1 else colours
+        colors = image[:-1] if image.shape[0] in (2, 4) else image
+        return colors.expand(self.channels, -1, -1) if colors.shape[0] == 1 else colors
 
 
 def build_loader(
-    config: DataConfig, source: Source, seed: int, train: bool, alone: bool = False
+    config: DataConfig, source: Source, seed: int, train: bool, replicate: bool = False
 ) -> tuple[DataLoader[dict[str, Any]], EpochBatchSampler]:
     """A loader of batches and the sampler that says where it starts.
 
@@ -136,13 +136,13 @@ def build_loader(
         source: the split to load.
         seed: seed of the run.
         train: augmented and shuffled, without the samples behind the last full batch; else all of them, in order.
-        alone: every process reads all of the data instead of its share.
+        replicate: every process reads all of the data instead of its share.
 
     Raises:
         DataError: the data set has less than one batch.
     """
     batch_size = config.batch_size
-    rank, world = (0, 1) if alone else (idist.get_rank(), idist.get_world_size())
+    rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
     if batch_size % world:
         raise ConfigError(f"data.batch_size must be a multiple of the {world} processes, got {batch_size}")
     if len(source.images) < (batch_size if train else world):
@@ -157,7 +157,7 @@ def build_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
-        persistent_workers=config.num_workers > 0 and not alone,  # such data is read once
+        persistent_workers=config.num_workers > 0 and not replicate,  # such data is read once
         worker_init_fn=worker_setup(config.num_workers),
         # Without one of its own, a loader draws from the global generator at every pass.
         generator=torch.Generator(),

@@ -26,11 +26,11 @@ def check_names(names: Iterable[Any]) -> None:
     for name in names:
         if not isinstance(name, str) or name in RESERVED or not re.fullmatch(r"[^\W\d_][^\x00-\x1f]*", name):
             raise ValueError(
-                f"a logged name must be a text that begins with a letter, and not {', '.join(RESERVED)}, got {name!r}"
+                f"a logged name must be a string that begins with a letter, and not {', '.join(RESERVED)}, got {name!r}"
             )
 
 
-def as_number(name: str, value: Any) -> float:
+def to_float(name: str, value: Any) -> float:
     """A metric as a float.
 
     Raises:

@@ -151,7 +151,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Anything:
+class JsonValue:
     """Any object that JSON can hold: lists, dicts, numbers, texts, None; tensors and arrays become lists.
 
     ``value`` is a copy. NaN and infinities in it are None, which JSON has.
@@ -176,4 +176,4 @@ def _as_list(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is none of dict, list, number, text, None, tensor")
 
 
-Media = Image | Histogram | Text | Anything
+Media = Image | Histogram | Text | JsonValue

@@ -13,7 +13,7 @@ import numpy as np
 from hjepa_engine.loggers.media import Histogram, Image, Media, Text
 
 # Events that the writing thread may be behind. With tensorboardX's own 10, a run would wait for a thread that has died.
-_MOST_WAITING = 10_000
+MAX_WAITING = 10_000
 
 
 class TensorBoardWriter:
@@ -37,7 +37,7 @@ class TensorBoardWriter:
         # Files are named by the second: without a suffix, one of a quick restart could replace the former.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(
-            str(self.folder), purge_step=purge_step, max_queue=_MOST_WAITING, filename_suffix=suffix
+            str(self.folder), purge_step=purge_step, max_queue=MAX_WAITING, filename_suffix=suffix
         )
 
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:

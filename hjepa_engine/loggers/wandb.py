@@ -22,7 +22,7 @@ from hjepa_engine.loggers.media import Histogram, Image, Media, Text
 #: Seconds that a run waits for a service when it begins, and again when it ends; leaving it takes one more.
 PATIENCE = 9.0
 # Records that a service may be behind; a run that goes on for days must not collect them in memory.
-_MOST_WAITING = 10_000
+MAX_WAITING = 10_000
 
 
 class _Queue:
@@ -50,7 +50,7 @@ class _Queue:
             TimeoutError: the service takes too long, or takes nothing any more.
         """
         done = threading.Event()
-        if self.error is None and self._calls.qsize() < _MOST_WAITING:
+        if self.error is None and self._calls.qsize() < MAX_WAITING:
             self._calls.put((call, done))
             answered = done.wait(PATIENCE) if wait else True
         else:

@@ -1,6 +1,6 @@
 """How much features still say: streamed covariance, and what is read off its spectrum.
 
-Everything here is of *centred* features: a mean says nothing of the image. Where features come as a map, each place of
+Everything here is of *centered* features: a mean says nothing of the image. Where features come as a map, each place of
 it has a mean of its own, since features that differ between places and not between images are collapsed too.
 """
 
@@ -73,15 +73,15 @@ class FeatureStatistics:
         if place_idx is None:
             maps = flat.view(-1, self.places, self.dim)
             count, mean = torch.full_like(self.count, len(maps)), maps.mean(dim=0)
-            centred = (maps - mean).view(-1, self.dim)
+            centered = (maps - mean).view(-1, self.dim)
         else:
             place_idx = place_idx.reshape(-1).to(flat.device)
             count = torch.zeros_like(self.count).index_add_(0, place_idx, torch.ones_like(flat[:, 0]))
             mean = torch.zeros_like(self.mean).index_add_(0, place_idx, flat) / count.clamp(min=1)[:, None]
-            centred = flat - mean[place_idx]
+            centered = flat - mean[place_idx]
         share = count / (self.count + count).clamp(min=1)
         shift = mean - self.mean
-        self.scatter = self.scatter + centred.T @ centred + shift.T @ ((self.count * share)[:, None] * shift)
+        self.scatter = self.scatter + centered.T @ centered + shift.T @ ((self.count * share)[:, None] * shift)
         self.mean = self.mean + shift * share[:, None]
         self.count = self.count + count
         self.samples += len(flat)
@@ -100,12 +100,12 @@ class FeatureStatistics:
         return whole
 
     @property
-    def freedom(self) -> int:
+    def degrees_of_freedom(self) -> int:
         """Samples less the means that were taken from them: the rank cannot be larger."""
         return self.samples - int((self.count > 0).sum())
 
     def singular_values(self) -> Tensor:
-        """Singular values (D,) of the centred samples divided by the square root of their number, largest first.
+        """Singular values (D,) of the centered samples divided by the square root of their number, largest first.
 
         What is below the features' rounding (see :func:`rounding_of`), or the eigenvalues' (5e-7 of the largest, for D =
         1280), is 0. All are NaN where a feature was not finite.
@@ -122,7 +122,7 @@ class FeatureStatistics:
         """``std``, ``norm``, ``rank``, ``rank_share`` and ``rank_me``, each smallest for features that say nothing.
 
         ``std``: standard deviation of a dimension, averaged over D. ``norm``: root of the mean squared L2 norm of the
-        centred features. ``rank``: effective rank, from 1 to D (see :func:`spectrum_rank`). ``rank_share``: what of the
+        centered features. ``rank``: effective rank, from 1 to D (see :func:`spectrum_rank`). ``rank_share``: what of the
         way from 1 to the largest possible rank it is, from 0 to 1. ``rank_me``: as :func:`rank_me`. All are NaN where a
         feature was not finite.
 
@@ -130,9 +130,9 @@ class FeatureStatistics:
             singular_values: of these statistics, where they are known already: they are what takes time.
         """
         values = self.singular_values() if singular_values is None else singular_values
-        freedom = self.freedom
-        rank, most = spectrum_rank(values), min(self.dim, max(1, freedom))
-        variances = self.scatter.diagonal() / max(1, freedom)
+        degrees_of_freedom = self.degrees_of_freedom
+        rank, most = spectrum_rank(values), min(self.dim, max(1, degrees_of_freedom))
+        variances = self.scatter.diagonal() / max(1, degrees_of_freedom)
         return {
             "std": float(variances.clamp(min=0).sqrt().mean()),
             "norm": float(values.square().sum().sqrt()),
@@ -177,7 +177,7 @@ def spectrum_rank(singular_values: Tensor) -> float:
 def rank_me(singular_values: Tensor, eps: float = 1e-7) -> float:
     """RankMe (arXiv:2210.02885) of a spectrum (D,): as :func:`spectrum_rank`, with ``eps`` added to every share.
 
-    The paper takes uncentred embeddings, where a mean counts as one large singular value; here they are centred. 1 where
+    The paper takes uncentered embeddings, where a mean counts as one large singular value; here they are centered. 1 where
     all singular values are 0.
     """
     total = singular_values.sum()

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: a judge of features that has nothing to train."""
+"""Weighted nearest neighbors: a judge of features that has nothing to train."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def knn_accuracy(
     labels: Tensor,
     val_features: Tensor,
     val_labels: Tensor,
-    neighbours: int = 20,
+    neighbors: int = 20,
     temperature: float = 0.07,
 ) -> float:
     """Share of the validation samples that their nearest training samples classify rightly (arXiv:1805.01978).
 
-    The ``neighbours`` training samples with the largest cosine similarity vote for their class with the weight
+    The ``neighbors`` training samples with the largest cosine similarity vote for their class with the weight
     exp(similarity / temperature). Of equally similar samples the first ones are taken, of classes with equally many votes
     the one with the smallest number, so that equal features give an equal answer.
 
@@ -29,17 +29,17 @@ def knn_accuracy(
         labels: (n,), class numbers from 0.
         val_features: (m, F).
         val_labels: (m,).
-        neighbours: how many vote; all, where there are fewer samples.
+        neighbors: how many vote; all, where there are fewer samples.
         temperature: the smaller it is, the more the very nearest count.
 
     Returns:
         From 0 to 1.
 
     Raises:
-        ValueError: there are no samples, the shapes do not fit, or ``neighbours`` or ``temperature`` is not positive.
+        ValueError: there are no samples, the shapes do not fit, or ``neighbors`` or ``temperature`` is not positive.
     """
-    if neighbours < 1 or not temperature > 0:
-        raise ValueError(f"neighbours and temperature must be positive, got {neighbours} and {temperature}")
+    if neighbors < 1 or not temperature > 0:
+        raise ValueError(f"neighbors and temperature must be positive, got {neighbors} and {temperature}")
     for name, (rows, classes) in {"training": (features, labels), "validation": (val_features, val_labels)}.items():
         if rows.ndim != 2 or classes.shape != rows.shape[:1] or not len(rows):
             raise ValueError(
@@ -55,7 +55,7 @@ def knn_accuracy(
         similarity = F.normalize(rows.to(device).float(), dim=1) @ known.T
         # topk() may take any of equal ones.
         nearest = similarity.sort(dim=1, descending=True, stable=True)
-        values, idx = nearest.values[:, :neighbours].double(), nearest.indices[:, :neighbours]
+        values, idx = nearest.values[:, :neighbors].double(), nearest.indices[:, :neighbors]
         # Relative to the nearest one, or small temperatures overflow.
         weights = ((values - values[:, :1]) / temperature).exp()
         votes = torch.zeros(len(rows), num_classes, dtype=weights.dtype, device=device)

@@ -14,7 +14,7 @@ from hjepa_engine.metrics.collapse import spectrum_rank
 def effective_rank(features: Tensor) -> float:
     """Effective rank of ``features`` (samples, D), from 1 to D (Roy and Vetterli, EUSIPCO 2007).
 
-    The exponential of the entropy of the singular values of the centred matrix, normalised to sum 1. All samples being
+    The exponential of the entropy of the singular values of the centered matrix, normalized to sum 1. All samples being
     equal, it is 1. Use at least 2 D samples: the rank cannot exceed their number.
 
     >>> features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
@@ -27,8 +27,8 @@ def effective_rank(features: Tensor) -> float:
     if features.ndim != 2 or len(features) == 0:
         raise ValueError(f"features must be (samples, D) with at least one sample, got {tuple(features.shape)}")
     features = features.detach().double()
-    centred = features - features.mean(dim=0)
-    values = torch.linalg.svdvals(centred)
+    centered = features - features.mean(dim=0)
+    values = torch.linalg.svdvals(centered)
     # Rounding leaves about this much of a constant column behind.
     noise = features.abs().max() * torch.finfo(torch.float64).eps * max(features.shape)
     return spectrum_rank(torch.where(values > noise, values, 0.0))
@@ -53,7 +53,7 @@ class WeightedMeans:
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def compute(self) -> dict[str, float]:
-        """The means, with one device synchronisation. Collective: all ranks must call it with the same names."""
+        """The means, with one device synchronization. Collective: all ranks must call it with the same names."""
         if not self._sums:
             return {}
         # A resumed sum is on the CPU until its name is seen again.

@@ -11,7 +11,7 @@ from hjepa_engine.config.schema import Config, resolve_levels
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.models.encoder import ContextEncoder, TargetEncoder
 from hjepa_engine.models.predictor import Predictor
-from hjepa_engine.utils.rng import key
+from hjepa_engine.utils.rng import derive_seed
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:
@@ -36,14 +36,14 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_modules(config: Config) -> nn.ModuleDict:
-    """``context_encoder``, ``target_encoder`` (its exact copy) and ``predictor``, initialised from ``config.seed``.
+    """``context_encoder``, ``target_encoder`` (its exact copy) and ``predictor``, initialized from ``config.seed``.
 
     Raises:
         ConfigError: the sizes do not fit together, or the encoder is unknown.
     """
     predictor = config.model.predictor
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(config.seed, "weights"))
+        torch.manual_seed(derive_seed(config.seed, "weights"))
         try:
             context_encoder = ContextEncoder(**encoder_arguments(config))
         except (ValueError, AssertionError, TypeError, RuntimeError) as error:

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.positions import sincos_2d
-from hjepa_engine.utils.imports import hidden
+from hjepa_engine.utils.imports import block_import
 
-with hidden("wandb"):  # which timm imports wherever it is installed
+with block_import("wandb"):  # which timm imports wherever it is installed
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
@@ -27,7 +27,7 @@ class ContextEncoder(nn.Module):
         name: any of timm's vision transformers (``timm.list_models("vit_*")``).
         img_size: H = W of the images, in pixels.
         in_chans: C of the images.
-        pos_embed: ``sincos``: fixed 2-D sine-cosine positions (I-JEPA); ``learned``: as timm initialises them.
+        pos_embed: ``sincos``: fixed 2-D sine-cosine positions (I-JEPA); ``learned``: as timm initializes them.
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
         **overrides: arguments of timm's ``VisionTransformer`` that differ from the named model's (``patch_size``,
             ``embed_dim``, ``depth``, ``num_heads``, ``drop_path_rate``, ``init_values`` (layer scale), ...).
@@ -78,7 +78,7 @@ class ContextEncoder(nn.Module):
         """Patch tokens after the last norm.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalized.
             patch_idx: (B, K), the patches to see; all N of them by default.
 
         Returns:

@@ -18,7 +18,7 @@ from hjepa_engine.models.positions import sincos_1d
 class Predictor(nn.Module):
     """A narrow vision transformer that answers one query per target cell and level.
 
-    A query is mask token + level embedding + position of the cell's centre. The queries of one target block attend
+    A query is mask token + level embedding + position of the cell's center. The queries of one target block attend
     to each other and to the context; blocks are predicted independently (I-JEPA, arXiv:2301.08243). A level with
     ``pool: image`` has one query per image, placed at the middle of the grid, in a sequence of its own.
 
@@ -69,7 +69,7 @@ class Predictor(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # A cell's centre lies on a patch or half-way between two: tables in half-patch steps cover every level.
+        # A cell's center lies on a patch or half-way between two: tables in half-patch steps cover every level.
         for name, length in zip(("row_table", "column_table"), grid, strict=True):
             table = sincos_1d(torch.arange(2 * length - 1) / 2, width // 2)
             self.register_buffer(name, table, persistent=False)

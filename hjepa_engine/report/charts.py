@@ -11,7 +11,7 @@ from hjepa_engine.report.reading import Series
 
 #: Points that a drawn curve has at most: more than the pixels of a chart show nothing.
 MOST_POINTS = 300
-#: Curves of one chart: more colours cannot be told apart.
+#: Curves of one chart: more colors cannot be told apart.
 MOST_LINES = 8
 _WIDTH, _HEIGHT = 400, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 390, 10, 192

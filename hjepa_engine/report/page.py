@@ -24,7 +24,7 @@ from hjepa_engine.report.sections import (
     verdict_section,
     when,
 )
-from hjepa_engine.report.verdict import judge
+from hjepa_engine.report.verdict import assess
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.utils.files import replace_file
 
@@ -53,7 +53,7 @@ def write_report(run: Path, output: Path | None = None, others: Sequence[Path] =
 
 
 @contextmanager
-def reported(folder: RunFolder) -> Iterator[None]:
+def write_report_on_exit(folder: RunFolder) -> Iterator[None]:
     """Write the report when a run has ended, however it did; that it cannot be written is no failure of the run."""
     try:
         yield
@@ -77,7 +77,7 @@ def _write_quietly(folder: RunFolder) -> None:
 def render(run: RunData, others: Sequence[RunData] = ()) -> str:
     """The page as a text that needs nothing else: no network, no other file."""
     runs = named([run, *others])
-    verdicts = {name: judge(each.series) for name, each in runs.items()}
+    verdicts = {name: assess(each.series) for name, each in runs.items()}
     charts = {
         name: [element("div", *drawn, class_="charts")] if drawn else [] for name, drawn in section_charts(run).items()
     }
@@ -88,7 +88,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         "Collapse": charts["Collapse"],
         "Probes": [*probe_section(run), *charts["Probes"]],
         "Pictures": picture_section(run),
-        "Optimisation": charts["Optimisation"],
+        "Optimization": charts["Optimization"],
         "Speed and machine": charts["Speed and machine"],
         "Other metrics": charts["Other metrics"],
         "Checkpoints": checkpoint_section(run),

@@ -52,7 +52,7 @@ SECTIONS: dict[str, list[Panel]] = {
             log=True,
         ),
         Panel(
-            "Regularisers",
+            "Regularizers",
             {r"train/loss_((?!level)\w+)": r"\1", r"val/loss_((?!level)\w+)": r"validation, \1"},
             log=True,
         ),
@@ -64,7 +64,7 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Rank share of each level", _levels("rank_share"), zero=True),
         Panel("Standard deviation", _encoders("std"), zero=True),
         Panel("Standard deviation of each level", _levels("std"), zero=True),
-        Panel("Norm of centred features", _encoders("norm"), zero=True),
+        Panel("Norm of centered features", _encoders("norm"), zero=True),
         Panel("Norm of each level", _levels("norm"), zero=True),
         Panel("RankMe", _encoders("rank_me"), zero=True),
         Panel("LiDAR", _encoders("lidar"), zero=True),
@@ -73,7 +73,7 @@ SECTIONS: dict[str, list[Panel]] = {
     "Probes": [
         Panel("Accuracy of probes", {"probe/knn": "kNN", "probe/online_linear": "linear, online"}, zero=True),
     ],
-    "Optimisation": [
+    "Optimization": [
         Panel("Learning rate", {"train/lr": "learning rate", r"train/lr_level_(\d+)": r"level \1"}, zero=True),
         Panel("Weight decay", {"train/weight_decay": "weight decay"}, zero=True),
         Panel("Momentum of the target encoder", {"train/ema_momentum": "momentum"}),
@@ -84,7 +84,7 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Share of time waiting for data", {"train/data_wait": "waiting"}, zero=True),
         Panel(
             "Time of a step in ms",
-            {r"train/((?!step)\w+)_ms": r"\1", "train/step_ms": "whole step"},
+            {r"train/((?!step)\w+)_ms": r"\1", "train/iteration_ms": "whole step"},
             log=True,
             zero=True,
         ),

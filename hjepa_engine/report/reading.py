@@ -24,7 +24,7 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class Series(NamedTuple):
-    """A metric over optimiser steps, in the order of the file; what was not finite is NaN."""
+    """A metric over optimizer steps, in the order of the file; what was not finite is NaN."""
 
     steps: list[int]
     values: list[float]
@@ -58,7 +58,7 @@ class RunData:
     series: dict[str, Series] = field(default_factory=dict)
     """Metrics by name."""
     spectra: dict[str, dict[int, Series]] = field(default_factory=dict)
-    """Shares of the singular values over their ranks, by name and optimiser step."""
+    """Shares of the singular values over their ranks, by name and optimizer step."""
     step: int = 0
     """Of the last record, or of the status if that is later."""
     epoch: int = 0

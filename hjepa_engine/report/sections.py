@@ -129,7 +129,10 @@ def config_section(run: RunData) -> list[Markup]:
         said = "config.yaml is of another version." if run.config_text else "There is no config.yaml."
         return [_hint(said), everything] if run.config_text else [_hint(said)]
     changed = changed_keys(run.config)
-    rows = [(element("code", key), element("code", shown(new)), shown(old)) for key, (old, new) in changed.items()]
+    rows = [
+        (element("code", key), element("code", format_value(new)), format_value(old))
+        for key, (old, new) in changed.items()
+    ]
     return [table(("differs from the defaults", "value", "default"), rows, texts=(0, 1, 2)), everything]
 
 
@@ -138,7 +141,7 @@ def changed_keys(config: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (old, new) for key, old, new in config_changes(plain_config(Config()), config)}
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it would be given on the command line, cut where it is long."""
     if isinstance(value, list):
         value = [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
@@ -206,7 +209,7 @@ def _differing_keys(runs: Mapping[str, RunData]) -> Markup:
     for key, default in defaults.items():
         values = [keys[key][1] if key in keys else default for keys in changed.values()]
         if any(value != values[0] for value in values) and key != "run_dir":
-            rows.append((element("code", key), *(element("code", shown(value)) for value in values)))
+            rows.append((element("code", key), *(element("code", format_value(value)) for value in values)))
     columns = range(len(runs) + 1)
     return table(("key", *runs), rows, texts=columns) if rows else _hint("None.")
 

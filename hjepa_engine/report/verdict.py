@@ -35,7 +35,7 @@ LOSS_FALL = 0.1
 
 RULES = (
     f"Collapsed: the rank share of an encoder is below {COLLAPSED_SHARE}, or the size (standard deviation or norm) of its "
-    f"centred features below {COLLAPSED_SCALE} of that at step 0. Watch: a rank share below {LOW_SHARE} or below "
+    f"centered features below {COLLAPSED_SCALE} of that at step 0. Watch: a rank share below {LOW_SHARE} or below "
     f"{FALLEN_SHARE} of that at step 0, a level below {COLLAPSED_SHARE}, a size below {LOW_SCALE} of that at step 0, fixed "
     f"images and training batches that disagree by a factor of {DISAGREEMENT:g}, a kNN accuracy {ACCURACY_NOISE} below the "
     f"random encoder's or {ACCURACY_LOSS} below its own best, values that were not finite, a collapsed rank share while the "
@@ -82,11 +82,11 @@ class Verdict:
     evidence: list[Evidence]
 
 
-def judge(series: Mapping[str, Series]) -> Verdict:
+def assess(series: Mapping[str, Series]) -> Verdict:
     """Judge a run by what it has logged; :data:`RULES` are the rules, the constants above the thresholds.
 
     A low rank with a kNN probe clearly above the random encoder's is worth watching, not collapsed: some directions that
-    matter are left. Features are centred at each place of the map, so that tokens which tell places apart and not images
+    matter are left. Features are centered at each place of the map, so that tokens which tell places apart and not images
     count as collapsed.
 
     Args:
@@ -157,7 +157,7 @@ def _collapsed(evidence: Mapping[str, Evidence]) -> list[str]:
             )
         if (kept := _kept_scale(evidence, encoder)) is not None and kept < COLLAPSED_SCALE:
             reasons.append(
-                f"The {encoder} encoder's centred features keep {_percent(kept)} of their size at step 0: they are next to "
+                f"The {encoder} encoder's centered features keep {_percent(kept)} of their size at step 0: they are next to "
                 "constant over images."
             )
     return reasons
@@ -209,7 +209,7 @@ def _low_scales(evidence: Mapping[str, Evidence]) -> list[str]:
         kept = _kept_scale(evidence, encoder)
         if kept is not None and COLLAPSED_SCALE <= kept < LOW_SCALE:
             reasons.append(
-                f"The {encoder} encoder's centred features keep {_percent(kept)} of their size at step 0: images differ "
+                f"The {encoder} encoder's centered features keep {_percent(kept)} of their size at step 0: images differ "
                 "less than they did."
             )
     return reasons

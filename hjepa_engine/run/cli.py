@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hjepa_engine.config.loading import dump_config, list_options, load_config
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError, LeaveNow, Preempted, RunError
-from hjepa_engine.utils.process import before_exit, make_streams_lenient
+from hjepa_engine.utils.process import before_exit, make_streams_safe
 
 EXIT_CODES = """\
 exit codes:
@@ -87,7 +87,7 @@ def read_config(
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
     argv = sys.argv[1:] if argv is None else argv
-    make_streams_lenient()
+    make_streams_safe()
     for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over
         signal.signal(name, _stop)
     logging.basicConfig(format="%(levelname)s: %(message)s")

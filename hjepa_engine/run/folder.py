@@ -177,7 +177,7 @@ class RunFolder:
         checkpoint: Path | None = None,
         any_rank: bool = False,
     ) -> None:
-        """Say how the run is: state, optimiser step, exit code, why, the probe's results, the newest checkpoint.
+        """Say how the run is: state, optimizer step, exit code, why, the probe's results, the newest checkpoint.
 
         Rank 0 writes; with ``any_rank`` others do too, for an error that rank 0 may not hear of.
         """

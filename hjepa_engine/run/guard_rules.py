@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hjepa_engine.config.monitoring import GuardRule
 
 #: Values whose median a spike is compared with, and how many there must be.
-_HISTORY, _LEAST_HISTORY = 20, 5
+_HISTORY, MIN_HISTORY = 20, 5
 
 #: What usually helps, by the beginning of a metric's name.
 ADVICE = {
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     """Iteration from which on something may be wrong: the one behind the last right reading."""
 
 
-class Watch:
+class RuleMonitor:
     """One rule and what it has seen.
 
     Raises:
@@ -54,7 +54,7 @@ class Watch:
         self.since: int | None = None
         """From this iteration on something may be wrong; None: nothing is."""
 
-    def look(self, value: float, step: int, iteration: int) -> Verdict | None:
+    def update(self, value: float, step: int, iteration: int) -> Verdict | None:
         """Judge a new value; a verdict when the last of ``rule.readings`` wrong ones in a row has come."""
         if step < self.rule.after or not self._is_wrong(value):
             self.wrong, self.since, self.good = 0, None, iteration
@@ -64,7 +64,7 @@ class Watch:
             return None
         self.wrong += 1
         if self.since is None:
-            # What was saved since the last right reading may be spoilt already.
+            # What was saved since the last right reading may be spoiled already.
             self.since = iteration if self.good is None else self.good + 1
         if self.wrong != self.rule.readings:
             return None
@@ -75,7 +75,7 @@ class Watch:
         if rule.non_finite or not math.isfinite(value):
             return rule.non_finite and not math.isfinite(value)
         if rule.spike is not None:
-            return len(self.history) >= _LEAST_HISTORY and value > rule.spike * median(self.history)
+            return len(self.history) >= MIN_HISTORY and value > rule.spike * median(self.history)
         if rule.drop is not None:
             return math.isfinite(self.best) and value < (1 - rule.drop) * self.best
         if rule.below is not None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import ignite.distributed as idist
 
 from hjepa_engine.checkpoint.state import (
-    bits_environment,
-    changes_of_environment,
-    load_everywhere,
+    load_on_all_ranks,
+    load_pretrained,
+    reproducibility_changes,
+    reproducibility_info,
     restore_state,
     resume,
-    take_weights,
 )
 from hjepa_engine.checkpoint.storage import Checkpoint, load_one
 from hjepa_engine.checkpoint.writer import CheckpointWriter
@@ -72,14 +72,14 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
                 folder.refuse(changes, f"checkpoint.checkpoint_dir {folder.checkpoint_path}")
     if found is None:
         if how != "never" and folder.status() is not None:
-            _say(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
+            _print_once(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
         if config.checkpoint.init_from is not None:
             parts = config.checkpoint.init_parts
-            _say(take_weights(trainer.modules, Path(config.checkpoint.init_from), parts))
+            _print_once(load_pretrained(trainer.modules, Path(config.checkpoint.init_from), parts))
         if how == "never":
             idist.barrier()  # everybody has read what is about to move
             if aside := rank_zero(folder.set_aside):
-                _say(f"starting anew: the earlier run in {folder.path} is in {aside} now")
+                _print_once(f"starting anew: the earlier run in {folder.path} is in {aside} now")
         seed_everything(config.seed, "start", idist.get_rank())  # for handlers that draw before the first batch
         return None
     checkpoint, remarks = found
@@ -93,14 +93,18 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
             f"training.epochs (or max_iters) must leave at least the {state.iteration} iterations that are trained already, "
             f"got {iterations}"
         )
-    _say(f"resumed step {state.optimizer_step} (iteration {state.iteration} of {iterations}) from {checkpoint.path}")
+    _print_once(
+        f"resumed step {state.optimizer_step} (iteration {state.iteration} of {iterations}) from {checkpoint.path}"
+    )
     if state.rollbacks:
-        _say(f"  rolled back {state.rollbacks} times before: learning rates are multiplied by {state.lr_scale:g}")
+        _print_once(
+            f"  rolled back {state.rollbacks} times before: learning rates are multiplied by {state.lr_scale:g}"
+        )
     for change in changes:
         follows = "; schedules follow the new length" if change.key == "training.epochs" else ""
-        _say(f"  {change}{follows}")
+        _print_once(f"  {change}{follows}")
     if idist.get_rank() == 0:
-        for difference in changes_of_environment(checkpoint, bits_environment(trainer.device)):
+        for difference in reproducibility_changes(checkpoint, reproducibility_info(trainer.device)):
             logger.warning("bits may differ from a run without interruption: %s", difference)
         for remark in remarks:
             logger.warning("%s", remark)
@@ -108,7 +112,7 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
 
 
 @contextmanager
-def ending(
+def record_outcome(
     folder: RunFolder, trainer: Trainer, writer: CheckpointWriter, iterations: int
 ) -> Iterator[dict[str, float]]:
     """Leave in ``status.json`` how the run has ended; if it fails, wait for the checkpoint that is being written.
@@ -155,7 +159,7 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Ch
         if how == "must":
             raise CheckpointError(f"checkpoint.resume is must, but {folder.checkpoint_path} holds no checkpoint")
         return None
-    found = load_everywhere(lambda: load_one(path))
+    found = load_on_all_ranks(lambda: load_one(path))
     assert found is not None
     checkpoint, state = found
     changes = config_changes(checkpoint.config, folder.config) if checkpoint.config else []
@@ -180,6 +184,6 @@ def _refuse_older(newest: Checkpoint, how: str) -> None:
             )
 
 
-def _say(text: str) -> None:
+def _print_once(text: str) -> None:
     if idist.get_rank() == 0:
         print(text, flush=True)

@@ -10,8 +10,15 @@ from typing import Any
 
 import ignite.distributed as idist
 
-from hjepa_engine.checkpoint.state import load_everywhere, restore_state
-from hjepa_engine.checkpoint.storage import Checkpoint, Damaged, list_checkpoints, prune, read_state, write_index
+from hjepa_engine.checkpoint.state import load_on_all_ranks, restore_state
+from hjepa_engine.checkpoint.storage import (
+    Checkpoint,
+    CorruptCheckpoint,
+    list_checkpoints,
+    prune,
+    read_state,
+    write_index,
+)
 from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.config.monitoring import GuardConfig
 from hjepa_engine.engine import Trainer
@@ -61,7 +68,7 @@ def roll_back(
     if past >= options.max_rollbacks:
         raise GuardStop(f"{request}; the run was rolled back {past} times already")
     rank_zero(writer.wait)
-    found = load_everywhere(lambda: _newest_before(writer.folder, request.before))
+    found = load_on_all_ranks(lambda: _newest_before(writer.folder, request.before))
     if found is None:
         raise GuardStop(f"{request}; {writer.folder} holds no checkpoint from before iteration {request.before}")
     checkpoint, state = found
@@ -81,7 +88,7 @@ def _newest_before(folder: Path, iteration: int) -> tuple[Checkpoint, Any] | Non
         if checkpoint.record.iteration < iteration:
             try:
                 return checkpoint, read_state(checkpoint)
-            except (Damaged, OSError) as error:
+            except (CorruptCheckpoint, OSError) as error:
                 logger.warning("checkpoint %s is not usable: %s", checkpoint.path, error)
     return None
 

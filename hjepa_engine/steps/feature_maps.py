@@ -17,7 +17,7 @@ def feature_map_step(modules: nn.ModuleDict, batch: Batch, levels: Sequence[Leve
 
     Args:
         modules: encoders by name, each with ``grid`` and ``features(images, depths=...)``.
-        batch: ``images`` (B, C, H, W), normalised.
+        batch: ``images`` (B, C, H, W), normalized.
         levels: of the hierarchy.
 
     Returns:

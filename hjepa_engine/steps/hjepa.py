@@ -26,7 +26,7 @@ def hjepa_step(
 
     Args:
         modules: ``context_encoder``, ``target_encoder`` and ``predictor`` (which knows the levels).
-        batch: ``images`` (B, C, H, W), normalised; ``masks``, a :class:`~hjepa_engine.masking.Masks`.
+        batch: ``images`` (B, C, H, W), normalized; ``masks``, a :class:`~hjepa_engine.masking.Masks`.
         loss_fn: mean distance of predictions and targets (..., D).
         regularizers: weight of each of :data:`~hjepa_engine.losses.REGULARIZERS` on the mean context token
             of each image (B, D): over tokens, positions alone would pass for variance.

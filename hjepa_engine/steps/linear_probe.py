@@ -16,7 +16,7 @@ def feature_step(modules: nn.ModuleDict, batch: Batch, features: Literal["mean",
 
     Args:
         modules: ``encoder``, from images to tokens (B, N, D); without one, pixels are read.
-        batch: ``images`` (B, C, H, W), normalised.
+        batch: ``images`` (B, C, H, W), normalized.
         features: the mean of the patch tokens, or all of them side by side.
 
     Returns:

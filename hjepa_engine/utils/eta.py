@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: Durations looked back on at most.
-_MOST = 1000
+MAX_RECENT = 1000
 
 
 class Recent:
@@ -22,7 +22,7 @@ class Recent:
     """
 
     def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=_MOST)
+        self._values: deque[float] = deque(maxlen=MAX_RECENT)
         self._added = 0
 
     def add(self, value: float) -> None:
@@ -43,7 +43,7 @@ class Recent:
         return sum(list(self._values)[-number:]) / number
 
 
-class Pace:
+class TimeRemaining:
     """Estimate the time left from what iterations, and the turns of epochs, have recently taken in this process.
 
     A turn is all that lies between an epoch's last iteration and the next one's first batch: validation, probes, saving. The

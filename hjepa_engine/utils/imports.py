@@ -10,10 +10,10 @@ from typing import Any
 
 
 @contextmanager
-def hidden(name: str) -> Iterator[None]:
+def block_import(name: str) -> Iterator[None]:
     """Make ``import name`` fail meanwhile, as if it were not installed; a module that is imported already stays.
 
-    >>> with hidden("this"):
+    >>> with block_import("this"):
     ...     import this
     Traceback (most recent call last):
     ModuleNotFoundError: import of this halted; None in sys.modules

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
 
 
-class LenientStream:
+class BrokenPipeSafeStream:
     """A text stream whose failure is named once, and from then on written to nowhere.
 
     Args:
@@ -54,7 +54,7 @@ class LenientStream:
         logger.warning("%s cannot be written to: %s; the run goes on without it", self._name, reason)
 
 
-def make_streams_lenient() -> None:
+def make_streams_safe() -> None:
     """Let no failure of standard output or error, closed ones included, reach those who print."""
     for number, name, text in ((1, "stdout", "standard output"), (2, "stderr", "standard error")):
         stream = getattr(sys, name)
@@ -64,8 +64,8 @@ def make_streams_lenient() -> None:
                 os.fstat(number)
             except OSError:
                 os.dup2(stream.fileno(), number)
-        if not isinstance(stream, LenientStream):
-            setattr(sys, name, LenientStream(stream, text))
+        if not isinstance(stream, BrokenPipeSafeStream):
+            setattr(sys, name, BrokenPipeSafeStream(stream, text))
 
 
 def _to_nowhere(stream: Any) -> None:

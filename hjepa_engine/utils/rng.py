@@ -1,6 +1,6 @@
 """Keyed randomness: every draw is a function of where it happens, so nothing random has to cross a restart.
 
-``key(seed, "mask", step)`` names a draw; the same name gives the same numbers in any process, after any resume and
+``derive_seed(seed, "mask", step)`` names a draw; the same name gives the same numbers in any process, after any resume and
 with any number of workers.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Part = int | str
 
 
-def key(*parts: Part) -> int:
+def derive_seed(*parts: Part) -> int:
     """A 63-bit integer that depends on all ``parts`` (BLAKE2b of their ``repr``), the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -26,12 +26,12 @@ def key(*parts: Part) -> int:
 
 def generator(*parts: Part) -> torch.Generator:
     """A CPU generator of its own for the draw named by ``parts``."""
-    return torch.Generator().manual_seed(key(*parts))
+    return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 def seed_everything(*parts: Part) -> None:
     """Seed Python's, NumPy's and torch's (CPU and, once in use, GPU) global generators with the key of ``parts``."""
-    value = key(*parts)
+    value = derive_seed(*parts)
     random.seed(value)
     np.random.seed(value % 2**32)
     # torch.manual_seed() takes 0.3 ms where no GPU is in use yet: it formats a stack trace for each kind of GPU.
@@ -41,7 +41,7 @@ def seed_everything(*parts: Part) -> None:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Leave Python's, NumPy's and torch's global generators as they were."""
     states = random.getstate(), np.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -60,5 +60,5 @@ def uniform_rows(first: int, count: int, width: int, *parts: Part) -> NDArray[np
     row before it. ``parts`` name the table.
     """
     blocks = -(-width // 8)  # one Philox counter value yields eight numbers
-    bits = np.random.Philox(key=key(*parts), counter=first * blocks)
+    bits = np.random.Philox(key=derive_seed(*parts), counter=first * blocks)
     return np.random.Generator(bits).random((count, 8 * blocks), dtype=np.float32)[:, :width]

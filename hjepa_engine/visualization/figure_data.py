@@ -1,4 +1,4 @@
-"""The numbers behind the figures: what is hidden, features as colours, similarities, spectra of a run."""
+"""The numbers behind the figures: what is hidden, features as colors, similarities, spectra of a run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hjepa_engine.masking import Masks
 
 FloatArray = NDArray[np.float64]
 
-#: Features that vary by less than this share of their length are drawn in grey, not stretched to full colour.
+#: Features that vary by less than this share of their length are drawn in gray, not stretched to full color.
 FLAT = 0.1
 _GREY, _CONTRAST = 0.8, 0.12
 
 
 def to_pixels(images: Tensor, stats: tuple[Sequence[float], Sequence[float]]) -> FloatArray:
-    """Normalised images (B, C, H, W), C 1 or 3, as pixels (B, H, W, 3) from 0 to 1.
+    """Normalized images (B, C, H, W), C 1 or 3, as pixels (B, H, W, 3) from 0 to 1.
 
     Args:
         images: to show.
-        stats: mean and standard deviation that the channels were normalised with.
+        stats: mean and standard deviation that the channels were normalized with.
     """
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in stats)
     pixels = (images.detach().cpu().double() * std + mean).clamp(0, 1)
@@ -37,19 +37,19 @@ def to_pixels(images: Tensor, stats: tuple[Sequence[float], Sequence[float]]) ->
 
 
 def dimmed(pixels: FloatArray, patch_idx: Tensor, grid: tuple[int, int]) -> FloatArray:
-    """An image (H, W, 3) with all patches but those of ``patch_idx`` turned to a light grey that hardly shows them."""
+    """An image (H, W, 3) with all patches but those of ``patch_idx`` turned to a light gray that hardly shows them."""
     seen = np.zeros(grid[0] * grid[1], dtype=bool)
     seen[patch_idx.flatten().cpu().numpy()] = True
     height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
     mask = seen.reshape(grid).repeat(height, axis=0).repeat(width, axis=1)
-    grey = pixels.mean(axis=-1, keepdims=True)
-    return np.where(mask[..., None], pixels, _GREY + _CONTRAST * (grey - 0.5))
+    gray = pixels.mean(axis=-1, keepdims=True)
+    return np.where(mask[..., None], pixels, _GREY + _CONTRAST * (gray - 0.5))
 
 
-class PatchColours(NamedTuple):
-    """Features as colours."""
+class PatchColors(NamedTuple):
+    """Features as colors."""
 
-    colours: FloatArray
+    colors: FloatArray
     """(B, N, 3), from 0 to 1; 0.5 is a patch as it is on average."""
     explained: tuple[float, ...]
     """Share of the variance that each of the three components has; 0 where nothing varies."""
@@ -57,29 +57,29 @@ class PatchColours(NamedTuple):
     """How far features of one place lie from their mean, as a share of their length; from 0 to 1."""
 
 
-def patch_colours(tokens: Tensor) -> PatchColours:
+def patch_colors(tokens: Tensor) -> PatchColors:
     """The first three principal components of patch features (B, N, D) as red, green and blue.
 
     Each place has a mean of its own over the images, since features that differ between places and not between images
     are collapsed. A component is scaled by the 98th percentile of its size, but never by less than a tenth of the first
-    one's nor of the features' length: what hardly varies stays grey. Its sign makes the largest loading positive.
+    one's nor of the features' length: what hardly varies stays gray. Its sign makes the largest loading positive.
     """
     features = tokens.detach().float()
     batch, places, dim = features.shape
-    centred = (features - (features.mean(0) if batch > 1 else features.mean((0, 1)))).reshape(-1, dim)
-    covariance = (centred.T @ centred).double() / len(centred)
+    centered = (features - (features.mean(0) if batch > 1 else features.mean((0, 1)))).reshape(-1, dim)
+    covariance = (centered.T @ centered).double() / len(centered)
     values, vectors = (each.flip(-1)[..., :3] for each in torch.linalg.eigh(covariance))
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    scores = F.pad(centred.double() @ (vectors * largest.sign()), (0, 3 - vectors.shape[1]))
+    scores = F.pad(centered.double() @ (vectors * largest.sign()), (0, 3 - vectors.shape[1]))
     length = features.double().square().sum(dim=-1).mean().sqrt()
     total = covariance.trace()
     # A small batch has few percentiles to choose from: a quantile of all its places together.
     size = torch.from_numpy(np.quantile(scores.abs().cpu().numpy(), 0.98, axis=0)).to(scores)
     scale = torch.maximum(size, torch.maximum(FLAT * size[0], FLAT * length)).clamp(min=torch.finfo(torch.float64).tiny)
-    colours = 0.5 + 0.5 * (scores / scale).clamp(-1, 1)
+    colors = 0.5 + 0.5 * (scores / scale).clamp(-1, 1)
     share = F.pad(values.clamp(min=0) / total, (0, 3 - len(values))) if total > 0 else torch.zeros(3)
     variation = float(total.sqrt() / length) if length > 0 else 0.0
-    return PatchColours(colours.reshape(batch, places, 3).cpu().numpy(), tuple(share.tolist()), variation)
+    return PatchColors(colors.reshape(batch, places, 3).cpu().numpy(), tuple(share.tolist()), variation)
 
 
 class Similarities(NamedTuple):

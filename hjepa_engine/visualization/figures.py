@@ -1,4 +1,4 @@
-"""Figures: masks over images, features as colour, spectra over time, similarities, schedules.
+"""Figures: masks over images, features as color, spectra over time, similarities, schedules.
 
 matplotlib is imported when something is drawn, without ``pyplot``: no backend is chosen, no global state is left.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from hjepa_engine.config.schema import Level
 from hjepa_engine.masking import Masks
 from hjepa_engine.visualization.drawing import GRAY, PALETTE, figure_style, picture_table
-from hjepa_engine.visualization.figure_data import FloatArray, PatchColours, Similarities, Spectrum, dimmed
+from hjepa_engine.visualization.figure_data import FloatArray, PatchColors, Similarities, Spectrum, dimmed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Features that vary less than this share of their length between images are called collapsed.
 _COLLAPSED = 0.05
 #: Lines that a figure of spectra has at most.
-_MOST_SPECTRA = 40
+MAX_SPECTRA = 40
 
 
 def draw_masks(pixels: FloatArray, masks: Masks, grid: tuple[int, int], levels: Sequence[Level]) -> Figure:
@@ -78,21 +78,21 @@ def _outline(
 
     edges = []
     for number, (top, left, height, width) in enumerate(blocks):
-        colour, inside = PALETTE[number % len(PALETTE)], np.array([1, -1]) * number * inset
+        color, inside = PALETTE[number % len(PALETTE)], np.array([1, -1]) * number * inset
         bottom, right = top + height, left + width
         y = np.array([top, bottom]) * patch[0] - 0.5 + inside
         x = np.array([left, right]) * patch[1] - 0.5 + inside
-        axes.hlines(np.arange(top + cell, bottom, cell) * patch[0] - 0.5, x[0], x[1], colors=colour, linewidth=0.7)
-        axes.vlines(np.arange(left + cell, right, cell) * patch[1] - 0.5, y[0], y[1], colors=colour, linewidth=0.7)
-        edges.append(((x[0], y[0]), (x[1] - x[0], y[1] - y[0]), colour))
-    for corner, sides, colour in edges:
-        for line_colour, linewidth in (("white", 2.6), (colour, 1.5)):  # a white rim shows on any image
+        axes.hlines(np.arange(top + cell, bottom, cell) * patch[0] - 0.5, x[0], x[1], colors=color, linewidth=0.7)
+        axes.vlines(np.arange(left + cell, right, cell) * patch[1] - 0.5, y[0], y[1], colors=color, linewidth=0.7)
+        edges.append(((x[0], y[0]), (x[1] - x[0], y[1] - y[0]), color))
+    for corner, sides, color in edges:
+        for line_color, linewidth in (("white", 2.6), (color, 1.5)):  # a white rim shows on any image
             style: dict[str, Any] = {"fill": False, "clip_on": False, "joinstyle": "miter"}
-            axes.add_patch(Rectangle(corner, *sides, edgecolor=line_colour, linewidth=linewidth, **style))
+            axes.add_patch(Rectangle(corner, *sides, edgecolor=line_color, linewidth=linewidth, **style))
 
 
-def draw_features(pixels: FloatArray, features: PatchColours, grid: tuple[int, int], encoder: str = "target") -> Figure:
-    """Images above, the principal components of their patch features as colour below.
+def draw_features(pixels: FloatArray, features: PatchColors, grid: tuple[int, int], encoder: str = "target") -> Figure:
+    """Images above, the principal components of their patch features as color below.
 
     Args:
         pixels: (n, H, W, 3), from 0 to 1.
@@ -116,10 +116,10 @@ def draw_features(pixels: FloatArray, features: PatchColours, grid: tuple[int, i
         for image, shown in enumerate(pixels):
             row, column = 2 * (image // columns), image % columns
             scale = [size // number for size, number in zip(shown.shape, grid, strict=False)]
-            colours = features.colours[image].reshape(*grid, 3)
+            colors = features.colors[image].reshape(*grid, 3)
             table[row][column].imshow(shown)
             table[row + 1][column].imshow(
-                colours.repeat(scale[0], axis=0).repeat(scale[1], axis=1), interpolation="nearest"
+                colors.repeat(scale[0], axis=0).repeat(scale[1], axis=1), interpolation="nearest"
             )
     return figure
 
@@ -147,14 +147,14 @@ def draw_spectra(spectra: Mapping[str, Sequence[Spectrum]]) -> Figure:
             x=0.01,
             ha="left",
         )
-        colours = ScalarMappable(Normalize(0, max(last, 1)), "viridis_r")
+        colors = ScalarMappable(Normalize(0, max(last, 1)), "viridis_r")
         panels: list[Axes] = list(figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0])
         for axes, (encoder, lines) in zip(panels, spectra.items(), strict=True):
-            picked = np.unique(np.linspace(0, len(lines) - 1, _MOST_SPECTRA).round().astype(int))
+            picked = np.unique(np.linspace(0, len(lines) - 1, MAX_SPECTRA).round().astype(int))
             for number in picked:
                 line = lines[number]
                 share = [value if value > 0 else np.nan for value in line.share]
-                axes.plot(line.rank, share, color=colours.to_rgba(line.step), linewidth=1.2)
+                axes.plot(line.rank, share, color=colors.to_rgba(line.step), linewidth=1.2)
             dim = lines[-1].rank[-1]
             axes.axhline(1 / dim, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.annotate(
@@ -163,8 +163,8 @@ def draw_spectra(spectra: Mapping[str, Sequence[Spectrum]]) -> Figure:
             axes.set(xscale="log", yscale="log", title=f"{encoder} encoder", xlabel="number of the singular value")
             axes.set_ylim(max(lowest, 1e-7) / 1.5, 1.3)
         panels[0].set_ylabel("share of the sum of all")
-        bar = figure.colorbar(colours, ax=panels, pad=0.02, aspect=28)
-        bar.set_label("optimiser step")
+        bar = figure.colorbar(colors, ax=panels, pad=0.02, aspect=28)
+        bar.set_label("optimizer step")
         bar.outline.set_visible(False)
     return figure
 
@@ -186,14 +186,14 @@ def draw_similarities(found: Sequence[Similarities], levels: Sequence[Level]) ->
         figure = Figure(figsize=(max(2.5 * len(found), 4.5), 2.75), layout="constrained")
         panels: list[Axes] = list(figure.subplots(1, len(found), sharex=True, squeeze=False)[0])
         for number, (axes, each, level) in enumerate(zip(panels, found, levels, strict=True)):
-            for sample, colour, name in (
+            for sample, color, name in (
                 (each.others, PALETTE[1], "same place, other image"),
                 (each.own, PALETTE[0], "own target"),
             ):
                 if len(sample):
                     share = np.histogram(sample.clip(low), edges)[0] / len(sample)
-                    axes.stairs(share, edges, fill=True, color=colour, alpha=0.35)
-                    axes.stairs(share, edges, color=colour, linewidth=1.3, label=name)
+                    axes.stairs(share, edges, fill=True, color=color, alpha=0.35)
+                    axes.stairs(share, edges, color=color, linewidth=1.3, label=name)
             says = (
                 f"own target closer in {100 * each.correct:.0f} % of pairs"
                 if len(each.others)
@@ -216,9 +216,9 @@ def draw_schedules(
     """Curves over the epochs, a panel for each quantity.
 
     Args:
-        schedules: by quantity, functions of the optimiser step by the name of their line.
+        schedules: by quantity, functions of the optimizer step by the name of their line.
         steps: of the run.
-        steps_per_epoch: optimiser steps in an epoch.
+        steps_per_epoch: optimizer steps in an epoch.
     """
     from matplotlib.figure import Figure
 

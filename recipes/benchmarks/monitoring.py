@@ -114,8 +114,8 @@ def monitors_table(options: list[str], iterations: int) -> None:
                 last[name] = monitor.due
 
         last = {name: monitor.due for name, monitor in due.items()}
-        trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, count)
-        trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda: windows.update(["seen"]))
+        trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, count)
+        trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, lambda: windows.update(["seen"]))
         stopwatches = Stopwatches(trainer)
         for monitor in monitors:
             monitor.attach(trainer)

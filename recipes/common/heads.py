@@ -1,4 +1,4 @@
-"""Linear heads on frozen features, trained by the same engine, optimiser step, schedule and averages as pretraining."""
+"""Linear heads on frozen features, trained by the same engine, optimizer step, schedule and averages as pretraining."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hjepa_engine.handlers import (
 from hjepa_engine.loggers.base import Writer
 from hjepa_engine.schedules import CosineScheduler
 from hjepa_engine.steps import linear_probe_step
-from hjepa_engine.types import Labelled
-from hjepa_engine.utils.rng import isolated, key
+from hjepa_engine.types import Labeled
+from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 
-def standardised(train: Labelled, val: Labelled) -> tuple[Labelled, Labelled]:
+def standardized(train: Labeled, val: Labeled) -> tuple[Labeled, Labeled]:
     """Both with the mean 0 and standard deviation 1 that the training features have then (as MAE, arXiv:2111.06377)."""
     (features, labels), (val_features, val_labels) = train, val
     mean, std = features.mean(dim=0), features.std(dim=0)
@@ -36,8 +36,8 @@ def standardised(train: Labelled, val: Labelled) -> tuple[Labelled, Labelled]:
 
 
 def train_head(
-    train: Labelled,
-    val: Labelled,
+    train: Labeled,
+    val: Labeled,
     num_classes: int,
     settings: ProbeConfig,
     seed: int,
@@ -50,8 +50,8 @@ def train_head(
     Equal arguments give an equal head; no random number is drawn from the outside's generators.
 
     Args:
-        train: standardised features to learn from.
-        val: standardised features to judge on.
+        train: standardized features to learn from.
+        val: standardized features to judge on.
         num_classes: that labels may have.
         settings: epochs, batch size, learning rate and weight decay.
         seed: names weights and order.
@@ -60,8 +60,8 @@ def train_head(
         bar: name of a progress bar; None: show none.
     """
     batches = FeatureBatches(*train, min(settings.batch_size, len(train[0])), seed)
-    with isolated():
-        torch.manual_seed(key(seed, "linear probe"))
+    with preserve_rng_state():
+        torch.manual_seed(derive_seed(seed, "linear probe"))
         modules = nn.ModuleDict({"head": nn.Linear(train[0].shape[1], num_classes)}).to(device)
     optimizer = torch.optim.AdamW(modules.parameters(), settings.lr, weight_decay=settings.weight_decay)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hjepa_engine import Config, create_evaluator
 from hjepa_engine.config.schema import Level, resolve_levels
-from hjepa_engine.data import ImageSet, Source, open_source
+from hjepa_engine.data import FixedImageSubset, Source, open_source
 from hjepa_engine.data.datasets import OWN_PROBE_SPLIT
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
@@ -30,11 +30,11 @@ from hjepa_engine.handlers import (
 from hjepa_engine.levels import disjoint_windows
 from hjepa_engine.metrics.collapse import images_needed
 from hjepa_engine.metrics.knn import knn_accuracy
-from hjepa_engine.recipes.common.heads import standardised, train_head
+from hjepa_engine.recipes.common.heads import standardized, train_head
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.steps import feature_map_step, feature_step
-from hjepa_engine.types import Labelled, unwrap
-from hjepa_engine.utils.rng import key
+from hjepa_engine.types import Labeled, unwrap
+from hjepa_engine.utils.rng import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _collapse_monitor(config: Config, trainer: Trainer, train: Source) -> Collap
         logger.warning(
             "collapse.images %d are too few for these levels: ranks mean something from %d on", count, needed
         )
-    images = ImageSet(config.data, train, count, 64, config.seed, idist.get_rank(), idist.get_world_size())
+    images = FixedImageSubset(config.data, train, count, 64, config.seed, idist.get_rank(), idist.get_world_size())
     evaluator = create_evaluator(partial(feature_map_step, levels=levels), encoders, trainer.device, trainer.amp_dtype)
     every = options.every or max(1, 50 * count // (config.data.batch_size * config.training.accumulation_steps))
     epoch_ends = config.checkpoint.metric.startswith("collapse/")
@@ -85,25 +85,27 @@ def _online_probe(
     config: Config, trainer: Trainer, every: int, train: Source, val: Source, preemption: Preemption
 ) -> OnlineProbe:
     options, data, seed = config.online_probe, config.data, config.seed
-    labelled = open_source(data, "probe", seed) if data.dataset in OWN_PROBE_SPLIT else train
+    labeled = open_source(data, "probe", seed) if data.dataset in OWN_PROBE_SPLIT else train
     encoder = nn.ModuleDict({"encoder": unwrap(trainer.modules["target_encoder"])})
     evaluator = create_evaluator(feature_step, encoder, trainer.device, trainer.amp_dtype)
     preemption.watch(evaluator)
 
-    def knn(known: Labelled, judged: Labelled) -> float:
-        return knn_accuracy(*known, *judged, options.neighbours, options.temperature)
+    def knn(known: Labeled, judged: Labeled) -> float:
+        return knn_accuracy(*known, *judged, options.neighbors, options.temperature)
 
-    def linear(known: Labelled, judged: Labelled) -> float:
+    def linear(known: Labeled, judged: Labeled) -> float:
         settings = replace(config.probe, epochs=options.linear_epochs)
-        return train_head(*standardised(known, judged), labelled.num_classes, settings, seed, trainer.device)
+        return train_head(*standardized(known, judged), labeled.num_classes, settings, seed, trainer.device)
 
-    judges: dict[str, Callable[[Labelled, Labelled], float]] = {"knn": knn}
+    classifiers: dict[str, Callable[[Labeled, Labeled], float]] = {"knn": knn}
     if options.linear_epochs:
-        judges["online_linear"] = linear
-    # With one seed, images that are drawn when read (digit_pages) would have twins in the other split for neighbours.
-    train_images = ImageSet(data, labelled, options.train_images, seed=key(seed, "probe images", "train"))
-    val_images = ImageSet(data, val, options.val_images, seed=key(seed, "probe images", "val"))
-    return OnlineProbe(evaluator, train_images, val_images, judges, every)
+        classifiers["online_linear"] = linear
+    # With one seed, images that are drawn when read (digit_pages) would have twins in the other split for neighbors.
+    train_images = FixedImageSubset(
+        data, labeled, options.train_images, seed=derive_seed(seed, "probe images", "train")
+    )
+    val_images = FixedImageSubset(data, val, options.val_images, seed=derive_seed(seed, "probe images", "val"))
+    return OnlineProbe(evaluator, train_images, val_images, classifiers, every)
 
 
 def _pictures(config: Config, trainer: Trainer, train: Source) -> Pictures:

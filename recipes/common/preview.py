@@ -80,8 +80,8 @@ def table_of(config: Config, schedules: Schedules, steps: int, per_epoch: int) -
     Args:
         config: of the run.
         schedules: of the run.
-        steps: optimiser steps of the run.
-        per_epoch: optimiser steps of an epoch.
+        steps: optimizer steps of the run.
+        per_epoch: optimizer steps of an epoch.
     """
     rates = lines_of(config, schedules)["learning rate"]
     columns: dict[str, Callable[[int], float]] = {
@@ -105,7 +105,7 @@ def tokens_of(masks: MultiBlockMasks, levels: tuple[Level, ...], seed: int, step
         masks: the sampler.
         levels: of the hierarchy.
         seed: of the run.
-        steps: optimiser steps of the run.
+        steps: optimizer steps of the run.
     """
     drawn = [masks.sample(1, seed, step) for step in range(0, steps, math.ceil(steps / _SAMPLES))]
     visible = _range([each.context_idx.shape[1] for each in drawn])

@@ -12,10 +12,10 @@ from hjepa_engine import Config
 from hjepa_engine.data import release_workers
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, MetricsLogger, Preemption
-from hjepa_engine.recipes.linear_probe import as_metrics, judge
-from hjepa_engine.report import reported
+from hjepa_engine.recipes.linear_probe import as_metrics, evaluate_encoder
+from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.folder import RunFolder
-from hjepa_engine.run.lifecycle import ending, start_run
+from hjepa_engine.run.lifecycle import record_outcome, start_run
 from hjepa_engine.run.rollback import train_with_rollbacks
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
@@ -64,7 +64,10 @@ class Run:
         try:
             start_run(self.trainer, self.folder, len(self.data), self.iterations)
             writer = self.checkpointer.writer
-            with reported(self.folder), ending(self.folder, self.trainer, writer, self.iterations) as results:
+            with (
+                write_report_on_exit(self.folder),
+                record_outcome(self.folder, self.trainer, writer, self.iterations) as results,
+            ):
                 results |= self._train_and_judge()
             return results
         finally:
@@ -85,7 +88,9 @@ class Run:
         )
         results: dict[str, float] = {}
         if config.probe.enabled:
-            results = judge(config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar)
+            results = evaluate_encoder(
+                config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar
+            )
             self.logger.log_metrics(as_metrics(results))
         self.checkpointer.close()
         return results

@@ -102,7 +102,7 @@ def test_tensorboard_that_can_no_longer_write_is_dropped_and_training_goes_on(tm
             worker.stop()
             worker.join()
 
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, kill_the_writing_thread)
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, kill_the_writing_thread)
     with caplog.at_level(logging.WARNING):
         trainer.run(rows(*[(1, 0)] * 30))  # more than the queue of the dead thread holds
     assert trainer.state.iteration == 30
@@ -119,7 +119,7 @@ def test_metrics_may_be_tensors_and_what_is_no_number_is_not_logged(tmp_path):
         engine.state.metrics |= {"tensor": torch.tensor(1.5), "whole": 2, "text": "no number", "many": torch.zeros(3)}
         engine.state.metrics.setdefault("default", 3.0)
 
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, write)
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, write)
     trainer.run(rows((1, 0)))
     (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert {name: record[name] for name in record if name not in ("step", "epoch", "time")} == {

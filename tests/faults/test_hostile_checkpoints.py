@@ -16,11 +16,11 @@ import torch
 from helpers import LinearModel, save_state, sign_again
 from torch import nn
 
-from hjepa_engine.checkpoint.state import take_weights, weights_in
+from hjepa_engine.checkpoint.state import load_pretrained, weights_in
 from hjepa_engine.checkpoint.storage import (
     MANIFEST,
     STATE,
-    Damaged,
+    CorruptCheckpoint,
     find_checkpoint,
     load_newest,
     load_one,
@@ -264,7 +264,7 @@ def entry_points(run, path):
         "load_one": lambda: load_one(path),
         "load_one of the run": lambda: load_one(run),
         "weights_in": lambda: weights_in(run),
-        "take_weights": lambda: take_weights(modules, run),
+        "load_pretrained": lambda: load_pretrained(modules, run),
         "find_checkpoint": lambda: load_one(find_checkpoint(run, "latest").path),
         "load_encoder": lambda: load_encoder(run),
         "load_newest": lambda: load_newest(run / "checkpoints"),
@@ -279,7 +279,7 @@ def report(run, path):
         try:
             load()
             error = None
-        except (Damaged, CheckpointError, ExportError) as raised:
+        except (CorruptCheckpoint, CheckpointError, ExportError) as raised:
             error = str(raised) or "?"
         except BaseException as raised:
             error = f"TRACEBACK {raised!r:.300}"
@@ -375,7 +375,7 @@ def test_wrong_types_in_every_field_of_a_manifest_are_refused_or_taken_for_the_r
             sign_again(path, **{field: value})
             try:
                 found = read_manifest(path)
-            except (Damaged, CheckpointError):
+            except (CorruptCheckpoint, CheckpointError):
                 refused += 1
                 continue
             types = [[type(value) for value in one.record] for one in (found, good)]
@@ -386,5 +386,5 @@ def test_wrong_types_in_every_field_of_a_manifest_are_refused_or_taken_for_the_r
     for field in manifest.keys() - {"digest"}:
         fields = {name: value for name, value in manifest.items() if name != field}
         (path / MANIFEST).write_text(json.dumps(fields))
-        with pytest.raises((Damaged, CheckpointError)):
+        with pytest.raises((CorruptCheckpoint, CheckpointError)):
             read_manifest(path)

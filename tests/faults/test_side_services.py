@@ -203,7 +203,7 @@ def test_weights_and_biases_goes_on_with_the_same_run_after_a_resume(tmp_path, m
 
 
 def test_a_service_that_takes_nothing_any_more_does_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(wandb_writer, "_MOST_WAITING", 5)
+    monkeypatch.setattr(wandb_writer, "MAX_WAITING", 5)
     monkeypatch.setattr(wandb_writer, "PATIENCE", 0.2)
     queue, begun, over = wandb_writer._Queue("it"), threading.Event(), threading.Event()
     queue.add(lambda: begun.set() or over.wait())

@@ -35,8 +35,8 @@ class Meter:
         self.path, self.writer, self.every, self.most = path, writer, every, 0
 
     def attach(self, engine: Any) -> None:
-        engine.add_event_handler(TrainEvents.ITERATION_COMMITTED, self.weigh)
-        engine.add_event_handler(TrainEvents.ITERATION_COMMITTED(every=self.every), self.sample)
+        engine.add_event_handler(TrainEvents.ITERATION_FINALIZED, self.weigh)
+        engine.add_event_handler(TrainEvents.ITERATION_FINALIZED(every=self.every), self.sample)
 
     def weigh(self) -> None:
         """Weigh the folder of checkpoints, whatever the writing thread has come to."""

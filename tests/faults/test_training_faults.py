@@ -78,7 +78,7 @@ def records(folder="run"):
 
 
 def ending_of(folder="run"):
-    """Modules, optimiser (with scaler and counts), guard and records of a run that has ended."""
+    """Modules, optimizer (with scaler and counts), guard and records of a run that has ended."""
     checkpoint, state = load_newest(Path(folder) / "checkpoints")
     handlers = {name: state["handlers"][name] for name in ("OptimizerStep", "NonFiniteGuard")}
     parts = {name: state[name] for name in ("modules", "ranks")}
@@ -88,7 +88,7 @@ def ending_of(folder="run"):
 def stopped(run, iteration):
     """Ask the run to end after an iteration, which it does, saved."""
     ask = partial(run.preemption.request, "a wish")
-    run.trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED(once=iteration), ask)
+    run.trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED(once=iteration), ask)
     with pytest.raises(Preempted, match="a wish at step"):
         run.fit()
     assert status()["state"] == "preempted"
@@ -106,7 +106,7 @@ class Poison:
         self.at, self.curable = at, curable
 
     def attach(self, engine):
-        engine.add_event_handler(TrainEvents.STEP_STARTED, self.poison)
+        engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.poison)
 
     def poison(self, engine):
         if engine.state.iteration in self.at and not (self.curable and Path("cured").exists()):
@@ -122,7 +122,7 @@ def test_a_loss_that_is_no_number_leaves_a_good_checkpoint_and_the_same_command_
     code, _, err = command(**changes)
     assert code == 5
     reason = err.splitlines()[-1]
-    assert reason.startswith(f"non-finite loss at optimiser step {at - 1}; the weights are those of the last good step")
+    assert reason.startswith(f"non-finite loss at optimizer step {at - 1}; the weights are those of the last good step")
     assert (status()["state"], status()["exit_code"], status()["reason"]) == ("stopped", 5, reason)
     for checkpoint in list_checkpoints(Path("run/checkpoints")):
         assert checkpoint.record.iteration < at
@@ -143,7 +143,7 @@ SKIPPING = {"training__non_finite": "skip", "checkpoint__save_every_steps": 1, "
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 5, 8, 10])
 def test_a_run_that_drops_updates_resumes_exactly_around_them(stop, caplog):
-    """Iterations 3, 4 and 8 are dropped, and stopped after: saves at one optimiser step have names of their own."""
+    """Iterations 3, 4 and 8 are dropped, and stopped after: saves at one optimizer step have names of their own."""
     changes = {**SKIPPING, "handlers": own("Poison", at=[3, 4, 8, 10])}
     build(configured(**changes, run_dir="whole")).fit()
     whole = ending_of("whole")
@@ -181,7 +181,7 @@ def test_an_update_that_overflows_moves_nothing_and_is_saved_and_resumed():
         moved = any(not torch.equal(before[name], tensor) for name, tensor in engine.modules.state_dict().items())
         seen.append((engine.state.optimizer_step, moved, len(step.optimizer.state) > 0, step.scaler.get_scale()))
 
-    whole.trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, look)
+    whole.trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, look)
     whole.fit()
     skipped = sum(number == 0 for number, _, _, _ in seen)
     assert 1 <= skipped <= 8

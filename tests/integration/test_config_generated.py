@@ -40,7 +40,7 @@ from hjepa_engine.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 FILE = "configs/experiment.yaml"
 BOUNDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
 WORDS |= {list: "a list", tuple: "a list"}
 
 # The keys

@@ -49,7 +49,7 @@ class EverythingIsContext:
     """Masks that hide nothing."""
 
     def attach(self, engine):
-        engine.add_event_handler(TrainEvents.STEP_STARTED, self.reveal)
+        engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.reveal)
 
     def reveal(self, engine):
         masks = engine.state.batch["masks"]

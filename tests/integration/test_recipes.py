@@ -331,7 +331,7 @@ def test_a_loss_that_is_no_number_is_exit_code_5(parts, tmp_path):
     _, err, code = call(ROOT / "recipes" / "pretrain.py", "--config", "c.yaml", cwd=tmp_path, modules=tmp_path)
     assert code == 5
     assert err.splitlines()[-1].startswith(
-        "non-finite loss at optimiser step 0; the weights are those of the last good"
+        "non-finite loss at optimizer step 0; the weights are those of the last good"
     )
     assert "Traceback" not in err
     status = json.loads((tmp_path / "run" / "status.json").read_text())

@@ -138,7 +138,7 @@ def test_a_stop_inside_a_validation_repeats_it_as_a_whole(uninterrupted, tmp_pat
 
 def ask_behind_validation(run, epoch):
     run.trainer.add_event_handler(
-        TrainEvents.EPOCH_COMMITTED,
+        TrainEvents.EPOCH_FINALIZED,
         lambda engine: run.preemption.request("asked") if engine.state.epoch == epoch else None,
     )
 
@@ -227,7 +227,7 @@ def test_a_run_of_any_kind_goes_on_with_the_same_bits(uninterrupted, tmp_path, k
 
 
 def test_the_handlers_of_a_user_go_on_too(uninterrupted, tmp_path):
-    """An online probe with an optimiser of its own, and draws from the global generators between steps."""
+    """An online probe with an optimizer of its own, and draws from the global generators between steps."""
     handlers = (Drawer, OnlineProbe)
     whole = uninterrupted(RICH, handlers)
     assert whole[0]["handlers"]["Drawer"]["total"] > 0
@@ -247,7 +247,7 @@ def test_loggers_and_observers_that_come_and_go_do_not_change_the_bits(uninterru
 
         def watch(self, engine, event):
             assert set(engine.state.metrics) <= set(dict(engine.state.metrics))
-            if event != TrainEvents.STEP_STARTED:  # nothing may draw between the seed and the step
+            if event != TrainEvents.FORWARD_STARTED:  # nothing may draw between the seed and the step
                 torch.rand(9)
 
     seen = {

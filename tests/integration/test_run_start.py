@@ -99,7 +99,7 @@ OTHER = {
     "collapse.every": 7,
     "guard.lr_factor": 0.1,
     "probe.epochs": 3,
-    "online_probe.neighbours": 3,
+    "online_probe.neighbors": 3,
     "pictures.images": 2,
     "handlers": "[{class_path: resuming.Steps}]",
     "device": "auto",

@@ -22,7 +22,7 @@ from hjepa_engine.handlers import gpu_stats as gpu_stats_module
 from hjepa_engine.handlers.gpu_stats import Gpu, visible_gpus
 from hjepa_engine.handlers.step_timing import CudaClock
 from hjepa_engine.recipes.pretrain import build
-from hjepa_engine.utils.eta import Pace, Recent
+from hjepa_engine.utils.eta import Recent, TimeRemaining
 
 HOST = {"system/process_memory_gb", "system/host_memory_share", "system/cpu_share"}
 
@@ -76,7 +76,7 @@ def gpu(number, uuid, allocated=0, reserved=0):
 
 
 def observed(handler, windows=1):
-    """What a run of so many log windows says of the system, and its trainer."""
+    """What a run of so many log intervals says of the system, and its trainer."""
     trainer, _ = linear_trainer()
     handler.attach(trainer)
     trainer.run(rows(*[(1, 0)] * windows), max_epochs=1)
@@ -271,7 +271,7 @@ def test_a_run_logs_them_in_every_window_and_not_where_it_is_told_not_to(tmp_pat
         keys[wanted] = [{name for name in line if name.startswith("system/")} for line in windows]
         for line in windows:
             parts = [line[f"train/{part}_ms"] for part in ("data", "forward", "backward", "update")]
-            assert min(parts) > 0 and sum(parts) < line["train/step_ms"]
+            assert min(parts) > 0 and sum(parts) < line["train/iteration_ms"]
     assert keys == {True: [HOST] * 3, False: [set()] * 3}
 
 
@@ -321,7 +321,7 @@ def timed_run(attach_order, accumulation_steps=1, batches=4, max_epochs=1, log_f
                 (TrainEvents.GRADIENTS_READY, 0.0005),
                 (TrainEvents.OPTIMIZER_STEPPED, 0.007),
                 (Events.ITERATION_COMPLETED, 0.2),
-                (TrainEvents.WINDOW_COMPLETED, 4.0),
+                (TrainEvents.LOG_INTERVAL_COMPLETED, 4.0),
             ):
                 engine.add_event_handler(event, passed.passes, seconds)
 
@@ -331,7 +331,7 @@ def timed_run(attach_order, accumulation_steps=1, batches=4, max_epochs=1, log_f
     for place in attach_order:
         handlers[place].attach(trainer)
     seen = []
-    trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, lambda engine: seen.append(dict(engine.state.metrics)))
+    trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, lambda engine: seen.append(dict(engine.state.metrics)))
     trainer.run(rows(*[(1, 0)] * batches), max_epochs=max_epochs)
     return seen
 
@@ -435,12 +435,12 @@ def test_a_reading_at_a_windows_end_is_part_of_that_window_whoever_is_attached_f
     trainer, _ = linear_trainer()
     if not reading_first:
         Throughput().attach(trainer)
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED(once=2), passed.passes, 3.0)
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED(once=2), passed.passes, 3.0)
     if reading_first:
         Throughput().attach(trainer)
-    trainer.add_event_handler(TrainEvents.STEP_STARTED, passed.passes, 1.0)
+    trainer.add_event_handler(TrainEvents.FORWARD_STARTED, passed.passes, 1.0)
     trainer.add_event_handler(
-        TrainEvents.ITERATION_COMMITTED, lambda engine: seen.append(engine.state.metrics["train/step_ms"])
+        TrainEvents.ITERATION_FINALIZED, lambda engine: seen.append(engine.state.metrics["train/iteration_ms"])
     )
     trainer.run([{"x": torch.ones(1, 2), "images": torch.zeros(8, 1)}] * 3, max_epochs=1)
     assert seen == pytest.approx([1000.0, 4000.0, 1000.0])
@@ -465,7 +465,7 @@ class Drive:
 
     def __init__(self):
         self.passed = FakeTime()
-        self.pace = Pace(self.passed)
+        self.pace = TimeRemaining(self.passed)
 
     def epoch(self, iterations, seconds, end=0.0, loading=0.0):
         self.passed.passes(loading)
@@ -521,7 +521,7 @@ def lines_of(monkeypatch, step_seconds, end_seconds, resume_at=0, stream=None, *
     trainer, _ = linear_trainer(lr=1e-9)
     ProgressBar((), stream=stream).attach(trainer)
     trainer.add_event_handler(
-        TrainEvents.STEP_STARTED, lambda engine: passed.passes(step_seconds(engine.state.iteration))
+        TrainEvents.FORWARD_STARTED, lambda engine: passed.passes(step_seconds(engine.state.iteration))
     )
     trainer.add_event_handler(Events.EPOCH_COMPLETED, passed.passes, end_seconds)
     if resume_at:
@@ -557,7 +557,7 @@ def test_a_run_that_is_put_back_starts_anew_with_bar_and_estimate(monkeypatch):
     trainer, _ = linear_trainer(lr=1e-9)
     bar = ProgressBar((), stream=stream)
     bar.attach(trainer)
-    trainer.add_event_handler(TrainEvents.STEP_STARTED, passed.passes, 1.0)
+    trainer.add_event_handler(TrainEvents.FORWARD_STARTED, passed.passes, 1.0)
     start, bars = trainer.state_dict() | {"iteration": 2, "epoch_length": 4}, []
 
     def put_back(engine):

@@ -20,7 +20,7 @@ from hjepa_engine.checkpoint.state import collect_state, resume
 from hjepa_engine.checkpoint.storage import (
     MANIFEST,
     STATE,
-    Damaged,
+    CorruptCheckpoint,
     list_checkpoints,
     load_newest,
     load_one,
@@ -252,7 +252,7 @@ def test_every_bit_of_a_manifest_counts_but_for_blanks(tmp_path):
         (path / MANIFEST).write_bytes(flipped)
         try:
             checkpoint = read_manifest(path)
-        except Damaged:
+        except CorruptCheckpoint:
             continue
         silent.append((bit, checkpoint))
     (path / MANIFEST).write_bytes(data)

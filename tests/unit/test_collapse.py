@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hjepa_engine.config.schema import DataConfig, Level
-from hjepa_engine.data import ImageSet, Source, eval_transform, open_source
+from hjepa_engine.data import FixedImageSubset, Source, eval_transform, open_source
 from hjepa_engine.data.views import random_views
 from hjepa_engine.errors import DataError
 from hjepa_engine.levels import disjoint_windows, pool_map
@@ -33,7 +33,7 @@ def noise(*shape, seed=0):
 
 
 def with_spectrum(*values, samples=40):
-    """Centred samples (samples, D) whose singular values, divided by sqrt(samples), are ``values``."""
+    """Centered samples (samples, D) whose singular values, divided by sqrt(samples), are ``values``."""
     columns = torch.linalg.qr(torch.cat([torch.ones(samples, 1).double(), noise(samples, len(values))], 1)).Q[:, 1:]
     turn = torch.linalg.qr(noise(len(values), len(values), seed=1)).Q
     return columns @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turn * math.sqrt(samples)
@@ -53,12 +53,13 @@ def reference(features, place_idx=None):
         features[place_idx == place] -= features[place_idx == place].mean(dim=0)
     values = torch.linalg.svdvals(features) / math.sqrt(len(features))
     values = torch.cat([values, torch.zeros(features.shape[1] - len(values)).double()])
-    freedom = len(features) - len(place_idx.unique())
+    degrees_of_freedom = len(features) - len(place_idx.unique())
     share = [value / values.sum().item() for value in values.tolist()]
     rank = math.exp(-sum(p * math.log(p) for p in share if p > 1e-9))
-    most = min(features.shape[1], freedom)
+    most = min(features.shape[1], degrees_of_freedom)
     return values, {
-        "std": math.fsum(math.sqrt(column.square().sum() / freedom) for column in features.T) / features.shape[1],
+        "std": math.fsum(math.sqrt(column.square().sum() / degrees_of_freedom) for column in features.T)
+        / features.shape[1],
         "norm": math.sqrt(features.square().sum(dim=1).mean()),
         "rank": rank,
         "rank_share": (rank - 1) / (most - 1),
@@ -192,7 +193,7 @@ def test_places_come_in_any_order_and_number(cuts, seed):
     assert_equals_reference(statistics, features, place_idx)
 
 
-def test_maps_are_centred_at_each_place():
+def test_maps_are_centered_at_each_place():
     maps = noise(30, 4, 6) + 50 * noise(4, 6, seed=1)
     whole, named = FeatureStatistics(6, 4), FeatureStatistics(6, 4)
     for part in maps.split([1, 20, 9]):
@@ -201,7 +202,7 @@ def test_maps_are_centred_at_each_place():
     place_idx = torch.arange(4).repeat(30)
     assert_equals_reference(whole, maps.flatten(0, 1), place_idx)
     assert_equals_reference(named, maps.flatten(0, 1), place_idx)
-    assert whole.freedom == 120 - 4
+    assert whole.degrees_of_freedom == 120 - 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -305,10 +306,10 @@ def lidar_by_loops(views, delta=1e-4):
     views = views.numpy()
     number, images, dim = views.shape
     means = views.mean(axis=0)
-    centre = means.mean(axis=0)
+    center = means.mean(axis=0)
     between, within = np.zeros((dim, dim)), delta * np.eye(dim)
     for image in range(images):
-        between += np.outer(means[image] - centre, means[image] - centre) / images
+        between += np.outer(means[image] - center, means[image] - center) / images
         for view in range(number):
             difference = views[view, image] - means[image]
             within += np.outer(difference, difference) / (images * number)
@@ -391,13 +392,13 @@ def test_the_set_is_evenly_spaced_and_equals_what_evaluation_sees(dataset):
     config = DataConfig(dataset=dataset, image_size=20, fake_size=60)
     source = open_source(config, "train")
     before = global_state()
-    images = ImageSet(config, source, 7, batch_size=3)
+    images = FixedImageSubset(config, source, 7, batch_size=3)
     batches = list(images)
     assert [len(batch["images"]) for batch in batches] == [3, 3, 1] and len(images) == 3
     starts = [number * len(source.images) // 7 for number in range(8)]
     assert all(start <= index < end for start, index, end in zip(starts, images.indices, starts[1:], strict=False))
     assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (7, config.in_chans, 20, 20)
-    again = torch.cat([batch["images"] for batch in ImageSet(config, source, 7)])
+    again = torch.cat([batch["images"] for batch in FixedImageSubset(config, source, 7)])
     seen = torch.cat([batch["images"] for batch in batches])
     assert torch.equal(seen, again)
     assert global_state() == before
@@ -410,8 +411,10 @@ def test_the_set_is_evenly_spaced_and_equals_what_evaluation_sees(dataset):
 @pytest.mark.parametrize(("count", "world_size"), [(10, 3), (2, 4), (10**6, 7)])
 def test_shares_of_the_set_are_a_partition_without_an_empty_one(count, world_size):
     source = open_source(CONFIG, "train")
-    shares = [ImageSet(CONFIG, source, count, rank=rank, world_size=world_size).indices for rank in range(world_size)]
-    whole = ImageSet(CONFIG, source, max(count, world_size)).indices
+    shares = [
+        FixedImageSubset(CONFIG, source, count, rank=rank, world_size=world_size).indices for rank in range(world_size)
+    ]
+    whole = FixedImageSubset(CONFIG, source, max(count, world_size)).indices
     assert sorted(index for share in shares for index in share) == whole and all(shares)
     assert len(whole) == min(max(count, world_size), len(source.images))
 
@@ -419,17 +422,17 @@ def test_shares_of_the_set_are_a_partition_without_an_empty_one(count, world_siz
 def test_labels_that_come_round_are_all_in_the_set():
     """Pages of digits have the classes 0 to 9 in turn, and every 50th page would be a zero."""
     source = open_source(DataConfig(dataset="digit_pages"), "train")
-    classes = [index % 10 for index in ImageSet(CONFIG, source, 128).indices]
+    classes = [index % 10 for index in FixedImageSubset(CONFIG, source, 128).indices]
     assert min(classes.count(label) for label in range(10)) >= 5
 
 
 def test_a_set_has_at_least_one_image():
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        ImageSet(CONFIG, open_source(CONFIG, "train"), 0)
+        FixedImageSubset(CONFIG, open_source(CONFIG, "train"), 0)
 
 
 class Shelf:
-    """Ten grey images, number i of brightness i; some cannot be read."""
+    """Ten gray images, number i of brightness i; some cannot be read."""
 
     def __init__(self, damaged):
         self.damaged = damaged
@@ -444,11 +447,11 @@ class Shelf:
 
 
 def test_damaged_images_are_replaced_by_others():
-    images = ImageSet(CONFIG, Source(Shelf({2, 5}), 10, ((0.5,), (0.5,))), 10)
+    images = FixedImageSubset(CONFIG, Source(Shelf({2, 5}), 10, ((0.5,), (0.5,))), 10)
     assert images.labels[[0, 1, 3, 4, 6, 7, 8, 9]].tolist() == [0, 1, 3, 4, 6, 7, 8, 9]
     assert not {2, 5} & set(images.labels.tolist())
     with pytest.raises(DataError, match="could not be read"):
-        ImageSet(CONFIG, Source(Shelf(range(10)), 10, ((0.5,), (0.5,))), 10).load()
+        FixedImageSubset(CONFIG, Source(Shelf(range(10)), 10, ((0.5,), (0.5,))), 10).load()
 
 
 def gradients(size=32):

@@ -16,7 +16,7 @@ from torch import nn
 from hjepa_engine import create_evaluator, create_trainer, load_config
 from hjepa_engine.checkpoint.storage import find_checkpoint, read_state
 from hjepa_engine.config.schema import Level
-from hjepa_engine.data import ImageSet, open_source
+from hjepa_engine.data import FixedImageSubset, open_source
 from hjepa_engine.data.views import random_views
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor
 from hjepa_engine.handlers.batch_collapse import spread, stride_of
@@ -117,7 +117,7 @@ def by_hand(features):
 
 def test_a_reading_is_what_the_encoders_say_of_the_same_images(measured):
     run = measured[0]
-    images = ImageSet(run.config.data, open_source(run.config.data, "train", run.config.seed), 16)
+    images = FixedImageSubset(run.config.data, open_source(run.config.data, "train", run.config.seed), 16)
     (batch,) = images
     of_images = [random_views(image[None], 3, run.config.seed, n) for n, image in enumerate(batch["images"])]
     views = [torch.cat(view) for view in zip(*of_images, strict=True)]
@@ -185,7 +185,7 @@ def encoders(change=lambda vit: None, amp=None):
     with torch.no_grad():
         change(context.vit)
     modules = nn.ModuleDict({"context": context, "target": TargetEncoder.copy_of(context)})
-    digits = ImageSet(DIGITS, open_source(DIGITS, "train"), 64, batch_size=48)
+    digits = FixedImageSubset(DIGITS, open_source(DIGITS, "train"), 64, batch_size=48)
     evaluator = create_evaluator(partial(feature_map_step, levels=LEVELS), modules, amp_dtype=amp)
     with torch.no_grad():
         tokens = torch.cat([context.eval()(batch["images"]) for batch in digits])
@@ -330,7 +330,7 @@ def test_a_run_that_is_measured_trains_to_the_bits_of_one_that_is_not(measured, 
         values |= {"training.epochs": 2, "collapse.every": 4}
         run = train(tmp_path / "measured", values)
         found = outcome(run)
-        assert list(readings(run.folder.path)) == [0, 4, 6]  # of optimiser steps, and at the end though not due
+        assert list(readings(run.folder.path)) == [0, 4, 6]  # of optimizer steps, and at the end though not due
     plain = outcome(train(tmp_path / "plain", {**values, "collapse.enabled": "false"}))
     assert sum("collapse/batch_target_rank" in line for line in found[2]) >= 1
     assert not any(name.startswith("collapse/") for line in plain[2] for name in line)

@@ -454,7 +454,7 @@ def files(config, tools):
 
 
 def kept(config, tools):
-    """Optimiser steps of the checkpoints that a run leaves, the newest first."""
+    """Optimizer steps of the checkpoints that a run leaves, the newest first."""
     finished(config, tools)
     return [checkpoint.record.step for checkpoint in list_checkpoints(RunFolder(config).checkpoint_path)]
 
@@ -692,7 +692,7 @@ ONLINE = ("--online_probe.every=1", "--data.dataset=digits", "--data.image_size=
 SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 
 EFFECTS = {
-    "data.dataset": Effect("digits are grey", "digits", batch_shape, becomes=(8, 1, 24, 24)),
+    "data.dataset": Effect("digits are gray", "digits", batch_shape, becomes=(8, 1, 24, 24)),
     "data.data_path": Effect("another folder's images", "other", pictures_of, ("--data.dataset=imagefolder",), [3, 1]),
     "data.download": Effect("torchvision fetches", "true", downloads, ("--data.dataset=cifar10",), 1),
     "data.image_size": Effect("larger images", "32", batch_shape, becomes=(8, 3, 32, 32)),
@@ -705,7 +705,7 @@ EFFECTS = {
     "data.crop_scale": Effect("other crops", "[0.1, 0.2]", views),
     "data.crop_ratio": Effect("other crops", "[0.5, 0.6]", views),
     "data.horizontal_flip": Effect("mirrored images", "1.0", views),
-    "data.color_jitter": Effect("other colours", "0.5", views),
+    "data.color_jitter": Effect("other colors", "0.5", views),
     "data.random_affine": Effect("turned images", "0.5", views),
     "data.max_damaged": Effect(
         "the run goes on",
@@ -830,7 +830,7 @@ EFFECTS = {
     "online_probe.every": Effect("three probes", "1", probes, becomes=[0, 2, 4]),
     "online_probe.train_images": Effect("fewer to learn from", "100", lambda c, t: probed_online(c, t)[0], ONLINE, 100),
     "online_probe.val_images": Effect("fewer to judge on", "100", lambda c, t: probed_online(c, t)[1], ONLINE, 100),
-    "online_probe.neighbours": Effect("others vote", "1", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
+    "online_probe.neighbors": Effect("others vote", "1", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
     "online_probe.temperature": Effect("other weights", "1e-4", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
     "online_probe.linear_epochs": Effect(
         "no linear head", "0", lambda c, t: sorted(probed_online(c, t)[2]), ONLINE, ["probe/knn"]

@@ -152,7 +152,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_and_on_nothing_else():
     assert not torch.equal(twins[0, 0]["image"], twins[0, 1]["image"])
 
 
-def centre(config):
+def center(config):
     """The evaluation's view of picture 5, and the training views of 20 epochs."""
     steps = train_transform(config, source())
     dataset = KeyedDataset(source(), steps, seed=0)
@@ -163,7 +163,7 @@ PLAIN = {"dataset": "fake", "image_size": 8, "crop_scale": (1.0, 1.0), "crop_rat
 
 
 def test_without_augmentation_every_epoch_sees_the_whole_image():
-    views = centre(DataConfig(**PLAIN))
+    views = center(DataConfig(**PLAIN))
     assert (views == views[0]).all()
     by_hand = v2.functional.resize(v2.functional.pil_to_tensor(picture(5)), [8, 8], antialias=True)
     assert torch.allclose(views[0], (by_hand / 255 - 0.5) / 0.25, atol=1e-6)
@@ -172,16 +172,16 @@ def test_without_augmentation_every_epoch_sees_the_whole_image():
 @pytest.mark.parametrize("name", ["crop_scale", "color_jitter", "random_affine"])
 def test_each_random_step_makes_the_epochs_differ(name):
     value = (0.3, 1.0) if name == "crop_scale" else 0.5
-    views = centre(DataConfig(**{**PLAIN, name: value}))
+    views = center(DataConfig(**{**PLAIN, name: value}))
     assert len({tuple(view.flatten().tolist()) for view in views}) > 15
     assert views.shape == (20, 3, 8, 8)
 
 
 def test_a_flip_is_the_mirror_image_and_happens_as_often_as_asked():
-    plain = centre(DataConfig(**PLAIN))[0]
-    always = centre(DataConfig(**PLAIN, horizontal_flip=1.0))
+    plain = center(DataConfig(**PLAIN))[0]
+    always = center(DataConfig(**PLAIN, horizontal_flip=1.0))
     assert (always == plain.flip(-1)).all()
-    sometimes = centre(DataConfig(**PLAIN, horizontal_flip=0.5))
+    sometimes = center(DataConfig(**PLAIN, horizontal_flip=0.5))
     flipped = [torch.equal(view, plain.flip(-1)) for view in sometimes]
     assert all(
         torch.equal(view, plain.flip(-1) if flip else plain) for view, flip in zip(sometimes, flipped, strict=True)
@@ -230,7 +230,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_the_middle_out():
 
 
 @pytest.mark.parametrize(("dataset", "channels"), [("digits", 1), ("fake", 3)])
-def test_real_data_is_normalised(dataset, channels):
+def test_real_data_is_normalized(dataset, channels):
     config = DataConfig(dataset=dataset, image_size=8, fake_size=64, batch_size=64)
     images = next(iter(build_loader(config, open_source(config, "train"), 0, train=False)[0]))["images"]
     assert images.shape == (64, channels, 8, 8) and images.dtype == torch.float32
@@ -238,7 +238,7 @@ def test_real_data_is_normalised(dataset, channels):
         assert abs(images.mean().item()) < 0.1 and abs(images.std().item() - 1) < 0.1
 
 
-# Damaged images
+# CorruptCheckpoint images
 
 
 def truncate(path, keep=0.5):
@@ -487,7 +487,7 @@ def test_a_held_out_part_with_other_classes_is_refused(tmp_path):
         open_source(DataConfig(dataset="imagefolder", data_path=str(tmp_path)), "val")
 
 
-def test_a_folder_may_mix_grey_transparent_and_colour_images(tmp_path):
+def test_a_folder_may_mix_grey_transparent_and_color_images(tmp_path):
     (tmp_path / "all").mkdir()
     for number, mode in enumerate(["L", "RGB", "RGBA", "L", "RGBA"]):
         picture(number, mode, size=(9 + number, 12)).save(tmp_path / "all" / f"{number}.png")

@@ -155,7 +155,7 @@ class Every:
         engine.add_event_handler(TrainEvents.OPTIMIZER_STEPPED(every=2), self.note, "filtered")
         engine.add_event_handler(TrainEvents.LOSS_READY, functools.partial(self.note, what="partial"))
         engine.add_event_handler(Events.GET_BATCH_STARTED(once=1), functools.partial(self.note, what="both"))
-        engine.add_event_handler(TrainEvents.RECORD_DUE, self)
+        engine.add_event_handler(TrainEvents.LOG_METRICS, self)
 
     def listen(self, engine):
         engine.add_event_handler(TrainEvents.METRICS_READY, self.note, "late")

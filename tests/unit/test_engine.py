@@ -44,27 +44,27 @@ def test_the_timeline_of_a_run_is_the_documented_one():
     # A window of micro-batches is open behind the first of two: no point to save at.
     accumulated = [
         "ITERATION_STARTED",
-        "STEP_STARTED",
-        "STEP_COMPLETED",
+        "FORWARD_STARTED",
+        "FORWARD_COMPLETED",
         "LOSS_READY",
         "ITERATION_COMPLETED",
-        "ITERATION_COMMITTED",
+        "ITERATION_FINALIZED",
     ]
     stepped = [
         "ITERATION_STARTED",
-        "STEP_STARTED",
-        "STEP_COMPLETED",
+        "FORWARD_STARTED",
+        "FORWARD_COMPLETED",
         "LOSS_READY",
         "GRADIENTS_READY",
         "OPTIMIZER_STEPPED",
         "ITERATION_COMPLETED",
     ]
-    window = ["WINDOW_COMPLETED", "METRICS_READY", "RECORD_DUE"]
-    committed = ["ITERATION_COMMITTED", "SAVE_POINT"]
-    epoch_ends = ["EPOCH_COMPLETED", "VALIDATION_COMPLETED", "RECORD_DUE", "EPOCH_COMMITTED", "SAVE_POINT"]
+    window = ["LOG_INTERVAL_COMPLETED", "METRICS_READY", "LOG_METRICS"]
+    committed = ["ITERATION_FINALIZED", "CHECKPOINT_READY"]
+    epoch_ends = ["EPOCH_COMPLETED", "VALIDATION_COMPLETED", "LOG_METRICS", "EPOCH_FINALIZED", "CHECKPOINT_READY"]
     first = ["EPOCH_STARTED", *accumulated, *stepped, *committed, *stepped, *window, *committed, *epoch_ends]
-    # Optimiser steps 3 and 4: the second window of the log ends with step 4, which is the epoch's end too.
-    assert recorder.seen == ["STARTED", "RECORD_DUE", *first, *first, "COMPLETED"]
+    # Optimizer steps 3 and 4: the second window of the log ends with step 4, which is the epoch's end too.
+    assert recorder.seen == ["STARTED", "LOG_METRICS", *first, *first, "COMPLETED"]
 
 
 def test_committed_events_come_last_whoever_attached_when():
@@ -76,12 +76,12 @@ def test_committed_events_come_last_whoever_attached_when():
             engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append("attached during the run"))
             engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: seen.append("attached during the run"))
 
-    trainer.add_event_handler(TrainEvents.SAVE_POINT, lambda: seen.append("save point"))
-    trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, lambda: seen.append("iteration committed"))
-    trainer.add_event_handler(TrainEvents.EPOCH_COMMITTED, lambda: seen.append("epoch committed"))
+    trainer.add_event_handler(TrainEvents.CHECKPOINT_READY, lambda: seen.append("save point"))
+    trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, lambda: seen.append("iteration committed"))
+    trainer.add_event_handler(TrainEvents.EPOCH_FINALIZED, lambda: seen.append("epoch committed"))
     trainer.add_event_handler(TrainEvents.METRICS_READY, lambda: seen.append("metrics"))
-    trainer.add_event_handler(TrainEvents.RECORD_DUE, lambda: seen.append("record"))
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda: seen.append("window"))
+    trainer.add_event_handler(TrainEvents.LOG_METRICS, lambda: seen.append("record"))
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, lambda: seen.append("window"))
     trainer.add_event_handler(Events.ITERATION_COMPLETED, late)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append("last attached"))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: seen.append("last attached"))
@@ -95,7 +95,7 @@ def test_committed_events_come_last_whoever_attached_when():
 def test_the_iteration_is_committed_after_handlers_that_stop_the_run():
     trainer, _ = linear_trainer()
     committed = []
-    trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, lambda engine: committed.append(engine.state.iteration))
+    trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, lambda engine: committed.append(engine.state.iteration))
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: engine.terminate())
     trainer.run(BATCHES)
     assert committed == [1, 2]
@@ -115,7 +115,7 @@ def test_log_windows_end_at_multiples_of_log_frequency_and_with_epochs_and_runs(
 ):
     trainer, _ = linear_trainer(accumulation_steps, log_frequency=log_frequency)
     seen = []
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda engine: seen.append(engine.state.iteration))
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, lambda engine: seen.append(engine.state.iteration))
     trainer.run(rows(*[(1, 0)] * 5), **length)
     assert seen == ends
 
@@ -128,7 +128,7 @@ def test_a_skipped_update_does_not_end_a_second_window_at_the_same_step():
         engine.state.skip_update = engine.state.iteration == 3
 
     trainer.add_event_handler(TrainEvents.GRADIENTS_READY, skip)
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda engine: seen.append(engine.state.iteration))
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, lambda engine: seen.append(engine.state.iteration))
     trainer.run(rows(*[(1, 0)] * 6))
     assert seen == [2, 5, 6]  # iteration 3 is dropped: steps 2 and 4 end at iterations 2 and 5
 
@@ -236,14 +236,14 @@ def test_log_frequency_must_be_positive():
         create_trainer(linear_step, nn.ModuleDict(), log_frequency=0)
 
 
-def test_filters_count_optimiser_steps():
+def test_filters_count_optimizer_steps():
     trainer, _ = linear_trainer(accumulation_steps=2)
     seen = []
     for event in (
         TrainEvents.OPTIMIZER_STEPPED(every=2),
         TrainEvents.OPTIMIZER_STEPPED(once=3),
         TrainEvents.METRICS_READY(every=4),
-        TrainEvents.ITERATION_COMMITTED(every=6),
+        TrainEvents.ITERATION_FINALIZED(every=6),
     ):
         trainer.add_event_handler(
             event, lambda engine: seen.append((engine.state.optimizer_step, engine.state.iteration))

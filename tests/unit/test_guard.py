@@ -17,15 +17,15 @@ from hjepa_engine.errors import ConfigError, GuardStop, Preempted, Rollback
 from hjepa_engine.handlers import CollapseGuard
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.recipes import pretrain
-from hjepa_engine.run.guard_rules import Watch
+from hjepa_engine.run.guard_rules import RuleMonitor
 
 # One rule
 
 
 def verdicts(rule, values):
     """Numbers of the readings, from 0, at which a rule comes true; reading n is at step 10 n, iteration 100 n."""
-    watch = Watch(rule)
-    return [number for number, value in enumerate(values) if watch.look(value, 10 * number, 100 * number)]
+    watch = RuleMonitor(rule)
+    return [number for number, value in enumerate(values) if watch.update(value, 10 * number, 100 * number)]
 
 
 def test_below_and_above_want_readings_in_a_row():
@@ -47,9 +47,9 @@ def test_a_spike_is_judged_by_the_median_of_right_values_once_there_are_five():
     # Limits are 9, 10.5 and 12: three times the medians 3, 3.5 and 4.
     assert verdicts(rule, [1, 2, 3, 4, 5, 9.0, 10.5, 12.1]) == [7]
     # What is wrong is not taken for normal by and by.
-    watch = Watch(rule)
+    watch = RuleMonitor(rule)
     for number, value in enumerate([1.0] * 20 + [50.0] * 30):
-        watch.look(value, number, number)
+        watch.update(value, number, number)
     assert watch.history == [1.0] * 20 and watch.wrong == 30
 
 
@@ -83,7 +83,7 @@ def test_early_readings_are_compared_with_but_not_wrong():
     ],
 )
 def test_the_sentence_says_what_was_seen_and_what_helps(rule, value, says):
-    verdict = Watch(rule).look(value, 7, 7)
+    verdict = RuleMonitor(rule).update(value, 7, 7)
     assert verdict.text.startswith(says) and "\n" not in verdict.text and verdict.text.endswith("(docs/health.md)")
 
 
@@ -362,7 +362,7 @@ def test_outside_the_recipe_a_rollback_is_an_error_that_says_so(tmp_path):
     from helpers import linear_trainer, rows
 
     trainer, _ = linear_trainer()
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda: trainer.state.metrics.update({"mine": 0.0}))
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, lambda: trainer.state.metrics.update({"mine": 0.0}))
     CollapseGuard([GuardRule("mine", below=0.5, readings=1, action="rollback")]).attach(trainer)
     with pytest.raises(Rollback, match="mine is 0") as error:
         trainer.run(rows([1.0, 1.0]))

@@ -139,7 +139,7 @@ def test_the_order_of_handlers_does_not_matter_with_accumulation_and_dropped_upd
             run.handlers["guard"].scaled = not gradients
             dropped = []
             run.trainer.add_event_handler(
-                TrainEvents.ITERATION_COMMITTED,
+                TrainEvents.ITERATION_FINALIZED,
                 lambda engine, dropped=dropped: dropped.append(engine.state.skipped_updates),
             )
             run.run()
@@ -335,12 +335,12 @@ def test_throughput_tells_waiting_from_working(monkeypatch):
     trainer = create_trainer(step, nn.ModuleDict())
     Throughput().attach(trainer)
     seen = []
-    ends = TrainEvents.ITERATION_COMMITTED(every=3)
+    ends = TrainEvents.ITERATION_FINALIZED(every=3)
     trainer.add_event_handler(ends, lambda engine: seen.append(dict(engine.state.metrics)))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: now.__setitem__(0, now[0] + 1000.0))  # validation
     trainer.run(Slow(), max_epochs=3)
     # One window per epoch: 3 batches of 8 images, each 3 s of waiting and 1 s of work.
-    for name, value in {"images_per_s": 2.0, "data_wait": 0.75, "data_ms": 3000.0, "step_ms": 4000.0}.items():
+    for name, value in {"images_per_s": 2.0, "data_wait": 0.75, "data_ms": 3000.0, "iteration_ms": 4000.0}.items():
         assert [values[f"train/{name}"] for values in seen] == pytest.approx([value] * 3), name
 
 
@@ -405,7 +405,7 @@ def test_early_stopping_refuses_what_it_cannot_do():
 def guarded(batches, accumulation_steps=1, attach_first=False, **settings):
     trainer, handler = linear_trainer(accumulation_steps)
     guard = NonFiniteGuard(**settings)
-    if attach_first:  # the other way round: a trainer whose guard comes before its optimiser step
+    if attach_first:  # the other way round: a trainer whose guard comes before its optimizer step
         trainer = create_trainer(linear_step, trainer.modules)
         guard.attach(trainer)
         handler.attach(trainer)
@@ -413,7 +413,7 @@ def guarded(batches, accumulation_steps=1, attach_first=False, **settings):
         guard.attach(trainer)
     weights = []
     trainer.add_event_handler(
-        TrainEvents.ITERATION_COMMITTED, lambda engine: weights.append(engine.modules["model"].weight.tolist())
+        TrainEvents.ITERATION_FINALIZED, lambda engine: weights.append(engine.modules["model"].weight.tolist())
     )
     error = None
     try:
@@ -432,7 +432,7 @@ NAN, INF = (math.nan, 0), (math.inf, 0)
 def test_a_non_finite_loss_ends_the_run_before_the_weights_see_it(bad, attach_first, scaled):
     batches = rows((1, 0), bad, (1, 0))
     trainer, weights, error = guarded(batches, attach_first=attach_first, scaled=scaled)
-    assert str(error).startswith("non-finite loss at optimiser step 1; the weights are those of the last good step")
+    assert str(error).startswith("non-finite loss at optimizer step 1; the weights are those of the last good step")
     assert weights == [[0.0, 1.0]]
     assert trainer.modules["model"].weight.tolist() == [0.0, 1.0]
     assert error.exit_code == 5
@@ -469,7 +469,7 @@ def test_a_finite_loss_with_infinite_gradients_counts_where_gradients_are_checke
 
     trainer, _ = linear_trainer(step=step)
     NonFiniteGuard().attach(trainer)
-    with pytest.raises(GuardStop, match="non-finite gradient at optimiser step 0"):
+    with pytest.raises(GuardStop, match="non-finite gradient at optimizer step 0"):
         trainer.run(rows((1, -1)))
     assert trainer.modules["model"].weight.tolist() == [1.0, 1.0]
 
@@ -482,7 +482,7 @@ def test_gradients_that_overflow_for_ever_end_a_run_with_a_scaler_and_move_nothi
     trainer, _ = linear_trainer(step=step, scaler=torch.amp.GradScaler("cpu"))
     NonFiniteGuard(scaled=True).attach(trainer)
     trainer.add_event_handler(TrainEvents.OPTIMIZER_STEPPED, lambda: moved.append(1))
-    with pytest.raises(GuardStop, match="non-finite gradient at optimiser step 0 for 50 updates in a row"):
+    with pytest.raises(GuardStop, match="non-finite gradient at optimizer step 0 for 50 updates in a row"):
         trainer.run(rows(*[(1, -1)] * 60))
     assert (moved, trainer.state.iteration, trainer.state.skipped_updates) == ([], 50, 49)
     assert trainer.modules["model"].weight.tolist() == [1.0, 1.0]
@@ -496,7 +496,7 @@ def test_skipped_updates_are_logged_once_there_are_any():
 def test_dropped_updates_in_a_row_end_the_run_and_good_ones_forgive():
     _, weights, error = guarded(rows(NAN, (1, 0), NAN, NAN, NAN, (1, 0)), action="skip", patience=3)
     assert len(weights) == 4
-    assert "non-finite loss at optimiser step 1 for 3 updates in a row" in str(error)
+    assert "non-finite loss at optimizer step 1 for 3 updates in a row" in str(error)
     assert guarded(rows(NAN, NAN, (1, 0), NAN, NAN), action="skip", patience=3)[2] is None
 
 
@@ -517,7 +517,7 @@ def test_the_guard_refuses_what_it_cannot_do():
         NonFiniteGuard("skip", 0)
 
 
-# --- Damaged images -------------------------------------------------------------------------------------------------
+# --- Damaged images ---------------------------------------------------------------------------
 
 
 def images_run(damaged, max_share):
@@ -595,7 +595,7 @@ def test_every_value_is_written_once_with_its_step():
     def late(engine):
         engine.state.metrics["late"] = 1.0
 
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, window)
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, window)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, late)
     trainer.run(rows(*[(0, 0)] * 3), max_epochs=2)
@@ -651,7 +651,7 @@ def test_a_logger_goes_on_with_the_state_of_its_writers_and_writes_nothing_twice
 
     for trainer, handler in ((first, logger), (second, restored)):
         handler.attach(trainer)
-        trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, write)
+        trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, write)
     first.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: engine.terminate())
     first.run(rows((1, 0), (3, 0), (8, 0)))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))

@@ -25,7 +25,7 @@ FINE = Level()
 
 
 def config(levels=(FINE,), **model):
-    """A 6 x 6 grid of grey 4 x 4 patches, width 16, two blocks."""
+    """A 6 x 6 grid of gray 4 x 4 patches, width 16, two blocks."""
     sizes = {"encoder_type": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
     predictor = model.pop("predictor", PredictorConfig(width=8, depth=1, num_heads=2))
     return Config(
@@ -94,7 +94,7 @@ def test_centres_of_cells_are_the_mean_places_of_their_patches():
 
 @pytest.mark.parametrize("pool", [1, 2, 3, 4])
 def test_centres_and_pooled_positions_agree(pool):
-    """Pooling each patch's own place gives the centre that the query is placed at, in the same order."""
+    """Pooling each patch's own place gives the center that the query is placed at, in the same order."""
     grid = (7, 9)
     masks = MultiBlockMasks(grid, 2).sample(4, 0, 1)
     places = torch.stack([torch.arange(63) // 9, torch.arange(63) % 9], dim=1).float().expand(4, -1, -1)
@@ -403,8 +403,8 @@ def test_levels_share_no_head_and_a_level_of_weight_zero_gets_no_gradient():
 
 
 def own_layer_norm(vector, norm=None, eps=1e-5):
-    centred = vector - vector.sum() / len(vector)
-    normed = centred / torch.sqrt((centred * centred).sum() / len(vector) + (eps if norm is None else norm.eps))
+    centered = vector - vector.sum() / len(vector)
+    normed = centered / torch.sqrt((centered * centered).sum() / len(vector) + (eps if norm is None else norm.eps))
     return normed if norm is None else normed * norm.weight + norm.bias
 
 
@@ -517,7 +517,7 @@ def test_targets_are_pooled_first_and_normed_then():
     assert torch.allclose(target[0, 0, 0], own_layer_norm(cell), atol=1e-5)
 
 
-def test_loss_is_the_weighted_sum_of_levels_and_regularisers():
+def test_loss_is_the_weighted_sum_of_levels_and_regularizers():
     modules = moved(
         build_modules(config((Level(weight=1.0), Level(pool=2, weight=0.25), Level(pool="image", weight=3))))
     )

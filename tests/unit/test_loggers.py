@@ -21,10 +21,10 @@ from hjepa_engine import TrainEvents
 from hjepa_engine.handlers import MetricsLogger, ParameterHistograms, parameter_histograms
 from hjepa_engine.loggers import wandb as wandb_writer
 from hjepa_engine.loggers.jsonl import JsonlWriter
-from hjepa_engine.loggers.media import Anything, Histogram, Image, Text
+from hjepa_engine.loggers.media import Histogram, Image, JsonValue, Text
 from hjepa_engine.loggers.tensorboard import TensorBoardWriter
 from hjepa_engine.loggers.wandb import WandbWriter
-from hjepa_engine.utils.imports import hidden
+from hjepa_engine.utils.imports import block_import
 
 
 def read_events(folder):
@@ -111,13 +111,13 @@ def session(folder, state=None):
 
     def window(engine):
         engine.state.metrics["train/loss"] = float(engine.state.optimizer_step)
-        engine.state.media["spectrum"] = Anything(SPECTRUM)
+        engine.state.media["spectrum"] = JsonValue(SPECTRUM)
 
     def validate(engine):
         engine.state.metrics["val/loss"] = 10.0 * engine.state.epoch
         engine.fire_event(TrainEvents.VALIDATION_COMPLETED)
 
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, window)
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, window)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
     trainer.run(rows((0, 0), (0, 0)), max_epochs=2)
     return logger
@@ -289,7 +289,7 @@ class Memory:
         return {"records": len(self.records)}
 
 
-NO_NAME = "a logged name must be a text that begins with a letter, and not step, epoch, time, got "
+NO_NAME = "a logged name must be a string that begins with a letter, and not step, epoch, time, got "
 REFUSED = [
     (lambda log: log.log_metrics({"": 1.0}), NO_NAME + "''"),
     (lambda log: log.log_metrics({3: 1.0, "good": 1.0}), None),
@@ -350,9 +350,9 @@ def test_a_handlers_wrong_medium_is_an_error_that_names_it_and_no_writers_failur
     logger = MetricsLogger([Memory()])
     logger.attach(trainer)
     trainer.add_event_handler(
-        TrainEvents.WINDOW_COMPLETED, lambda engine: engine.state.media.update({"x": torch.ones(2)})
+        TrainEvents.LOG_INTERVAL_COMPLETED, lambda engine: engine.state.media.update({"x": torch.ones(2)})
     )
-    with pytest.raises(TypeError, match=r"^state.media\['x'\] must be an Image, .* or Anything of .*, got Tensor$"):
+    with pytest.raises(TypeError, match=r"^state.media\['x'\] must be an Image, .* or JsonValue of .*, got Tensor$"):
         trainer.run(rows((0, 0)))
     assert not [line for line in warnings_of(caplog) if "is off" in line]
 
@@ -389,7 +389,7 @@ def test_a_writer_that_has_failed_with_the_metrics_gets_no_media(caplog):
     def measure(engine):
         engine.state.metrics["a"], engine.state.media["b"] = 1.0, Text("c")
 
-    trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, measure)
+    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, measure)
     trainer.run(rows((0, 0), (0, 0)))
     assert bad.records == [] and warnings_of(caplog) == ["Memory failed and is off from now on: ConnectionError"]
 
@@ -459,22 +459,22 @@ def test_a_dead_thread_of_tensorboard_does_not_keep_the_process_from_ending(tmp_
 
 
 def test_pictures_of_all_shapes_and_types_are_the_same_pixels():
-    grey = np.array([[0, 51, 255]], np.uint8)
-    expected = np.repeat(grey[..., None], 3, axis=-1)
+    gray = np.array([[0, 51, 255]], np.uint8)
+    expected = np.repeat(gray[..., None], 3, axis=-1)
     for image in (
-        grey,
-        grey[..., None],
+        gray,
+        gray[..., None],
         expected,
-        grey / 255,
-        torch.tensor(grey),
-        torch.tensor(grey)[None],
+        gray / 255,
+        torch.tensor(gray),
+        torch.tensor(gray)[None],
         torch.tensor(expected).permute(2, 0, 1),
-        torch.tensor(grey / 255, dtype=torch.float16, requires_grad=True),
-        torch.tensor(grey / 255, dtype=torch.bfloat16),
+        torch.tensor(gray / 255, dtype=torch.float16, requires_grad=True),
+        torch.tensor(gray / 255, dtype=torch.bfloat16),
         np.array([[math.nan, 0.2, math.inf]]),
     ):
         assert np.array_equal(Image.of(image).pixels, expected), image
-    assert np.array_equal(Image.of(grey > 100).pixels[0, :, 0], [0, 0, 255])
+    assert np.array_equal(Image.of(gray > 100).pixels[0, :, 0], [0, 0, 255])
 
 
 @pytest.mark.parametrize(
@@ -521,12 +521,12 @@ def test_a_histogram_made_by_hand_must_be_one(counts, edges):
 
 def test_an_object_is_a_copy_that_json_can_hold():
     inner = [1, math.nan, np.float32(0.5)]
-    thing = Anything({"a": inner, 2: (True, None, "text")})
+    thing = JsonValue({"a": inner, 2: (True, None, "text")})
     inner.clear()
     assert thing.value == {"a": [1, None, 0.5], "2": [True, None, "text"]}
     inner.append(inner)
     with pytest.raises(TypeError, match="an object must be what JSON can hold: Circular reference detected"):
-        Anything(inner)
+        JsonValue(inner)
     assert Text("half a \ud83d pair").text == "half a ? pair"
 
 
@@ -595,7 +595,7 @@ def test_a_skipped_update_is_not_written_and_comes_with_the_next():
         state.media = {}
 
     trainer.add_event_handler(TrainEvents.GRADIENTS_READY, skip)
-    trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, look)
+    trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, look)
     trainer.run(rows(*[(place, 9) for place in range(1, 4)]), max_epochs=2)
     assert seen == [(4, 2, 1.0)]  # neither the skipped second and third, nor the window that the fifth ends
 
@@ -605,7 +605,9 @@ def test_watching_changes_no_bit_and_other_ranks_do_nothing(monkeypatch):
     alone = pretraining(config).run().weights
     run = pretraining(config, extra=[ParameterHistograms("all", every=4)])
     sizes = []
-    run.trainer.add_event_handler(TrainEvents.WINDOW_COMPLETED, lambda engine: sizes.append(len(engine.state.media)))
+    run.trainer.add_event_handler(
+        TrainEvents.LOG_INTERVAL_COMPLETED, lambda engine: sizes.append(len(engine.state.media))
+    )
     assert same_bits(run.run().weights, alone)
     parameters = [p for p in run.trainer.modules.parameters() if p.requires_grad]
     assert max(sizes) == 2 * len(parameters)
@@ -632,13 +634,13 @@ def test_watching_in_the_wrong_way_is_refused(arguments, says):
 def test_a_hidden_module_cannot_be_imported_unless_it_is_there_already():
     import_name = "this_module_is_not_there"
     for name in (import_name, "antigravity"):
-        with hidden(name), pytest.raises(ImportError):
+        with block_import(name), pytest.raises(ImportError):
             __import__(name)
         assert name not in sys.modules
-    with hidden("json"):
+    with block_import("json"):
         import json as same
     assert same is json and sys.modules["json"] is json
-    with pytest.raises(RuntimeError), hidden("antigravity"):
+    with pytest.raises(RuntimeError), block_import("antigravity"):
         raise RuntimeError
     assert "antigravity" not in sys.modules
 

@@ -153,8 +153,8 @@ def test_one_block_is_placed_uniformly_and_covers_patches_as_geometry_says(grid)
     assert corners[places[0] :].sum() == corners[:, places[1] :].sum() == 0
     expected = 10_000 / math.prod(places)
     chi_square = ((corners[: places[0], : places[1]] - expected).square() / expected).sum().item()
-    freedom = math.prod(places) - 1
-    assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
+    degrees_of_freedom = math.prod(places) - 1
+    assert abs(chi_square - degrees_of_freedom) < 4 * math.sqrt(2 * degrees_of_freedom)
 
     assert masks.context_idx.shape[1] == math.prod(grid) - height * width
     seen = torch.zeros(10_000, math.prod(grid)).scatter_(1, masks.context_idx, 1.0).mean(dim=0).view(grid)

@@ -20,16 +20,16 @@ from hjepa_engine import TrainEvents, create_evaluator, create_trainer, load_con
 from hjepa_engine.checkpoint.storage import find_checkpoint
 from hjepa_engine.config.schema import Config, ProbeConfig
 from hjepa_engine.data import open_source
-from hjepa_engine.data.image_set import ImageSet
+from hjepa_engine.data.image_set import FixedImageSubset
 from hjepa_engine.errors import CheckpointError, ConfigError
 from hjepa_engine.handlers import OnlineProbe
 from hjepa_engine.metrics import knn
 from hjepa_engine.metrics.knn import knn_accuracy
 from hjepa_engine.models import build_modules
 from hjepa_engine.recipes import pretrain
-from hjepa_engine.recipes.common.heads import standardised, train_head
+from hjepa_engine.recipes.common.heads import standardized, train_head
 from hjepa_engine.steps import feature_step
-from hjepa_engine.utils.rng import key
+from hjepa_engine.utils.rng import derive_seed
 
 CPU = torch.device("cpu")
 #: 3 epochs of 5 iterations over real digits, with a probe after every other one.
@@ -73,7 +73,7 @@ def online_probe_of(run):
     return next(h.__self__ for h, _, _ in handlers if isinstance(getattr(h, "__self__", None), OnlineProbe))
 
 
-# Nearest neighbours
+# Nearest neighbors
 
 
 def directions(*cosines):
@@ -81,7 +81,7 @@ def directions(*cosines):
     return torch.tensor([[c, math.sqrt(1 - c * c)] for c in cosines])
 
 
-def test_neighbours_vote_with_the_exponential_of_their_similarity():
+def test_neighbors_vote_with_the_exponential_of_their_similarity():
     known, labels = directions(1.0, 0.6, 0.6, -1.0), torch.tensor([0, 1, 1, 2])
     asked = directions(1.0)
     # e^2 = 7.39 against 2 e^1.2 = 6.64; e^1 = 2.72 against 2 e^0.6 = 3.64
@@ -112,13 +112,13 @@ def test_a_small_temperature_does_not_overflow():
     assert knn_accuracy(known, labels, directions(1.0), torch.tensor([1]), 3, temperature=1e-6) == 1
 
 
-def test_more_neighbours_than_samples_are_all_of_them():
+def test_more_neighbors_than_samples_are_all_of_them():
     known, labels = directions(1.0, 0.9, 0.9), torch.tensor([0, 1, 1])
     assert knn_accuracy(known, labels, directions(1.0), torch.tensor([1]), 50, temperature=10.0) == 1
 
 
-@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (200, 0.3)])
-def test_scikit_learn_agrees_however_the_samples_are_cut(monkeypatch, neighbours, temperature):
+@pytest.mark.parametrize(("neighbors", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (200, 0.3)])
+def test_scikit_learn_agrees_however_the_samples_are_cut(monkeypatch, neighbors, temperature):
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(7, (800,), generator=draw)
     features = torch.randn(7, 6, generator=draw)[labels] + 1.5 * torch.randn(800, 6, generator=draw)
@@ -127,25 +127,25 @@ def test_scikit_learn_agrees_however_the_samples_are_cut(monkeypatch, neighbours
     def weights(distances):
         return np.exp((1 - distances) / temperature)
 
-    other = KNeighborsClassifier(neighbours, weights=weights, metric="cosine", algorithm="brute")
+    other = KNeighborsClassifier(neighbors, weights=weights, metric="cosine", algorithm="brute")
     expected = other.fit(known.double().numpy(), labels[:500].numpy()).score(
         asked.double().numpy(), labels[500:].numpy()
     )
     assert 0.3 < expected < 0.9
-    found = knn_accuracy(known, labels[:500], asked, labels[500:], neighbours, temperature)
+    found = knn_accuracy(known, labels[:500], asked, labels[500:], neighbors, temperature)
     assert found == pytest.approx(expected, abs=1e-9)
     monkeypatch.setattr(knn, "_SIMILARITIES", 3499)  # 6 samples at a time, 0 left over of 300
-    assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbours, temperature) == found
+    assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbors, temperature) == found
     monkeypatch.setattr(knn, "_SIMILARITIES", 1)
-    assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbours, temperature) == found
+    assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbors, temperature) == found
 
 
 @pytest.mark.parametrize(
     ("says", "change"),
     [
-        ("neighbours and temperature must be positive, got 0 and 0.07", {"neighbours": 0}),
-        ("neighbours and temperature must be positive, got 20 and 0", {"temperature": 0}),
-        ("neighbours and temperature must be positive", {"temperature": math.nan}),
+        ("neighbors and temperature must be positive, got 0 and 0.07", {"neighbors": 0}),
+        ("neighbors and temperature must be positive, got 20 and 0", {"temperature": 0}),
+        ("neighbors and temperature must be positive", {"temperature": math.nan}),
         (r"training samples must be features \(n, F\)", {"labels": torch.zeros(2).long()}),
         ("training samples must be", {"features": torch.zeros(0, 4), "labels": torch.zeros(0).long()}),
         ("validation samples must be", {"val_features": torch.zeros(2, 2, 4)}),
@@ -170,16 +170,16 @@ def clusters(number, seed=0):
 
 def test_a_head_learns_what_can_be_separated_and_no_more_than_there_is():
     settings = ProbeConfig(epochs=10, batch_size=16, lr=0.1)
-    train_set, val_set = standardised(clusters(64), clusters(40, 1))
+    train_set, val_set = standardized(clusters(64), clusters(40, 1))
     assert train_head(train_set, val_set, 4, settings, 0, CPU) == 1
     wrong = val_set[0], (val_set[1] + 1) % 4
     assert train_head(train_set, wrong, 4, settings, 0, CPU) == 0
 
 
-def test_features_are_standardised_by_the_training_samples_and_constant_ones_stay():
+def test_features_are_standardized_by_the_training_samples_and_constant_ones_stay():
     draw = torch.Generator().manual_seed(0)
     features = torch.cat([3 + 2 * torch.randn(50, 3, generator=draw), torch.full((50, 1), 7.0)], dim=1)
-    (found, _), (judged, _) = standardised((features, torch.zeros(50)), (features[:5] + 1, torch.zeros(5)))
+    (found, _), (judged, _) = standardized((features, torch.zeros(50)), (features[:5] + 1, torch.zeros(5)))
     assert torch.allclose(found.mean(dim=0), torch.zeros(4), atol=1e-6)
     assert torch.allclose(found[:, :3].std(dim=0), torch.ones(3)) and torch.equal(found[:, 3], torch.zeros(50))
     assert torch.allclose(judged[:, 3], torch.ones(5))
@@ -211,12 +211,12 @@ def by_hand(config, encoder):
     """Both accuracies, from what the encoder says of the images."""
     found = []
     for split, name, count in (("probe", "train", 300), ("val", "val", 150)):
-        source, seed = open_source(config.data, split, config.seed), key(config.seed, "probe images", name)
-        images = ImageSet(config.data, source, count, seed=seed)
+        source, seed = open_source(config.data, split, config.seed), derive_seed(config.seed, "probe images", name)
+        images = FixedImageSubset(config.data, source, count, seed=seed)
         with torch.no_grad():
             means = torch.cat([encoder(batch["images"]).mean(dim=1) for batch in images])
         found.append((means, images.labels))
-    head = train_head(*standardised(*found), 10, replace(config.probe, epochs=2), config.seed, CPU)
+    head = train_head(*standardized(*found), 10, replace(config.probe, epochs=2), config.seed, CPU)
     return knn_accuracy(*found[0], *found[1]), head
 
 
@@ -242,7 +242,7 @@ def test_no_gradient_reaches_an_encoder_that_could_take_one():
 
     def judge(known, judged):
         seen.append((known[0].requires_grad, known[0].grad_fn, encoder.training))
-        return train_head(*standardised(known, judged), 4, ProbeConfig(epochs=3), 0, CPU)
+        return train_head(*standardized(known, judged), 4, ProbeConfig(epochs=3), 0, CPU)
 
     draw = torch.Generator().manual_seed(0)
     batches = [{"images": torch.randn(20, 3, 4, 4, generator=draw), "labels": torch.arange(20) % 4}]
@@ -314,7 +314,7 @@ def test_two_processes_get_the_figures_of_one(rich, tmp_path):
         run = pretrain.build(load_config(None, options({**PROBED, "run_dir": str(tmp_path / "run")})))
         found = []
         run.trainer.add_event_handler(
-            TrainEvents.RECORD_DUE,
+            TrainEvents.LOG_METRICS,
             lambda engine: found.append({n: v for n, v in engine.state.metrics.items() if n.startswith("probe/")}),
         )
         with contextlib.redirect_stderr(None):
@@ -339,7 +339,7 @@ def test_the_best_checkpoint_is_the_one_with_the_best_logged_value(tmp_path, cap
     class Witness:
         def attach(self, engine):
             engine.add_event_handler(
-                TrainEvents.EPOCH_COMMITTED,
+                TrainEvents.EPOCH_FINALIZED,
                 lambda: weights.update({engine.state.optimizer_step: weights_of(engine.modules["target_encoder"])}),
             )
 
@@ -371,7 +371,7 @@ class Once:
     """A metric that is measured inside an epoch alone."""
 
     def attach(self, engine):
-        engine.add_event_handler(TrainEvents.RECORD_DUE, self.write)
+        engine.add_event_handler(TrainEvents.LOG_METRICS, self.write)
 
     def write(self, engine):
         if engine.state.iteration == 2:

@@ -62,7 +62,7 @@ def test_micro_batches_train_like_the_batch_they_make_up(optimizer, clip_grad):
     assert cut.trainer.state.optimizer_step == whole.trainer.state.optimizer_step == 9
     assert cut.trainer.state.iteration == 15
     assert seen["cut"].pop("norm") == pytest.approx(seen["whole"].pop("norm"), rel=1e-4)
-    assert seen["cut"] == seen["whole"]  # schedules are written once per optimiser step
+    assert seen["cut"] == seen["whole"]  # schedules are written once per optimizer step
     assert largest_difference(whole.weights, cut.weights) < 1e-6
 
 
@@ -82,7 +82,7 @@ def test_micro_batches_see_the_masks_of_the_batch_they_make_up():
     assert not torch.equal(masks[1][0].target_idx, masks[1][1].target_idx)
 
 
-def test_the_target_encoder_moves_once_per_optimiser_step():
+def test_the_target_encoder_moves_once_per_optimizer_step():
     config = tiny_config(training__accumulation_steps=3, model__ema__momentum_end=0.9)
     run = pretraining(config, data=noise_batches([4] * 5))
     target, moved = run.trainer.modules["target_encoder"], []
@@ -94,7 +94,7 @@ def test_the_target_encoder_moves_once_per_optimiser_step():
         moved.append(not same_bits(last, now))
         last = now
 
-    run.trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, look)
+    run.trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, look)
     run.run(max_epochs=2)
     # The first step's learning rate is 0 (warm-up): the target has nothing to follow.
     assert moved == [False, False, False, False, True, False, False, True, False, True]
@@ -177,7 +177,7 @@ def fp16_trainer(init_scale, batches, momentum=0.5, extra=()):
         lr = handler.optimizer.param_groups[0]["lr"]
         seen.append((weight, target.weight.tolist(), lr, engine.state.optimizer_step, scaler.get_scale()))
 
-    trainer.add_event_handler(TrainEvents.ITERATION_COMMITTED, look)
+    trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, look)
     trainer.run(batches)
     return trainer, handler, seen
 
@@ -226,7 +226,7 @@ def test_an_infinite_gradient_skips_one_step_of_a_pretraining_run():
     parameter.register_post_accumulate_grad_hook(poison)
     seen = []
     run.trainer.add_event_handler(
-        TrainEvents.ITERATION_COMMITTED,
+        TrainEvents.ITERATION_FINALIZED,
         lambda engine: seen.append(
             (run.weights, engine.state.optimizer_step, run.optimizer.param_groups[0]["lr"], scaler.get_scale())
         ),
@@ -349,7 +349,7 @@ def test_every_level_has_a_learning_rate_of_its_own():
         ("torch.optim.Adagrad", torch.optim.Adagrad, {}),
     ],
 )
-def test_optimisers_are_built_by_name_or_path(name, cls, settings):
+def test_optimizers_are_built_by_name_or_path(name, cls, settings):
     modules = nn.ModuleDict({"model": nn.Linear(2, 2)})
     optimizer = build_optimizer(name, param_groups(modules, 0.1), 0.5, (0.8, 0.9))
     assert type(optimizer) is cls
@@ -359,7 +359,7 @@ def test_optimisers_are_built_by_name_or_path(name, cls, settings):
         assert optimizer.param_groups[0][key] == value
 
 
-def test_optimiser_arguments_are_passed_on_and_win():
+def test_optimizer_arguments_are_passed_on_and_win():
     groups = param_groups(nn.ModuleDict({"model": nn.Linear(2, 2)}))
     optimizer = build_optimizer("sgd", groups, 0.5, (0.8, 0.9), momentum=0.3, nesterov=True)
     assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["nesterov"]) == (0.3, True)
@@ -375,7 +375,7 @@ def test_optimiser_arguments_are_passed_on_and_win():
         ("sgd", {"speed": 1}, "optimizer 'sgd' does not take speed, it takes"),
     ],
 )
-def test_unknown_optimisers_and_arguments_are_refused(name, arguments, message):
+def test_unknown_optimizers_and_arguments_are_refused(name, arguments, message):
     groups = param_groups(nn.ModuleDict({"model": nn.Linear(2, 2)}))
     with pytest.raises(ValueError, match=message):
         build_optimizer(name, groups, 0.1, **arguments)
@@ -397,5 +397,5 @@ def test_a_loss_that_reaches_no_parameter_is_an_error():
     modules = nn.ModuleDict({"model": LinearModel(), "other": LinearModel()})
     trainer = create_trainer(linear_step, modules)
     OptimizerStep(torch.optim.SGD(modules["other"].parameters(), 1.0)).attach(trainer)
-    with pytest.raises(RuntimeError, match="the loss reaches none of the optimiser's parameters"):
+    with pytest.raises(RuntimeError, match="the loss reaches none of the optimizer's parameters"):
         trainer.run(rows((1, 0)))

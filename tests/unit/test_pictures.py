@@ -22,7 +22,7 @@ from hjepa_engine.events import TrainEvents
 from hjepa_engine.handlers import CollapseMonitor, Pictures
 from hjepa_engine.levels import pool_target
 from hjepa_engine.loggers.jsonl import JsonlWriter
-from hjepa_engine.loggers.media import Anything, Image
+from hjepa_engine.loggers.media import Image, JsonValue
 from hjepa_engine.masking import Masks, MultiBlockMasks
 from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build, main
 from hjepa_engine.visualization import figures
@@ -30,7 +30,7 @@ from hjepa_engine.visualization.drawing import save, to_image
 from hjepa_engine.visualization.figure_data import (
     Spectrum,
     dimmed,
-    patch_colours,
+    patch_colors,
     read_spectra,
     similarities,
     to_pixels,
@@ -54,7 +54,7 @@ def noise(*shape, seed=0):
 
 
 @pytest.mark.parametrize("stats", [((0.4, 0.5, 0.6), (0.2, 0.3, 0.1)), ((0.3,), (0.4,))])
-def test_pixels_are_what_they_were_before_they_were_normalised(stats):
+def test_pixels_are_what_they_were_before_they_were_normalized(stats):
     images = random_images(channels=len(stats[0]))
     mean, std = (torch.tensor(values)[:, None, None] for values in stats)
     pixels = to_pixels((images - mean) / std, stats)
@@ -72,8 +72,8 @@ def test_exactly_the_patches_that_are_not_listed_are_dimmed():
     chosen = torch.tensor([0, 7, 35])
     same = (patches_of(dimmed(pixels, chosen, GRID)) == patches_of(pixels)).all(axis=1)
     assert np.flatnonzero(same).tolist() == chosen.tolist()
-    grey = patches_of(dimmed(pixels, chosen, GRID))[~same].reshape(-1, 3)
-    assert (grey[:, 0] == grey[:, 1]).all() and (grey[:, 0] == grey[:, 2]).all() and np.ptp(grey) < 0.13
+    gray = patches_of(dimmed(pixels, chosen, GRID))[~same].reshape(-1, 3)
+    assert (gray[:, 0] == gray[:, 1]).all() and (gray[:, 0] == gray[:, 2]).all() and np.ptp(gray) < 0.13
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -113,67 +113,67 @@ def test_blocks_are_outlined_and_cut_into_the_cells_that_the_level_pools():
     ]
 
 
-# Features as colour
+# Features as color
 
 
-def test_features_along_one_direction_are_shades_of_one_colour_in_their_order():
+def test_features_along_one_direction_are_shades_of_one_color_in_their_order():
     heights = torch.linspace(-1, 1, 8)[:, None, None].expand(8, 9, 1)
     direction = F.normalize(torch.tensor([1.0, -3.0, 2.0, 0.5]), dim=0)
-    found = patch_colours(5 * noise(1, 9, 4) + heights * -direction)  # each place has a mean of its own
+    found = patch_colors(5 * noise(1, 9, 4) + heights * -direction)  # each place has a mean of its own
     assert found.explained == pytest.approx((1, 0, 0), abs=1e-6)
-    red = found.colours[:, :, 0]
+    red = found.colors[:, :, 0]
     # The largest loading, -3, counts as positive: red rises with the features' second dimension, and ends at 1 and 0.
     assert np.allclose(red, 0.5 + 0.5 * np.linspace(-1, 1, 8)[:, None], atol=1e-4)
-    assert np.abs(found.colours[:, :, 1:] - 0.5).max() < 1e-2
+    assert np.abs(found.colors[:, :, 1:] - 0.5).max() < 1e-2
 
 
 def test_components_are_those_of_the_singular_value_decomposition():
     tokens = noise(16, 9, 12) * torch.linspace(3, 0.5, 12) + 10 * noise(1, 9, 12, seed=1)
-    found = patch_colours(tokens)
-    centred = (tokens - tokens.mean(0)).reshape(-1, 12).double()
-    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    found = patch_colors(tokens)
+    centered = (tokens - tokens.mean(0)).reshape(-1, 12).double()
+    left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     assert found.explained == pytest.approx((values.square() / values.square().sum())[:3].tolist(), rel=1e-5)
     for component in range(3):
-        drawn = 2 * torch.from_numpy(found.colours).reshape(-1, 3)[:, component] - 1
+        drawn = 2 * torch.from_numpy(found.colors).reshape(-1, 3)[:, component] - 1
         inside = drawn.abs() < 1
         correlation = torch.corrcoef(torch.stack([drawn[inside], left[inside, component]]))[0, 1]
         assert abs(correlation) > 1 - 1e-5 and 0.95 < inside.float().mean() < 1
 
 
-def test_colours_do_not_flip_from_one_figure_to_the_next():
+def test_colors_do_not_flip_from_one_figure_to_the_next():
     scale = torch.linspace(3, 0.3, 12)
     tokens = noise(32, 9, 12) * scale
-    reference = patch_colours(tokens).colours
+    reference = patch_colors(tokens).colors
     order = torch.randperm(32, generator=torch.Generator().manual_seed(2))
-    assert np.allclose(patch_colours(tokens[order]).colours, reference[order.numpy()], atol=1e-4)
+    assert np.allclose(patch_colors(tokens[order]).colors, reference[order.numpy()], atol=1e-4)
     for seed in range(5):
-        other = patch_colours(tokens + 0.02 * noise(32, 9, 12, seed=seed + 5)).colours
+        other = patch_colors(tokens + 0.02 * noise(32, 9, 12, seed=seed + 5)).colors
         assert np.abs(other - reference).mean() < 0.05
 
 
 def test_a_collapsed_encoder_is_grey_and_said_to_be_collapsed():
     tokens = noise(1, 36, 16) + 1e-3 * noise(8, 36, 16, seed=1)  # differs between places, hardly between images
-    found = patch_colours(tokens)
-    assert found.variation == pytest.approx(1e-3, rel=0.2) and np.abs(found.colours - 0.5).max() < 0.02
+    found = patch_colors(tokens)
+    assert found.variation == pytest.approx(1e-3, rel=0.2) and np.abs(found.colors - 0.5).max() < 0.02
     pixels = to_pixels(random_images(2), ((0,), (1,)))
     says = [text.get_text() for text in figures.draw_features(pixels, found, GRID).texts]
     assert any(re.search(r"by 0\.\d+ % of their length: collapsed", text) for text in says)
-    healthy = patch_colours(noise(8, 36, 16))
+    healthy = patch_colors(noise(8, 36, 16))
     assert not any("collapsed" in text.get_text() for text in figures.draw_features(pixels, healthy, GRID).texts)
-    constant = patch_colours(torch.ones(4, 36, 2))
-    assert (constant.colours == 0.5).all() and constant.explained == (0, 0, 0) and constant.variation == 0
-    assert (patch_colours(torch.zeros(4, 36, 5)).colours == 0.5).all()
+    constant = patch_colors(torch.ones(4, 36, 2))
+    assert (constant.colors == 0.5).all() and constant.explained == (0, 0, 0) and constant.variation == 0
+    assert (patch_colors(torch.zeros(4, 36, 5)).colors == 0.5).all()
 
 
-def test_each_patch_is_filled_with_its_colour_beside_its_image():
-    found = patch_colours(noise(9, 36, 16))
+def test_each_patch_is_filled_with_its_color_beside_its_image():
+    found = patch_colors(noise(9, 36, 16))
     pixels = to_pixels(random_images(9), ((0,), (1,)))
     shown = [axes.images[0].get_array() for axes in figures.draw_features(pixels, found, GRID).axes if axes.images]
-    assert len(shown) == 18  # rows of eight and one, each with its colours below
+    assert len(shown) == 18  # rows of eight and one, each with its colors below
     for image, number in enumerate([*range(8), 16]):
-        colours = np.asarray(shown[number + (8 if image < 8 else 1)])
+        colors = np.asarray(shown[number + (8 if image < 8 else 1)])
         assert (shown[number] == pixels[image]).all()
-        assert (patches_of(colours).reshape(36, -1, 3) == found.colours[image][:, None]).all()
+        assert (patches_of(colors).reshape(36, -1, 3) == found.colors[image][:, None]).all()
 
 
 # Predictions and targets
@@ -309,11 +309,11 @@ class Spectra:
     """Puts a spectrum beside the metrics at every window's end, as ``CollapseMonitor`` does."""
 
     def attach(self, engine):
-        engine.add_event_handler(TrainEvents.WINDOW_COMPLETED, self.write)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.write)
 
     def write(self, engine):
         value = {"rank": [1, 2], "share": [0.9, 0.1]}
-        engine.state.media["collapse/target_spectrum"] = Anything(value)
+        engine.state.media["collapse/target_spectrum"] = JsonValue(value)
 
 
 def figures_in(folder):
@@ -401,7 +401,7 @@ REAL = {**NOISE, "model.num_hierarchies": 3, "probe.enabled": "false", "pictures
         {"model.levels": "[{pool: 1}, {pool: 4}, {pool: image}]", "training.use_amp": "true",
          "training.accumulation_steps": 2},
     ],
-    ids=["grey images, one level", "three levels, bfloat16, accumulation"],
+    ids=["gray images, one level", "three levels, bfloat16, accumulation"],
 )  # fmt: skip
 def test_the_recipes_run_draws_and_logs_its_pictures(tmp_path, changes):
     run = build(
@@ -471,7 +471,7 @@ def test_the_masks_of_the_preview_are_those_of_the_first_step_on_its_images(tmp_
     words = [*options({**NOISE, "training.max_iters": 1, "probe.enabled": "false"}), f"--run_dir={tmp_path}"]
     main([*words, "--preview"])
     run = build(load_config(DEFAULT_CONFIG, words))
-    run.trainer.add_event_handler(TrainEvents.STEP_COMPLETED, lambda: seen.append(run.trainer.state.batch))
+    run.trainer.add_event_handler(TrainEvents.FORWARD_COMPLETED, lambda: seen.append(run.trainer.state.batch))
     run.fit()  # in the folder of the preview, as if there had been none
     (pixels, masks, grid, _), batch = *shown, *seen
     assert np.allclose(pixels, to_pixels(batch["images"][:4], run.data.dataset.source.stats)) and grid == GRID

@@ -16,7 +16,7 @@ from hjepa_engine import Config, TrainEvents, dump_config, load_config
 from hjepa_engine.errors import GuardStop, LeaveNow
 from hjepa_engine.recipes import report
 from hjepa_engine.recipes.pretrain import build
-from hjepa_engine.report import judge, read_run, reported, write_report
+from hjepa_engine.report import assess, read_run, write_report, write_report_on_exit
 from hjepa_engine.report.charts import Line, chart, log_ticks, thin, ticks
 from hjepa_engine.report.markup import element
 from hjepa_engine.report.reading import Series, collect
@@ -27,7 +27,7 @@ from hjepa_engine.run.folder import RunFolder
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-SECTIONS = ["Is it collapsing?", "Loss", "Collapse", "Probes", "Pictures", "Optimisation", "Speed and machine"]
+SECTIONS = ["Is it collapsing?", "Loss", "Collapse", "Probes", "Pictures", "Optimization", "Speed and machine"]
 SECTIONS_AT_END = ["Checkpoints", "Configuration", "Environment"]
 EMPTY_ELEMENTS = ("meta", "img", "line", "path", "circle", "rect")
 
@@ -142,7 +142,7 @@ def test_a_finished_run_has_left_a_report_with_all_sections(finished):
     page = Page((finished / "report.html").read_text(encoding="utf-8"))
     assert [name for name in page.headings if name != "Other metrics"] == [*SECTIONS, *SECTIONS_AT_END]
     assert "tiny & <quick>" in page.texts and "done" in page.texts
-    for title in ("Loss", "Loss of each level", "Rank share", "Standard deviation", "Norm of centred features"):
+    for title in ("Loss", "Loss of each level", "Rank share", "Standard deviation", "Norm of centered features"):
         assert title in page.charts
     for title in ("Accuracy of probes", "Learning rate", "Gradient norm", "Images per second", "Spectrum: target"):
         assert title in page.charts
@@ -236,7 +236,7 @@ def test_a_run_can_be_read_at_any_time_while_it_is_written(tmp_path):
 
     class Reader:
         def attach(self, engine):
-            engine.add_event_handler(TrainEvents.SAVE_POINT, self.read)
+            engine.add_event_handler(TrainEvents.CHECKPOINT_READY, self.read)
 
         def read(self, engine):
             seen.append(page_of(tmp_path / "run").headings)
@@ -479,23 +479,23 @@ def with_report(folder):
 @pytest.mark.parametrize("error", [GuardStop("the loss is not finite"), KeyboardInterrupt()])
 def test_a_run_that_fails_leaves_a_report_too(tmp_path, error):
     folder = RunFolder(with_report(write_run(tmp_path / "run", [{"train/loss": None}])))
-    with pytest.raises(type(error)), reported(folder):
+    with pytest.raises(type(error)), write_report_on_exit(folder):
         raise error
     assert "broken" in Page((folder.path / "report.html").read_text()).texts
 
 
 def test_no_report_where_it_is_off_or_nothing_is_waited_for(tmp_path):
     run = write_run(tmp_path / "run", [{"train/loss": 1.0}])
-    with reported(RunFolder(tiny_config(run_dir=run, logging__report="false"))):
+    with write_report_on_exit(RunFolder(tiny_config(run_dir=run, logging__report="false"))):
         pass
-    with pytest.raises(LeaveNow), reported(RunFolder(with_report(run))):
+    with pytest.raises(LeaveNow), write_report_on_exit(RunFolder(with_report(run))):
         raise LeaveNow
     assert not (run / "report.html").exists()
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     folder = RunFolder(with_report(tmp_path / "nothing"))
-    with reported(folder):
+    with write_report_on_exit(folder):
         pass
     assert "report.html was not written" in caplog.text
 
@@ -504,7 +504,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 
 def test_a_healthy_run_is_healthy():
-    verdict = judge(over(**HEALTHY))
+    verdict = assess(over(**HEALTHY))
     assert verdict.level == "healthy"
     assert verdict.reasons == [
         "The target encoder's rank share is 0.27 at step 200: 0.43 at step 0, lowest 0.27 at step 200; its features keep "
@@ -514,8 +514,8 @@ def test_a_healthy_run_is_healthy():
 
 
 def test_rollbacks_are_said_whatever_else_is():
-    assert any("rolled the run back 2 times" in r for r in judge(over(**HEALTHY, train__rollbacks=[1, 2])).reasons)
-    assert not any("rolled" in reason for reason in judge(over(**HEALTHY)).reasons)
+    assert any("rolled the run back 2 times" in r for r in assess(over(**HEALTHY, train__rollbacks=[1, 2])).reasons)
+    assert not any("rolled" in reason for reason in assess(over(**HEALTHY)).reasons)
 
 
 def test_a_real_run_of_the_default_configuration_is_healthy():
@@ -523,7 +523,7 @@ def test_a_real_run_of_the_default_configuration_is_healthy():
     share = [0.4271, 0.4736, 0.4182, 0.3329, 0.2973, 0.2818, 0.2725]
     std = [0.9165, 0.907, 0.9066, 0.8958, 0.8914, 0.8966, 0.9016]
     knn = [0.82, 0.786, 0.825, 0.843, 0.844, 0.826, 0.8]
-    verdict = judge(over(collapse__target_rank_share=share, collapse__target_std=std, probe__knn=knn))
+    verdict = assess(over(collapse__target_rank_share=share, collapse__target_std=std, probe__knn=knn))
     assert verdict.level == "healthy"
 
 
@@ -534,7 +534,7 @@ def test_a_real_run_without_momentum_is_collapsed_though_its_rank_rises_at_first
     loss = [0.8041, 0.4243, 0.0217, 0.0157, 0.0081, 0.3936, 0.0085, 0.008, 0.0079]
     for end in range(2, 10):
         figures = {"collapse__target_rank_share": share, "collapse__target_std": std, "train__loss": loss}
-        verdict = judge(over(**{name: values[:end] for name, values in figures.items()}))
+        verdict = assess(over(**{name: values[:end] for name, values in figures.items()}))
         assert verdict.level == "collapsed" and "next to constant over images" in verdict.reasons[0]
         assert end == 6 or any("targets get easier to predict" in reason for reason in verdict.reasons)
 
@@ -567,18 +567,18 @@ def test_a_real_run_without_momentum_is_collapsed_though_its_rank_rises_at_first
     ],
 )
 def test_what_is_wrong_is_said(change, level, words):
-    verdict = judge(over(**{**HEALTHY, **change}))
+    verdict = assess(over(**{**HEALTHY, **change}))
     assert verdict.level == level
     assert words in " ".join([verdict.headline, *verdict.reasons])
 
 
 def test_without_any_metric_nothing_can_be_told():
-    verdict = judge({})
+    verdict = assess({})
     assert (verdict.level, verdict.evidence) == ("cannot tell", [])
 
 
 def test_the_evidence_has_the_first_the_lowest_the_highest_and_the_newest_value():
-    (found,) = judge(over(train__loss=[3.0, math.nan, 1.0, 2.0])).evidence
+    (found,) = assess(over(train__loss=[3.0, math.nan, 1.0, 2.0])).evidence
     assert (found.first, found.lowest, found.highest, found.now) == (3.0, 1.0, 3.0, 2.0)
     assert (found.first_step, found.lowest_step, found.highest_step, found.now_step) == (0, 200, 0, 300)
 
