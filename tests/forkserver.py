@@ -92,6 +92,13 @@ class Child:
         return [pid for pid in living({self.pid}) if pid != self.pid]
 
 
+def _search_path() -> str:
+    """The folders of tests, whose modules children import, before what is on the path already."""
+    folder = Path(__file__).parent
+    tests = [str(folder / name) for name in ("unit", "integration", "faults")]
+    return os.pathsep.join([*tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class ForkServer:
     """See the module; end it with :meth:`close`."""
 
@@ -100,7 +107,7 @@ class ForkServer:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path()},
             text=True,
         )
         self.sessions: set[int] = set()

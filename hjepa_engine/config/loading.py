@@ -45,7 +45,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"keys must be plain texts, see line {line}")
+                raise ConfigError(f"keys must be plain strings, see line {line}")
             name = f"{path}.{key.value}" if path else key.value
             if key.value in seen:
                 raise ConfigError(f"{truncate(name, 100)} is given twice, again in line {line}")
@@ -57,7 +57,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what :class:`_StrictLoader` would take for something other than a text (``1e-4``)."""
+    """Quotes what :class:`_StrictLoader` would take for something other than a string (``1e-4``)."""
 
 
 for _tag, _pattern, _first in (
@@ -234,7 +234,7 @@ def _build(hint: Any, value: Any, key: str) -> Any:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is str and value == "":
-        raise ConfigError(f"{key} must be a text that is not empty, got ''")
+        raise ConfigError(f"{key} must be a string that is not empty, got ''")
     if hint in (int, str, bool) and type(value) is hint:
         return value
     if origin is list and isinstance(value, list):
@@ -244,7 +244,7 @@ def _build(hint: Any, value: Any, key: str) -> Any:
         return tuple(_build(inner, item, f"{key}[{number}]") for number, (inner, item) in pairs)
     if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
         return value
-    note = ", whose keys must be texts" if origin is dict and isinstance(value, dict) else ""
+    note = ", whose keys must be strings" if origin is dict and isinstance(value, dict) else ""
     choices = [str(known) for known in arguments] if origin is Literal else []
     for near in difflib.get_close_matches(str(value).lower(), choices, 1):
         note = f", did you mean {near}?"

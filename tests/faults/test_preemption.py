@@ -183,7 +183,7 @@ def test_a_signal_while_the_encoder_is_exported_is_not_forgotten(server, tmp_pat
     assert (run / "encoder" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("place", ["read_config", "build", "start_run", "judge"])
+@pytest.mark.parametrize("place", ["read_config", "build", "start_run", "evaluate_encoder"])
 def test_a_signal_before_and_after_training_loses_nothing(server, tmp_path, whole, place):
     run = tmp_path / "run"
     child = start(server, run)
@@ -191,17 +191,17 @@ def test_a_signal_before_and_after_training_loses_nothing(server, tmp_path, whol
     os.kill(child.pid, USR1)
     assert child.wait() == 75
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.safetensors")}
-    probe = {"probe__enabled": str(place == "judge").lower(), "probe__epochs": 1}
+    probe = {"probe__enabled": str(place == "evaluate_encoder").lower(), "probe__epochs": 1}
     for name, code in ((TERM, 75), (USR1, 75), (INT, 130)):
         child = hit(server, run, place, name, **probe)
         reason = f"{name.name} outside of training: run the same command again to go on"
         assert (child.code, child.last_line) == (code, "interrupted" if name == INT else reason)
-        if place == "judge":
+        if place == "evaluate_encoder":
             assert (checkpoints_of(run)[0][0].record.iteration, status_of(run)["exit_code"]) == (ITERATIONS, code)
         else:
             assert before == {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.safetensors")}
     complete(server, run, whole, **probe)
-    assert len(status_of(run)["results"]) == (3 if place == "judge" else 0)
+    assert len(status_of(run)["results"]) == (3 if place == "evaluate_encoder" else 0)
 
 
 def slow_disk(argv: list[str]) -> None:

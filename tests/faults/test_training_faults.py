@@ -24,10 +24,11 @@ from hjepa_engine.checkpoint import storage as checkpoints
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.storage import list_checkpoints, load_newest, read_state
 from hjepa_engine.errors import Preempted
-from hjepa_engine.loggers import base as writers
+from hjepa_engine.loggers import jsonl as writers
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.cli import run_command
+from hjepa_engine.utils import files
 
 ME = __name__
 RUN = {**NOISE, "probe.enabled": "false", "logging.log_frequency": 1, "run_dir": "run"}
@@ -330,6 +331,7 @@ def test_a_full_disk_is_named_once_and_ends_a_run_only_if_it_stays_full(
 ):
     disk = FullDisk()
     monkeypatch.setattr(checkpoints, "os", disk)
+    monkeypatch.setattr(files, "os", disk)
     if log_too:
         monkeypatch.setattr(writers, "os", disk)
     command(run_dir="plain", checkpoint__save_every_steps=1)

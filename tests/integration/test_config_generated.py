@@ -267,7 +267,7 @@ def wrong_items(draw: random.Random) -> Iterator[Mistake]:
                 for numbers in ([], [0.5] * (size - 1), [0.5] * (size + 1)):
                     yield from both(place, str(numbers), numbers, (f"must be a list of {size} ",))
         if dict in map(get_origin, place.types):
-            yield from both(place, "{1: 2}", {1: 2}, ("must be a mapping", "texts"))
+            yield from both(place, "{1: 2}", {1: 2}, ("must be a mapping", "strings"))
 
 
 def literals(draw: random.Random) -> Iterator[Mistake]:

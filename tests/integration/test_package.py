@@ -80,7 +80,9 @@ def test_packages_of_setup_cfg_are_the_folders_with_an_init():
     mapped = dict(re.split(r"\s*=\s*", line) for line in setup["options"]["package_dir"].strip().splitlines())
     assert mapped == {"hjepa_engine.handlers": "handlers", "hjepa_engine.recipes": "recipes"}
     for package in listed:
-        folder = mapped.get(package, package.replace(".", "/"))
+        parent = next((name for name in mapped if package == name or package.startswith(f"{name}.")), None)
+        folder = package if parent is None else mapped[parent] + package.removeprefix(parent)
+        folder = folder.replace(".", "/")
         assert (ROOT / folder / "__init__.py").is_file()
     # Every folder with Python files is a package: one without an __init__ would not be installed.
     assert {path.parent for path in SOURCES} == {path.parent for path in SOURCES if path.name == "__init__.py"}

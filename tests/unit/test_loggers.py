@@ -650,7 +650,7 @@ def test_with_every_logger_off_none_of_their_packages_is_imported(tmp_path):
     on = {"logging.wandb.enabled": "true", "logging.tensorboard.enabled": "true", "logging.log_frequency": 1}
     script = """
         import ast, sys
-        from hjepa_engine import wandb_writer
+        from hjepa_engine.loggers import wandb as wandb_writer
         from hjepa_engine.recipes import pretrain
 
         wandb_writer.PATIENCE = 100.0
