@@ -12,7 +12,8 @@ from ignite.engine import Events
 from torch import Tensor
 
 from hjepa_engine.data.views import random_views
-from hjepa_engine.engine import Evaluator, Trainer
+from hjepa_engine.engine import Trainer
+from hjepa_engine.evaluator import Evaluator
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.loggers.media import JsonValue
 from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req

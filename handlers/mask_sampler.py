@@ -5,8 +5,9 @@ from __future__ import annotations
 import ignite.distributed as idist
 from ignite.engine import Events
 
-from hjepa_engine.engine import StepEngine, Trainer, accumulation_window
+from hjepa_engine.engine import StepEngine, Trainer
 from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.state import accumulation_window
 
 
 class MaskSampler:

@@ -9,7 +9,8 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 
-from hjepa_engine.engine import Evaluator, Trainer
+from hjepa_engine.engine import Trainer
+from hjepa_engine.evaluator import Evaluator
 from hjepa_engine.types import Labeled
 from hjepa_engine.utils.eta import total_iterations
 

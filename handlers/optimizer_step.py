@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from hjepa_engine.engine import Trainer, Window, accumulation_window
+from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.state import Window, accumulation_window
 
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
@@ -61,7 +62,6 @@ class OptimizerStep:
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
-        engine.state.skip_update, engine.state.skipped_updates = False, 0
         engine.add_event_handler(Events.ITERATION_STARTED, self.open)
         engine.add_event_handler(TrainEvents.LOSS_READY, self.step)
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
@@ -84,11 +84,11 @@ class OptimizerStep:
         window = self._window(engine)
         loss = engine.state.output["loss"] / (window.size - self._first)
         self.scaler.scale(loss).backward()
-        self._loss = self._loss + loss.detach()
+        self._loss = total = self._loss + loss.detach()
         engine.state.window_open = not window.is_last
         if not window.is_last:
             return
-        engine.state.window_loss, self._loss = self._loss, 0.0
+        engine.state.window_loss, self._loss = total, 0.0
         self.scaler.unscale_(self.optimizer)
         gradients = self._gradients()
         engine.state.output["grad_norm"] = norm = get_total_norm(gradients)

@@ -9,7 +9,8 @@ if (Path(__file__).parent.parent / "setup.cfg").is_file():
 from hjepa_engine._version import __version__
 from hjepa_engine.config.loading import dump_config, load_config
 from hjepa_engine.config.schema import Config
-from hjepa_engine.engine import create_evaluator, create_trainer
+from hjepa_engine.engine import create_trainer
+from hjepa_engine.evaluator import create_evaluator
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.export import load_encoder
 

@@ -2,113 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sized
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from torch import Tensor, nn
+from torch import nn
 
 from hjepa_engine.events import EVENT_TO_ATTR, TrainEvents
-from hjepa_engine.types import Batch, Outputs, Step
+from hjepa_engine.state import TrainState
+from hjepa_engine.types import Batch, Handler, Outputs, Stateful, Step
+from hjepa_engine.utils.tensors import detach, move_to
 
-
-class Metrics(dict[str, float]):
-    """Floats by name, as ``engine.state.metrics``, that also know which of them were written since a given moment.
-
-    >>> metrics = Metrics()
-    >>> metrics["train/loss"] = 0.5
-    >>> fresh, now = metrics.since(0)
-    >>> metrics["val/loss"] = 0.4
-    >>> metrics.since(now)[0]
-    {'val/loss': 0.4}
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._clock = 0
-        self._written: dict[str, int] = {}
-
-    def __setitem__(self, name: str, value: float) -> None:
-        self._clock += 1
-        self._written[name] = self._clock
-        super().__setitem__(name, value)
-
-    def update(self, *args: Any, **kwargs: float) -> None:
-        """As ``dict.update``; every key counts as written."""
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def setdefault(self, name: str, default: float = math.nan) -> float:
-        """As ``dict.setdefault``; counts as written."""
-        self[name] = self.get(name, default)
-        return self[name]
-
-    def __ior__(self, other: Any) -> Metrics:  # type: ignore[override,misc]
-        self.update(other)
-        return self
-
-    @property
-    def moment(self) -> int:
-        """The present moment, for :meth:`since`."""
-        return self._clock
-
-    def since(self, moment: int) -> tuple[dict[str, float], int]:
-        """What was written after ``moment`` (0: ever) and is a number (or a tensor of one), and the present moment."""
-        fresh = {name: self[name] for name in self if self._written[name] > moment}
-        return {name: float(value) for name, value in fresh.items() if _is_number(value)}, self._clock
-
-    def state_dict(self) -> dict[str, Any]:
-        """Every number, and the moment at which it was written."""
-        return {
-            "clock": self._clock,
-            "values": {name: float(value) for name, value in self.items() if _is_number(value)},
-            "written": {name: self._written[name] for name, value in self.items() if _is_number(value)},
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.clear()
-        super().update(state_dict["values"])
-        self._clock, self._written = state_dict["clock"], dict(state_dict["written"])
-
-
-def _is_number(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float, np.number))
-
-
-class Window(NamedTuple):
-    """Position of an iteration in its accumulation window."""
-
-    position: int
-    """Number of the micro-batch within the window, from 0."""
-    size: int
-    """Micro-batches in the window; the last of an epoch or run may have fewer than the others."""
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the window ends with this micro-batch."""
-        return self.position == self.size - 1
-
-
-def accumulation_window(
-    iteration: int, epoch_length: int, accumulation_steps: int, max_iters: int | None = None
-) -> Window:
-    """Which window ``iteration`` (from 1) belongs to; windows start anew with every epoch.
-
-    >>> [accumulation_window(i, epoch_length=5, accumulation_steps=2) for i in (1, 2, 5)]
-    [Window(position=0, size=2), Window(position=1, size=2), Window(position=0, size=1)]
-    """
-    position = (iteration - 1) % epoch_length
-    end = epoch_length if max_iters is None else min(epoch_length, position + 1 + max_iters - iteration)
-    offset = position % accumulation_steps
-    return Window(offset, min(accumulation_steps, end - (position - offset)))
+AnyEngine = TypeVar("AnyEngine", bound="StepEngine")
 
 
 class StepEngine(Engine):
@@ -117,7 +27,7 @@ class StepEngine(Engine):
     ``engine.modules`` and ``engine.device`` are there for handlers.
     """
 
-    state: Any  # Ignite's State, with the attributes that events and handlers add
+    state: TrainState
 
     def __init__(
         self, step: Step, modules: nn.ModuleDict, device: torch.device | str, amp_dtype: torch.dtype | None
@@ -125,8 +35,21 @@ class StepEngine(Engine):
         super().__init__(self._process)
         self.step, self.modules = step, modules
         self.device, self.amp_dtype = torch.device(device), amp_dtype
+        self.state = TrainState()  # Ignite's engine makes its State once, and fills it in at every run
         self.register_events(*TrainEvents, event_to_attr=EVENT_TO_ATTR)
-        self.state.metrics, self.state.media, self.state.optimizer_step = Metrics(), {}, 0
+
+    def attach(self: AnyEngine, *handlers: Handler) -> AnyEngine:
+        """Attach each handler by its own ``attach``, in any order; returns the engine.
+
+        Raises:
+            TypeError: one of them has no ``attach``, or is a class; none is attached then.
+        """
+        for handler in handlers:
+            if isinstance(handler, type) or not callable(getattr(handler, "attach", None)):
+                raise TypeError(f"a handler must be an object with attach(engine), got {handler!r}")
+        for handler in handlers:
+            handler.attach(self)
+        return self
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """As Ignite's, which after an error goes on with a generator that has ended: with no iteration at all."""
@@ -188,17 +111,14 @@ class Trainer(StepEngine):
             raise ValueError(f"log_frequency must be at least 1, got {log_frequency}")
         super().__init__(step, modules, device, amp_dtype)
         self.log_frequency = log_frequency
-        self.state.window_open = self.state.epoch_open = False
-        self.state.first_untrusted_iteration, self.state.rollbacks, self.state.lr_scale = None, 0, 1.0
         self._stepped = self._resumed = False
-        self._stateful: list[Any] = []
+        self._stateful: list[Stateful] = []
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
 
     def add_event_handler(self, event_name: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
         """As Ignite's; remembers whose handler it is, so that whatever has a state is saved and resumed."""
         owner = _owner(handler)
-        is_stateful = hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
-        if is_stateful and owner is not self and not any(owner is known for known in self._stateful):
+        if isinstance(owner, Stateful) and owner is not self and not any(owner is known for known in self._stateful):
             self._stateful.append(owner)
         return super().add_event_handler(event_name, handler, *args, **kwargs)
 
@@ -207,9 +127,9 @@ class Trainer(StepEngine):
         super().detach(handler)
         self._stateful = [other for other in self._stateful if other is not handler]
 
-    def stateful_handlers(self) -> dict[str, Any]:
+    def stateful_handlers(self) -> dict[str, Stateful]:
         """Attached handlers with ``state_dict`` and ``load_state_dict``, by class name; a second one is ``Name_2``."""
-        named: dict[str, Any] = {}
+        named: dict[str, Stateful] = {}
         for handler in self._stateful:
             name = type(handler).__name__
             count = sum(type(other).__name__ == name for other in named.values())
@@ -301,40 +221,6 @@ class Trainer(StepEngine):
         return state.iteration == state.max_iters or state.iteration % (state.epoch_length or 1) == 0
 
 
-class Evaluator(StepEngine):
-    """See :func:`create_evaluator`."""
-
-    def __init__(
-        self,
-        step: Step,
-        modules: nn.ModuleDict,
-        device: torch.device | str = "cpu",
-        amp_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(step, modules, device, amp_dtype)
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self.add_event_handler(Events.STARTED, self._enter)
-        self.add_event_handler(Events.COMPLETED, self._leave)
-
-    def _process(self, engine: Engine, batch: Batch) -> Outputs:
-        with torch.no_grad():
-            return self._run_step(batch)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """As Ignite's; an evaluation that was cut short is started anew."""
-        self.state.max_epochs = self.state.max_iters = None
-        return super().run(*args, **kwargs)
-
-    def _enter(self) -> None:
-        self.state.metrics = Metrics()
-        self._modes = [(module, module.training) for module in self.modules.modules()]
-        self.modules.eval()
-
-    def _leave(self) -> None:
-        for module, training in self._modes:  # one by one: a part may have been frozen in evaluation mode
-            module.training = training
-
-
 def create_trainer(
     step: Step,
     modules: nn.ModuleDict,
@@ -354,44 +240,3 @@ def create_trainer(
         log_frequency: optimizer steps of a log interval. The epoch's and the run's last iteration end one too.
     """
     return Trainer(step, modules, device, amp_dtype, log_frequency)
-
-
-def create_evaluator(
-    step: Step,
-    modules: nn.ModuleDict,
-    device: torch.device | str = "cpu",
-    amp_dtype: torch.dtype | None = None,
-) -> Evaluator:
-    """An evaluator: the same step without gradients, modules in evaluation mode while it runs, no weights changed.
-
-    Args:
-        step: as for :func:`create_trainer`.
-        modules: as for :func:`create_trainer`; their mode is restored when the run is over.
-        device: as for :func:`create_trainer`.
-        amp_dtype: as for :func:`create_trainer`.
-    """
-    return Evaluator(step, modules, device, amp_dtype)
-
-
-def move_to(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in its dicts, lists and tuples on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {name: move_to(item, device) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move_to(item, device) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(move_to(item, device) for item in value)
-    return value
-
-
-def detach(outputs: Outputs) -> Outputs:
-    """``outputs`` with every tensor, in lists too, cut from its graph."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach()
-        return [cut(item) for item in value] if isinstance(value, list) else value
-
-    return {name: cut(value) for name, value in outputs.items()}

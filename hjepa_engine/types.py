@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -27,6 +28,29 @@ class LossFunction(Protocol):
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Compare."""
+
+
+class Handler(Protocol):
+    """One concern of a run, see docs/handlers.md: it adds its methods to an engine's events."""
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a :class:`~hjepa_engine.engine.Trainer` or any other ``StepEngine``, on every rank."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Whatever handles an event and has both methods is saved in every checkpoint and restored on resume.
+
+    Two class attributes, False where they are not there, say how: with ``per_rank = True`` every process saves a state of
+    its own, else rank 0 saves for all; with ``must_resume = True`` a checkpoint without this state is refused, else the
+    handler starts afresh.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors, numbers, strings, None, and dicts, lists and tuples of them."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Restore what :meth:`state_dict` returned."""
 
 
 def unwrap(module: nn.Module) -> Any:

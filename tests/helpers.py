@@ -21,7 +21,8 @@ from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.storage import MANIFEST, STATE, write_checkpoint
 from hjepa_engine.checkpoint.writer import describe_record
 from hjepa_engine.data import build_loader, open_source
-from hjepa_engine.engine import Evaluator, Trainer
+from hjepa_engine.engine import Trainer
+from hjepa_engine.evaluator import Evaluator
 from hjepa_engine.handlers import (
     DamagedImages,
     DataPosition,

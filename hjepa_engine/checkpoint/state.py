@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.storage import Checkpoint, list_checkpoints, load_newest, load_one
-from hjepa_engine.engine import Metrics, Trainer
+from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
+from hjepa_engine.state import Metrics
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
 

@@ -16,12 +16,12 @@ from ignite.engine import Events
 from hjepa_engine import TrainEvents, load_config
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data import build_loader, loading, open_source
-from hjepa_engine.engine import Metrics
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import MetricsLogger
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.loggers.tensorboard import TensorBoardWriter
 from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
+from hjepa_engine.state import Metrics
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["training.max_iters=2", "probe.enabled=false", "logging.progress_bar=false", "logging.log_frequency=1"]

@@ -8,8 +8,9 @@ from torch import nn
 
 from hjepa_engine import TrainEvents, create_evaluator, create_trainer
 from hjepa_engine.build import build_masks
-from hjepa_engine.engine import Metrics, Window, accumulation_window, detach, move_to
-from hjepa_engine.handlers import MaskSampler, MetricAverager, OptimizerStep, StepSeed, Validation
+from hjepa_engine.handlers import CollapseGuard, MaskSampler, MetricAverager, OptimizerStep, StepSeed, Validation
+from hjepa_engine.state import Metrics, TrainState, Window, accumulation_window
+from hjepa_engine.utils.tensors import detach, move_to
 
 BATCHES = rows((1, 0), (0, 1), (1, 1))
 
@@ -229,6 +230,33 @@ def test_a_trainer_is_an_ignite_engine_that_trains_its_modules():
     trainer.run(BATCHES)
     assert modules.training
     assert torch.equal(modules["model"].weight, torch.ones(2))  # without an OptimizerStep it only computes
+
+
+def test_the_state_of_both_engines_declares_what_handlers_share_and_lasts_over_runs():
+    trainer, _ = linear_trainer()
+    evaluator = create_evaluator(linear_step, nn.ModuleDict({"model": LinearModel()}))
+    for engine in (trainer, evaluator):
+        state = engine.state
+        assert type(state) is TrainState and set(TrainState.__annotations__) <= vars(state).keys()
+        engine.run(BATCHES)
+        assert engine.state is state
+
+
+def test_attach_calls_the_attach_of_each_handler_and_returns_the_engine():
+    trainer, _ = linear_trainer()
+    guard, recorder = CollapseGuard([]), Recorder()
+    assert trainer.attach(guard, recorder) is trainer
+    assert "CollapseGuard" in trainer.stateful_handlers()
+    trainer.run(BATCHES[:1])
+    assert recorder.seen[0] == "STARTED"
+
+
+@pytest.mark.parametrize("wrong", [CollapseGuard, [CollapseGuard([])], None, print])
+def test_what_is_no_handler_is_refused_before_anything_is_attached(wrong):
+    trainer, _ = linear_trainer()
+    with pytest.raises(TypeError, match=r"a handler must be an object with attach\(engine\), got"):
+        trainer.attach(CollapseGuard([]), wrong)
+    assert "CollapseGuard" not in trainer.stateful_handlers()
 
 
 def test_log_frequency_must_be_positive():

@@ -1,0 +1,64 @@
+"""The evaluator: the engine that runs a step without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from hjepa_engine.engine import StepEngine
+from hjepa_engine.state import Metrics
+from hjepa_engine.types import Batch, Outputs, Step
+
+
+class Evaluator(StepEngine):
+    """See :func:`create_evaluator`."""
+
+    def __init__(
+        self,
+        step: Step,
+        modules: nn.ModuleDict,
+        device: torch.device | str = "cpu",
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(step, modules, device, amp_dtype)
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self.add_event_handler(Events.STARTED, self._enter)
+        self.add_event_handler(Events.COMPLETED, self._leave)
+
+    def _process(self, engine: Engine, batch: Batch) -> Outputs:
+        with torch.no_grad():
+            return self._run_step(batch)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As Ignite's; an evaluation that was cut short is started anew."""
+        self.state.max_epochs = self.state.max_iters = None
+        return super().run(*args, **kwargs)
+
+    def _enter(self) -> None:
+        self.state.metrics = Metrics()
+        self._modes = [(module, module.training) for module in self.modules.modules()]
+        self.modules.eval()
+
+    def _leave(self) -> None:
+        for module, training in self._modes:  # one by one: a part may have been frozen in evaluation mode
+            module.training = training
+
+
+def create_evaluator(
+    step: Step,
+    modules: nn.ModuleDict,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+) -> Evaluator:
+    """An evaluator: the same step without gradients, modules in evaluation mode while it runs, no weights changed.
+
+    Args:
+        step: as for :func:`create_trainer`.
+        modules: as for :func:`create_trainer`; their mode is restored when the run is over.
+        device: as for :func:`create_trainer`.
+        amp_dtype: as for :func:`create_trainer`.
+    """
+    return Evaluator(step, modules, device, amp_dtype)

@@ -1,0 +1,34 @@
+"""Tensors inside dicts, lists and tuples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hjepa_engine.types import Outputs
+
+
+def move_to(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in its dicts, lists and tuples on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: move_to(item, device) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move_to(item, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(move_to(item, device) for item in value)
+    return value
+
+
+def detach(outputs: Outputs) -> Outputs:
+    """``outputs`` with every tensor, in lists too, cut from its graph."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return [cut(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cut(value) for name, value in outputs.items()}
