@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hjepa_engine.checkpoint.storage import find_checkpoint, load_one
+from hjepa_engine.checkpoint.folder import find_checkpoint, load_one
 from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import ExportError
 from hjepa_engine.models import encoder_arguments

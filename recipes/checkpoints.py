@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hjepa_engine.build import build_policy
+from hjepa_engine.checkpoint.folder import checkpoint_folders, list_checkpoints
 from hjepa_engine.checkpoint.retention import RetentionPolicy
 from hjepa_engine.checkpoint.serialization import file_digest
-from hjepa_engine.checkpoint.storage import STATE, Checkpoint, checkpoint_folders, list_checkpoints
+from hjepa_engine.checkpoint.storage import STATE, Checkpoint
 from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import CheckpointError, ConfigError
 from hjepa_engine.run.cli import command_parser, run_command

@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 import torch
 from helpers import NOISE, is_time, options
 
+from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.checkpoint.serialization import flatten
-from hjepa_engine.checkpoint.storage import Checkpoint, list_checkpoints, read_state
+from hjepa_engine.checkpoint.storage import Checkpoint, read_state
 from hjepa_engine.recipes import pretrain  # noqa: F401  (what children need)
 from hjepa_engine.run.cli import run_command
 

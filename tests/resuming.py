@@ -11,10 +11,10 @@ from helpers import NOISE, is_time, options
 from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, load_config
+from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.checkpoint.retention import best
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.state import collect_state
-from hjepa_engine.checkpoint.storage import list_checkpoints
 from hjepa_engine.errors import Preempted
 from hjepa_engine.recipes import pretrain
 

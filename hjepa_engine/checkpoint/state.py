@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest, load_one
 from hjepa_engine.checkpoint.serialization import flatten
-from hjepa_engine.checkpoint.storage import Checkpoint, list_checkpoints, load_newest, load_one
+from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.state import Metrics

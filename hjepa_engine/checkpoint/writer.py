@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hjepa_engine.checkpoint.folder import list_checkpoints, prune, sweep, write_index
 from hjepa_engine.checkpoint.retention import Record, RetentionPolicy
 from hjepa_engine.checkpoint.serialization import Snapshot
-from hjepa_engine.checkpoint.storage import list_checkpoints, prune, sweep, write_checkpoint, write_index
+from hjepa_engine.checkpoint.storage import write_checkpoint
 from hjepa_engine.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hjepa_engine.build import build_policy
+from hjepa_engine.checkpoint.folder import checkpoint_folders, list_checkpoints
 from hjepa_engine.checkpoint.retention import RetentionPolicy
-from hjepa_engine.checkpoint.storage import Checkpoint, checkpoint_folders, list_checkpoints
+from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.config.loading import load_config
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import CheckpointError, ConfigError

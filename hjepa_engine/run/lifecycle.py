@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ignite.distributed as idist
 
+from hjepa_engine.checkpoint.folder import load_one
 from hjepa_engine.checkpoint.state import (
     load_on_all_ranks,
     load_pretrained,
@@ -17,7 +18,7 @@ from hjepa_engine.checkpoint.state import (
     restore_state,
     resume,
 )
-from hjepa_engine.checkpoint.storage import Checkpoint, load_one
+from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.config.changes import MAY_CHANGE_ELSEWHERE, Change, config_changes
 from hjepa_engine.data.loading import worker_failure

@@ -10,15 +10,9 @@ from typing import Any
 
 import ignite.distributed as idist
 
+from hjepa_engine.checkpoint.folder import list_checkpoints, prune, write_index
 from hjepa_engine.checkpoint.state import load_on_all_ranks, restore_state
-from hjepa_engine.checkpoint.storage import (
-    Checkpoint,
-    CorruptCheckpoint,
-    list_checkpoints,
-    prune,
-    read_state,
-    write_index,
-)
+from hjepa_engine.checkpoint.storage import Checkpoint, CorruptCheckpoint, read_state
 from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.config.monitoring import GuardConfig
 from hjepa_engine.engine import Trainer

@@ -15,10 +15,11 @@ import torch
 from helpers import linear_trainer, rows, same_bits, same_state, weights_of
 from ignite.engine import Events
 
+from hjepa_engine.checkpoint.folder import INDEX, list_checkpoints, load_newest
 from hjepa_engine.checkpoint.retention import Record
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.state import resume
-from hjepa_engine.checkpoint.storage import INDEX, MANIFEST, STATE, list_checkpoints, load_newest
+from hjepa_engine.checkpoint.storage import MANIFEST, STATE
 from hjepa_engine.checkpoint.writer import CheckpointWriter, describe_record
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.handlers import Checkpointer, RetentionPolicy

@@ -16,16 +16,9 @@ import torch
 from helpers import LinearModel, save_state, sign_again
 from torch import nn
 
+from hjepa_engine.checkpoint.folder import find_checkpoint, load_newest, load_one
 from hjepa_engine.checkpoint.state import load_pretrained, weights_in
-from hjepa_engine.checkpoint.storage import (
-    MANIFEST,
-    STATE,
-    CorruptCheckpoint,
-    find_checkpoint,
-    load_newest,
-    load_one,
-    read_manifest,
-)
+from hjepa_engine.checkpoint.storage import MANIFEST, STATE, CorruptCheckpoint, read_manifest
 from hjepa_engine.errors import CheckpointError, ExportError
 from hjepa_engine.export import load_encoder
 

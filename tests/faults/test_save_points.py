@@ -7,8 +7,8 @@ from helpers import NOISE
 from resuming import RICH, outcome, train
 
 from hjepa_engine import load_config
+from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.checkpoint.retention import Record
-from hjepa_engine.checkpoint.storage import list_checkpoints
 
 #: 2 epochs of 5 iterations.
 PLAIN = {**NOISE, "training.epochs": 2, "probe.enabled": "false"}

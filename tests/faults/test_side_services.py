@@ -17,8 +17,8 @@ from forkserver import ForkServer, poll_until
 from helpers import NOISE, ROOT, bytes_of, is_time, options
 from ignite.engine import Events
 
+from hjepa_engine.checkpoint.folder import load_newest
 from hjepa_engine.checkpoint.serialization import flatten
-from hjepa_engine.checkpoint.storage import load_newest
 from hjepa_engine.loggers import wandb as wandb_writer
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.run.cli import run_command

@@ -21,8 +21,9 @@ from PIL import Image
 
 from hjepa_engine import TrainEvents, load_config
 from hjepa_engine.checkpoint import storage as checkpoints
+from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest
 from hjepa_engine.checkpoint.serialization import flatten
-from hjepa_engine.checkpoint.storage import list_checkpoints, load_newest, read_state
+from hjepa_engine.checkpoint.storage import read_state
 from hjepa_engine.errors import Preempted
 from hjepa_engine.loggers import jsonl as writers
 from hjepa_engine.recipes import pretrain

@@ -10,7 +10,7 @@ from resuming import ITERATIONS, RICH, Drawer, OnlineProbe, Steps, assert_same, 
 
 from hjepa_engine import TrainEvents
 from hjepa_engine.build import build_schedules
-from hjepa_engine.checkpoint.storage import list_checkpoints, load_one
+from hjepa_engine.checkpoint.folder import list_checkpoints, load_one
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.recipes.common import heads

@@ -13,8 +13,8 @@ from resuming import train
 from torch import nn
 
 from hjepa_engine import TrainEvents, create_trainer, load_config
+from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest
 from hjepa_engine.checkpoint.state import resume
-from hjepa_engine.checkpoint.storage import list_checkpoints, load_newest
 from hjepa_engine.config.changes import config_changes, plain_config
 from hjepa_engine.errors import CheckpointError, ConfigError, ExportError, Preempted
 from hjepa_engine.export import save_encoder

@@ -14,7 +14,7 @@ from resuming import Drawer, Steps, contents, outcome, train
 
 from hjepa_engine import TrainEvents, dump_config, load_config
 from hjepa_engine.build import build_schedules
-from hjepa_engine.checkpoint.storage import list_checkpoints
+from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, ConfigError, DataError

@@ -15,17 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest, load_one
 from hjepa_engine.checkpoint.serialization import _DTYPES, Snapshot, flatten, read_tensors, unflatten, write_tensors
 from hjepa_engine.checkpoint.state import collect_state, resume
-from hjepa_engine.checkpoint.storage import (
-    MANIFEST,
-    STATE,
-    CorruptCheckpoint,
-    list_checkpoints,
-    load_newest,
-    load_one,
-    read_manifest,
-)
+from hjepa_engine.checkpoint.storage import MANIFEST, STATE, CorruptCheckpoint, read_manifest
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.handlers import MetricAverager
 

@@ -14,7 +14,8 @@ from test_resume_processes import ALIKE, in_processes
 from torch import nn
 
 from hjepa_engine import create_evaluator, create_trainer, load_config
-from hjepa_engine.checkpoint.storage import find_checkpoint, read_state
+from hjepa_engine.checkpoint.folder import find_checkpoint
+from hjepa_engine.checkpoint.storage import read_state
 from hjepa_engine.config.schema import Level
 from hjepa_engine.data import FixedImageSubset, open_source
 from hjepa_engine.data.views import random_views

@@ -18,7 +18,7 @@ from PIL import Image
 
 from hjepa_engine import Config, dump_config, load_config
 from hjepa_engine.build import build_step, choose_device
-from hjepa_engine.checkpoint.storage import list_checkpoints
+from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.loading import list_options, parse_yaml
 from hjepa_engine.config.schema import Level, resolve_levels
 from hjepa_engine.data import build_loader, open_source

@@ -12,7 +12,8 @@ from ignite.engine import Events
 from test_resume_processes import in_processes
 
 from hjepa_engine import TrainEvents, handlers, load_config
-from hjepa_engine.checkpoint.storage import list_checkpoints, read_state
+from hjepa_engine.checkpoint.folder import list_checkpoints
+from hjepa_engine.checkpoint.storage import read_state
 from hjepa_engine.handlers import MetricAverager, ParameterHistograms, ProgressBar, StepTiming, Throughput, Validation
 from hjepa_engine.recipes import pretrain
 

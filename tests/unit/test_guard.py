@@ -11,7 +11,7 @@ from ignite.engine import Events
 from resuming import RICH, ask_at, assert_same, outcome, train
 
 from hjepa_engine import TrainEvents, load_config
-from hjepa_engine.checkpoint.storage import list_checkpoints
+from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.monitoring import GuardRule, default_rules
 from hjepa_engine.errors import ConfigError, GuardStop, Preempted, Rollback
 from hjepa_engine.handlers import CollapseGuard

@@ -17,7 +17,7 @@ from test_resume_processes import in_processes
 from torch import nn
 
 from hjepa_engine import TrainEvents, create_evaluator, create_trainer, load_config, load_encoder
-from hjepa_engine.checkpoint.storage import find_checkpoint
+from hjepa_engine.checkpoint.folder import find_checkpoint
 from hjepa_engine.config.schema import Config, ProbeConfig
 from hjepa_engine.data import open_source
 from hjepa_engine.data.image_set import FixedImageSubset

@@ -14,10 +14,11 @@ from helpers import same_state, save_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hjepa_engine.checkpoint import storage as checkpoints
+from hjepa_engine.checkpoint import folder as checkpoint_folder
+from hjepa_engine.checkpoint import storage
+from hjepa_engine.checkpoint.folder import INDEX, list_checkpoints, load_newest
 from hjepa_engine.checkpoint.retention import Record, RetentionPolicy, best, is_better, latest
 from hjepa_engine.checkpoint.serialization import flatten
-from hjepa_engine.checkpoint.storage import INDEX, list_checkpoints, load_newest
 from hjepa_engine.checkpoint.writer import CheckpointWriter, describe_record
 
 SCORES = st.one_of(
@@ -161,13 +162,13 @@ def test_saves_and_crashes_leave_what_the_policy_says(saves, policy):
                 saved = check(folder, everything, policy)
                 assert iteration in saved
                 continue
-            checkpoints.os = CrashingOs(crash_at)
+            storage.os = checkpoint_folder.os = CrashingOs(crash_at)
             try:
                 save(writer, iteration, score)
             except Crash:
                 pass
             finally:
-                checkpoints.os = os
+                storage.os = checkpoint_folder.os = os
             found = load_newest(folder)
             assert found is None if not saved and iteration not in on_disk(folder) else found is not None
             if found is not None:
