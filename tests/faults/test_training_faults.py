@@ -20,12 +20,11 @@ from ignite.engine import Events
 from PIL import Image
 
 from hjepa_engine import TrainEvents, load_config
-from hjepa_engine.checkpoint import storage as checkpoints
 from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.storage import read_state
 from hjepa_engine.errors import Preempted
-from hjepa_engine.loggers import jsonl as writers
+from hjepa_engine.loggers import jsonl
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.cli import run_command
@@ -331,10 +330,9 @@ def test_a_full_disk_is_named_once_and_ends_a_run_only_if_it_stays_full(
     monkeypatch, command, caplog, until, code, log_too
 ):
     disk = FullDisk()
-    monkeypatch.setattr(checkpoints, "os", disk)
     monkeypatch.setattr(files, "os", disk)
     if log_too:
-        monkeypatch.setattr(writers, "os", disk)
+        monkeypatch.setattr(jsonl, "os", disk)
     command(run_dir="plain", checkpoint__save_every_steps=1)
 
     class Fill:

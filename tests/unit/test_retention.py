@@ -20,6 +20,7 @@ from hjepa_engine.checkpoint.folder import INDEX, list_checkpoints, load_newest
 from hjepa_engine.checkpoint.retention import Record, RetentionPolicy, best, is_better, latest
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.writer import CheckpointWriter, describe_record
+from hjepa_engine.utils import files
 
 SCORES = st.one_of(
     st.none(), st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.0, math.nan, math.inf, -math.inf]), st.floats(width=16)
@@ -162,13 +163,13 @@ def test_saves_and_crashes_leave_what_the_policy_says(saves, policy):
                 saved = check(folder, everything, policy)
                 assert iteration in saved
                 continue
-            storage.os = checkpoint_folder.os = CrashingOs(crash_at)
+            storage.os = checkpoint_folder.os = files.os = CrashingOs(crash_at)
             try:
                 save(writer, iteration, score)
             except Crash:
                 pass
             finally:
-                storage.os = checkpoint_folder.os = os
+                storage.os = checkpoint_folder.os = files.os = os
             found = load_newest(folder)
             assert found is None if not saved and iteration not in on_disk(folder) else found is not None
             if found is not None:
