@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from ignite.engine import Events
 
 from hjepa_engine.engine import StepEngine, Trainer
-from hjepa_engine.errors import LeaveNow, Preempted
+from hjepa_engine.errors import ForceQuit, Preempted
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.utils.distributed import any_rank
 
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Preemption:
     """End the run on SIGTERM, SIGUSR1, SIGINT or after a time limit: finish the step, save, raise ``Preempted``.
 
-    An accumulation window is completed first. A second SIGINT raises ``LeaveNow`` at once. All ranks leave at the
+    An accumulation window is completed first. A second SIGINT raises ``ForceQuit`` at once. All ranks leave at the
     same iteration, whichever of them was asked. The signals are given back when the run ends or is interrupted; after
     another error, call :meth:`close`.
 
@@ -110,7 +110,7 @@ class Preemption:
         name = signal.Signals(number).name
         was_interrupted, self._is_interrupted = self._is_interrupted, self._is_interrupted or number == signal.SIGINT
         if was_interrupted and number == signal.SIGINT:
-            raise LeaveNow
+            raise ForceQuit
         if self.reason is not None:
             return
         self.request(name)

@@ -39,7 +39,7 @@ class Preempted(RunError):
     exit_code = 75
 
 
-class LeaveNow(KeyboardInterrupt):
+class ForceQuit(KeyboardInterrupt):
     """Ctrl-C for the second time: leave without waiting for anything, exit code 130."""
 
 

@@ -37,7 +37,7 @@ def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
     return cells.flatten(2).transpose(1, 2).reshape(batch, blocks, -1, dim)
 
 
-def pool_map(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
+def pool_sliding(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
     """Means of all windows of ``level``'s size in the patch features (B, N, D), wherever they begin: (B, cells, D)."""
     if level.pool == 1:
         return features
@@ -48,12 +48,12 @@ def pool_map(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
     return F.avg_pool2d(maps, size, stride=1).flatten(2).transpose(1, 2)
 
 
-def disjoint_windows(grid: tuple[int, int], level: Level) -> int:
-    """How many windows of ``level``'s size lie side by side; those of :func:`pool_map` overlap, and say no more."""
+def num_disjoint_cells(grid: tuple[int, int], level: Level) -> int:
+    """How many windows of ``level``'s size lie side by side; those of :func:`pool_sliding` overlap, and say no more."""
     return 1 if level.pool == "image" else math.prod(max(1, side // level.pool) for side in grid)
 
 
-def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:
+def cell_centers(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:
     """Mean row and column of each cell's patches, doubled (so that they are integers).
 
     Returns:
@@ -62,10 +62,10 @@ def cell_centres(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tens
     corner = masks.target_idx[:, :, :1]
     (height, width), device = masks.block, corner.device
     rows, columns = 2 * (corner // grid_width), 2 * (corner % grid_width)
-    return rows + _centres(height, pool, device), columns + _centres(width, pool, device)
+    return rows + _axis_centers(height, pool, device), columns + _axis_centers(width, pool, device)
 
 
-def _centres(length: int, pool: int, device: torch.device) -> Tensor:
+def _axis_centers(length: int, pool: int, device: torch.device) -> Tensor:
     """Doubled centers of the cells that ``pool`` cuts ``length`` patches into; the last cell may be smaller."""
     starts = torch.arange(0, length, pool, device=device)
     return 2 * starts + (length - starts).clamp(max=pool) - 1

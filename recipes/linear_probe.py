@@ -22,7 +22,7 @@ from torch import nn
 
 from hjepa_engine import Config, create_evaluator, load_config, load_encoder
 from hjepa_engine.build import choose_device
-from hjepa_engine.data import build_loader, few_labels, open_source
+from hjepa_engine.data import build_loader, open_split, sample_per_class
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.models import build_modules
@@ -44,13 +44,13 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
 
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
     for split in ("probe", "val"):
-        source = open_source(config.data, split, config.seed)
+        source = open_split(config.data, split, config.seed)
         evaluator.run(build_loader(config.data, source, config.seed, train=False, replicate=True)[0])
         splits.append((torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])))
         found.clear()
     (features, labels), val = splits
     if config.probe.labels_per_class is not None:
-        chosen = few_labels(labels, config.probe.labels_per_class, config.seed)
+        chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]
     return *standardized((features, labels), val), source.num_classes
 

@@ -33,7 +33,7 @@ from hjepa_engine.build import (
     steps_per_epoch,
 )
 from hjepa_engine.config.changes import plain_config
-from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.handlers import (
     Checkpointer,
     DamagedImages,
@@ -69,7 +69,7 @@ def build(config: Config) -> Run:
     """Build every part and attach every handler; writes nothing yet."""
     training, seed, device = config.training, config.seed, choose_device(config.device)
     amp_dtype = choose_amp_dtype(training, device)
-    train, val = (open_source(config.data, split, seed) for split in ("train", "val"))
+    train, val = (open_split(config.data, split, seed) for split in ("train", "val"))
     data, sampler = build_loader(config.data, train, seed, train=True)
     val_data, _ = build_loader(config.data, val, seed, train=False)
 

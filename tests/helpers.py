@@ -20,7 +20,7 @@ from hjepa_engine.checkpoint.retention import Record
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.storage import MANIFEST, STATE, write_checkpoint
 from hjepa_engine.checkpoint.writer import describe_record
-from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.engine import Trainer
 from hjepa_engine.evaluator import Evaluator
 from hjepa_engine.handlers import (
@@ -143,9 +143,9 @@ def pretraining(
     """
     training, seed = config.training, config.seed
     handlers: dict[str, Any] = {}
-    source = open_source(config.data, "train", seed)
+    source = open_split(config.data, "train", seed)
     loader, sampler = build_loader(config.data, source, seed, train=True)
-    val_data, _ = build_loader(config.data, open_source(config.data, "val", seed), seed, train=False)
+    val_data, _ = build_loader(config.data, open_split(config.data, "val", seed), seed, train=False)
     if data is None:
         data, handlers["position"] = loader, DataPosition(sampler)
     modules = build_modules(config)

@@ -1,29 +1,29 @@
 """Data sets, keyed augmentation and loaders."""
 
-from hjepa_engine.data.datasets import Source, open_source
-from hjepa_engine.data.features import FeatureBatches, few_labels
-from hjepa_engine.data.image_set import FixedImageSubset
+from hjepa_engine.data.datasets import DatasetSplit, open_split
+from hjepa_engine.data.features import FeatureBatches, sample_per_class
+from hjepa_engine.data.fixed_subset import FixedImageSubset
 from hjepa_engine.data.loading import (
     KeyedDataset,
     build_loader,
     collate,
     eval_transform,
-    release_workers,
+    shutdown_workers,
     train_transform,
 )
 from hjepa_engine.data.sampler import EpochBatchSampler
 
 __all__ = [
-    "EpochBatchSampler",
+    "DatasetSplit",
     "FeatureBatches",
     "FixedImageSubset",
     "KeyedDataset",
-    "Source",
     "build_loader",
     "collate",
     "eval_transform",
-    "few_labels",
-    "open_source",
-    "release_workers",
+    "open_split",
+    "sample_per_class",
+    "shutdown_workers",
     "train_transform",
+    "EpochBatchSampler",
 ]

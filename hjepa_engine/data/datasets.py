@@ -21,7 +21,7 @@ from hjepa_engine.errors import DataError
 from hjepa_engine.utils.rng import generator
 
 #: ``train``: pretraining, labels unused; ``probe``: labeled images to learn a probe from; ``val``: labeled, held out.
-Split = Literal["train", "probe", "val"]
+SplitName = Literal["train", "probe", "val"]
 
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_STATS = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
@@ -36,7 +36,7 @@ class ImageDataset(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSplit:
     """One split of a data set."""
 
     images: ImageDataset
@@ -73,7 +73,7 @@ class _Subset:
         return self.images[self.indices[index]]
 
 
-def open_source(config: DataConfig, split: Split, seed: int = 0) -> Source:
+def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSplit:
     """Open one split of the data set that ``config`` names.
 
     A data set without a validation split of its own is split by ``val_fraction`` and ``seed``.
@@ -95,7 +95,7 @@ def _root(config: DataConfig) -> Path:
     return Path(config.data_path or "data")
 
 
-def _held_out(images: ImageDataset, split: Split, fraction: float, seed: int) -> tuple[_Subset, Sequence[int]]:
+def _held_out(images: ImageDataset, split: SplitName, fraction: float, seed: int) -> tuple[_Subset, Sequence[int]]:
     order = torch.randperm(len(images), generator=generator(seed, "validation split")).tolist()
     held = max(1, round(fraction * len(images)))
     indices = sorted(order[:held] if split == "val" else order[held:])
@@ -110,9 +110,9 @@ def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return (digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
-def _digits(config: DataConfig, split: Split, seed: int) -> Source:
+def _digits(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     subset, _ = _held_out(_Arrays(*_load_digits()), split, config.val_fraction, seed)
-    return Source(subset, 10, ((0.305,), (0.376,)))
+    return DatasetSplit(subset, 10, ((0.305,), (0.376,)))
 
 
 class _DigitPages:
@@ -140,27 +140,27 @@ class _DigitPages:
         return Image.fromarray(rows.reshape(8 * self.side, 8 * self.side)), label
 
 
-def _digit_pages(config: DataConfig, split: Split, seed: int) -> Source:
+def _digit_pages(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     images, labels = _load_digits()
     held_out = _held_out(_Arrays(images, labels), split, config.val_fraction, seed)[1]
     length = _PAGES[split]
-    return Source(_DigitPages(images[held_out], labels[held_out], length), 10, ((0.5,), (0.5,)))
+    return DatasetSplit(_DigitPages(images[held_out], labels[held_out], length), 10, ((0.5,), (0.5,)))
 
 
-def _cifar(cls: type[Any], num_classes: int) -> Callable[[DataConfig, Split, int], Source]:
-    def opener(config: DataConfig, split: Split, seed: int) -> Source:
+def _cifar(cls: type[Any], num_classes: int) -> Callable[[DataConfig, SplitName, int], DatasetSplit]:
+    def opener(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
         images = cls(_root(config), train=split != "val", download=config.download)
-        return Source(images, num_classes, CIFAR_STATS)
+        return DatasetSplit(images, num_classes, CIFAR_STATS)
 
     return opener
 
 
-def _stl10(config: DataConfig, split: Split, seed: int) -> Source:
+def _stl10(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     name = {"train": "train+unlabeled", "probe": "train", "val": "test"}[split]
-    return Source(datasets.STL10(_root(config), name, download=config.download), 10, IMAGENET_STATS)
+    return DatasetSplit(datasets.STL10(_root(config), name, download=config.download), 10, IMAGENET_STATS)
 
 
-def _folder(config: DataConfig, split: Split, seed: int) -> Source:
+def _folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     """Images as ``<data_path>/train/<class>/*`` and ``<data_path>/{val,test}/<class>/*``, or ``<data_path>/<class>/*``."""
     root = _root(config)
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
@@ -175,19 +175,19 @@ def _folder(config: DataConfig, split: Split, seed: int) -> Source:
     if held_out is None:
         images, indices = _held_out(folder, split, config.val_fraction, seed)
     stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
-    return Source(images, len(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
+    return DatasetSplit(images, len(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
 
 
-def _fake(config: DataConfig, split: Split, seed: int) -> Source:
+def _fake(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     shape = (3, config.image_size, config.image_size)
     offset = {"train": 0, "probe": 0, "val": config.fake_size}[split]
-    return Source(datasets.FakeData(config.fake_size, shape, 10, random_offset=offset), 10, IMAGENET_STATS)
+    return DatasetSplit(datasets.FakeData(config.fake_size, shape, 10, random_offset=offset), 10, IMAGENET_STATS)
 
 
 #: Where the ``probe`` split is another one than ``train``.
-OWN_PROBE_SPLIT = ("digit_pages", "stl10")
+DATASETS_WITH_PROBE_SPLIT = ("digit_pages", "stl10")
 _PAGES = {"train": 6400, "probe": 2000, "val": 1000}
-_OPENERS: dict[str, Callable[[DataConfig, Split, int], Source]] = {
+_OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "digit_pages": _digit_pages,
     "digits": _digits,
     "cifar10": _cifar(datasets.CIFAR10, 10),

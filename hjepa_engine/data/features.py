@@ -36,7 +36,7 @@ class FeatureBatches:
             yield {"features": self.features[idx], "labels": self.labels[idx]}
 
 
-def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
+def sample_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """Indices (n,) of ``per_class`` samples of each class (all, where there are fewer), drawn by ``seed``."""
     order = torch.randperm(len(labels), generator=generator(seed, "few labels"))
     chosen = [order[labels[order] == label][:per_class] for label in torch.unique(labels)]

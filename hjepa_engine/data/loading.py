@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.datasets import Source
+from hjepa_engine.data.datasets import DatasetSplit
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.utils.process import before_exit
@@ -34,16 +34,16 @@ class KeyedDataset(Dataset[dict[str, Any]]):
     sample's ``damaged``.
 
     Args:
-        source: images and labels.
+        split: images and labels.
         transform: from a PIL image to a tensor (C, H, W); may draw from any global generator.
         seed: seed of the run.
     """
 
-    def __init__(self, source: Source, transform: Any, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, split: DatasetSplit, transform: Any, seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
-        return len(self.source.images)
+        return len(self.split.images)
 
     def __getitem__(self, sample: SampleKey) -> dict[str, Any]:
         """``image`` (C, H, W), ``label`` and ``damaged``, names of the images that could not be read."""
@@ -53,9 +53,9 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
             seed_everything(self.seed, "sample", epoch, wanted)
             try:
-                image, label = self.source.images[index]
+                image, label = self.split.images[index]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, if damaged
-                damaged.append(f"{self.source.name_of(index)}: {error}")
+                damaged.append(f"{self.split.name_of(index)}: {error}")
                 continue
             return {"image": self.transform(image), "label": label, "damaged": damaged}
         raise DataError(f"{_SUBSTITUTES} images in a row could not be read, the last {damaged[-1]}")
@@ -70,7 +70,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def train_transform(config: DataConfig, source: Source) -> v2.Compose:
+def train_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
     """Random affine map, resized crop, flip and color jitter, each as far as ``config`` asks for it."""
     size = config.image_size
     steps: list[Any] = []
@@ -85,15 +85,15 @@ def train_transform(config: DataConfig, source: Source) -> v2.Compose:
     if config.color_jitter:
         strength = config.color_jitter
         steps.append(v2.ColorJitter(strength, strength, strength, strength / 4 if config.in_chans == 3 else 0))
-    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps, *_normalize(source)])
+    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps, *_normalize(split)])
 
 
-def eval_transform(config: DataConfig, source: Source) -> v2.Compose:
+def eval_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
     """Resize the shorter side, cut the middle out, normalize."""
-    return v2.Compose([eval_pixels(config), *_normalize(source)])
+    return v2.Compose([resize_and_crop(config), *_normalize(split)])
 
 
-def eval_pixels(config: DataConfig) -> v2.Compose:
+def resize_and_crop(config: DataConfig) -> v2.Compose:
     """Resize the shorter side, cut the middle out; still uint8."""
     size = config.image_size
     steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
@@ -109,8 +109,8 @@ def _affine(strength: float) -> dict[str, Any]:
     }
 
 
-def _normalize(source: Source) -> list[Any]:
-    mean, std = source.stats
+def _normalize(split: DatasetSplit) -> list[Any]:
+    mean, std = split.stats
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
@@ -127,13 +127,13 @@ class _Channels(torch.nn.Module):
 
 
 def build_loader(
-    config: DataConfig, source: Source, seed: int, train: bool, replicate: bool = False
+    config: DataConfig, split: DatasetSplit, seed: int, train: bool, replicate: bool = False
 ) -> tuple[DataLoader[dict[str, Any]], EpochBatchSampler]:
     """A loader of batches and the sampler that says where it starts.
 
     Args:
         config: of the data.
-        source: the split to load.
+        split: the split to load.
         seed: seed of the run.
         train: augmented and shuffled, without the samples behind the last full batch; else all of them, in order.
         replicate: every process reads all of the data instead of its share.
@@ -145,33 +145,33 @@ def build_loader(
     rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
     if batch_size % world:
         raise ConfigError(f"data.batch_size must be a multiple of the {world} processes, got {batch_size}")
-    if len(source.images) < (batch_size if train else world):
-        raise DataError(f"data.batch_size must be at most the {len(source.images)} images there are, got {batch_size}")
+    if len(split.images) < (batch_size if train else world):
+        raise DataError(f"data.batch_size must be at most the {len(split.images)} images there are, got {batch_size}")
     sampler = EpochBatchSampler(
-        len(source.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
+        len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )
-    transform = train_transform(config, source) if train else eval_transform(config, source)
+    transform = train_transform(config, split) if train else eval_transform(config, split)
     loader = DataLoader(
-        KeyedDataset(source, transform, seed),
+        KeyedDataset(split, transform, seed),
         batch_sampler=sampler,
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0 and not replicate,  # such data is read once
-        worker_init_fn=worker_setup(config.num_workers),
+        worker_init_fn=make_worker_init(config.num_workers),
         # Without one of its own, a loader draws from the global generator at every pass.
         generator=torch.Generator(),
     )
     return loader, sampler
 
 
-def release_workers(*loaders: DataLoader[Any]) -> None:
+def shutdown_workers(*loaders: DataLoader[Any]) -> None:
     """End loader processes that wait for another pass; left to the garbage collector, torch takes 5 s for each."""
     for loader in loaders:
         loader._iterator = None
 
 
-def worker_failure(error: BaseException) -> DataError | None:
+def translate_worker_error(error: BaseException) -> DataError | None:
     """What a loader process that was killed makes the main one raise, in words; None for any other error."""
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
@@ -184,7 +184,7 @@ def worker_failure(error: BaseException) -> DataError | None:
     return DataError(f"{what}; {hint}")
 
 
-def worker_setup(num_workers: int) -> Callable[[int], None]:
+def make_worker_init(num_workers: int) -> Callable[[int], None]:
     """What each loader process calls first: one thread, deaf to signals that are meant for the main process."""
     is_ending = multiprocessing.RawValue("b", 0)
     if num_workers:

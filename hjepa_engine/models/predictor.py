@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hjepa_engine.config.schema import Level
-from hjepa_engine.levels import cell_centres
+from hjepa_engine.levels import cell_centers
 from hjepa_engine.masking import Masks
 from hjepa_engine.models.positions import sincos_1d
 
@@ -125,7 +125,7 @@ class Predictor(nn.Module):
     def _cell_queries(self, number: int, masks: Masks) -> Tensor:
         pool = self.levels[number].pool
         assert isinstance(pool, int)
-        rows, columns = cell_centres(masks, pool, self.grid[1])
+        rows, columns = cell_centers(masks, pool, self.grid[1])
         return self._queries(number, self._positions(rows[..., :, None], columns[..., None, :]).flatten(2, 3))
 
     def _queries(self, number: int, positions: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ignite.distributed as idist
 
-from hjepa_engine.errors import LeaveNow
+from hjepa_engine.errors import ForceQuit
 from hjepa_engine.report.markup import Markup, duration, element, join
 from hjepa_engine.report.panels import section_charts
 from hjepa_engine.report.reading import RunData, read_run
@@ -57,7 +57,7 @@ def write_report_on_exit(folder: RunFolder) -> Iterator[None]:
     """Write the report when a run has ended, however it did; that it cannot be written is no failure of the run."""
     try:
         yield
-    except LeaveNow:  # waits for nothing
+    except ForceQuit:  # waits for nothing
         raise
     except BaseException:
         _write_quietly(folder)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hjepa_engine.config.loading import dump_config, list_options, load_config
 from hjepa_engine.config.schema import Config
-from hjepa_engine.errors import ConfigError, LeaveNow, Preempted, RunError
+from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError
 from hjepa_engine.utils.process import before_exit, make_streams_safe
 
 EXIT_CODES = """\
@@ -102,7 +102,7 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         if "--debug" in argv:
             traceback.print_exc()
         print(one_line(error), file=sys.stderr, flush=True)
-        if isinstance(error, LeaveNow):
+        if isinstance(error, ForceQuit):
             os._exit(exit_code_of(error))  # an ordinary exit would wait for the checkpoint that is being written
         sys.exit(exit_code_of(error))
 

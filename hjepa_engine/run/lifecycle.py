@@ -21,9 +21,9 @@ from hjepa_engine.checkpoint.state import (
 from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.config.changes import MAY_CHANGE_ELSEWHERE, Change, config_changes
-from hjepa_engine.data.loading import worker_failure
+from hjepa_engine.data.loading import translate_worker_error
 from hjepa_engine.engine import Trainer
-from hjepa_engine.errors import CheckpointError, ConfigError, DataError, LeaveNow, Preempted
+from hjepa_engine.errors import CheckpointError, ConfigError, DataError, ForceQuit, Preempted
 from hjepa_engine.run.cli import exit_code_of, one_line
 from hjepa_engine.run.folder import RunFolder, State
 from hjepa_engine.utils.distributed import rank_zero
@@ -134,8 +134,8 @@ def record_outcome(
         reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
         folder.write_status("done", step, 0, reason, results, trainer.state.checkpoint)
     except BaseException as raised:
-        error = (worker_failure(raised) if folder.config.data.num_workers else None) or raised
-        if not isinstance(error, LeaveNow):
+        error = (translate_worker_error(raised) if folder.config.data.num_workers else None) or raised
+        if not isinstance(error, ForceQuit):
             with suppress(Exception):  # the error at hand counts
                 writer.wait()
         state: State = "preempted" if isinstance(error, Preempted) else "stopped"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hjepa_engine.config.schema import Level
-from hjepa_engine.levels import pool_map
+from hjepa_engine.levels import pool_sliding
 from hjepa_engine.types import Batch, Outputs, unwrap
 
 
@@ -32,5 +32,5 @@ def feature_map_step(modules: nn.ModuleDict, batch: Batch, levels: Sequence[Leve
             features = dict(zip(depths, encoder.features(batch["images"], depths=depths), strict=True))
             outputs[name] = features[1.0]
             for number, level in enumerate(levels):
-                outputs[f"{name}_level_{number}"] = pool_map(features[level.depth], encoder.grid, level)
+                outputs[f"{name}_level_{number}"] = pool_sliding(features[level.depth], encoder.grid, level)
     return outputs

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hjepa_engine.config.schema import Level
-from hjepa_engine.levels import cell_centres
+from hjepa_engine.levels import cell_centers
 from hjepa_engine.masking import Masks
 
 FloatArray = NDArray[np.float64]
@@ -110,7 +110,7 @@ def similarities(predictions: Tensor, targets: Tensor, masks: Masks, level: Leve
     if level.pool == "image":
         place = torch.zeros(batch, 1, 1, dtype=torch.int64)
     else:
-        rows, columns = cell_centres(masks, level.pool, grid_width)
+        rows, columns = cell_centers(masks, level.pool, grid_width)
         place = rows[..., :, None] * 2 * grid_width + columns[..., None, :]
     place = place.reshape(batch, -1).to(predicted.device)
     image = torch.arange(batch, device=place.device)[:, None].expand_as(place).reshape(-1)

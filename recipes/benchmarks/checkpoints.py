@@ -23,7 +23,7 @@ from hjepa_engine import create_trainer
 from hjepa_engine.checkpoint.state import resume
 from hjepa_engine.checkpoint.storage import STATE
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data import Source, build_loader
+from hjepa_engine.data import DatasetSplit, build_loader
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, OptimizerStep, RetentionPolicy, TargetEncoderEMA
 from hjepa_engine.types import Batch, Outputs
@@ -105,7 +105,7 @@ class _Images:
 
 def first_batches() -> None:
     """Time from the start of an epoch's rest to its first batch."""
-    source = Source(_Images(), 1, ((0.5,) * 3, (0.5,) * 3))
+    source = DatasetSplit(_Images(), 1, ((0.5,) * 3, (0.5,) * 3))
     print(f"first batch of 256 out of {IMAGENET} images, after a resume at")
     for workers in (0, 2):
         config = DataConfig(dataset="fake", image_size=8, batch_size=256, num_workers=workers, pin_memory=False)

@@ -24,7 +24,7 @@ import torch
 from ignite.engine import Events
 
 from hjepa_engine import Config, load_config
-from hjepa_engine.data import open_source
+from hjepa_engine.data import open_split
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.handlers import CollapseMonitor, OnlineProbe, StepTiming, Throughput
@@ -104,7 +104,7 @@ def monitors_table(options: list[str], iterations: int) -> None:
         run = build(configured([*options, *OFF], folder))
         config, trainer = configured(options, folder), run.trainer
         windows, readings = Counter[str](), Counter[str]()
-        images, val = open_source(config.data, "train"), open_source(config.data, "val")
+        images, val = open_split(config.data, "train"), open_split(config.data, "val")
         monitors = [Throughput(), *build_monitors(config, trainer, images, val, run.preemption)]
         due = {type(monitor).__name__: monitor for monitor in monitors if hasattr(monitor, "due")}
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from hjepa_engine import Config, create_evaluator
 from hjepa_engine.config.schema import Level, resolve_levels
-from hjepa_engine.data import FixedImageSubset, Source, open_source
-from hjepa_engine.data.datasets import OWN_PROBE_SPLIT
+from hjepa_engine.data import DatasetSplit, FixedImageSubset, open_split
+from hjepa_engine.data.datasets import DATASETS_WITH_PROBE_SPLIT
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     BatchCollapse,
@@ -27,7 +27,7 @@ from hjepa_engine.handlers import (
     Preemption,
     StepTiming,
 )
-from hjepa_engine.levels import disjoint_windows
+from hjepa_engine.levels import num_disjoint_cells
 from hjepa_engine.metrics.collapse import images_needed
 from hjepa_engine.metrics.knn import knn_accuracy
 from hjepa_engine.recipes.common.heads import standardized, train_head
@@ -39,7 +39,9 @@ from hjepa_engine.utils.rng import derive_seed
 logger = logging.getLogger(__name__)
 
 
-def build_monitors(config: Config, trainer: Trainer, train: Source, val: Source, preemption: Preemption) -> list[Any]:
+def build_monitors(
+    config: Config, trainer: Trainer, train: DatasetSplit, val: DatasetSplit, preemption: Preemption
+) -> list[Any]:
     """The configured monitors, to be attached to the trainer.
 
     Args:
@@ -65,7 +67,7 @@ def build_monitors(config: Config, trainer: Trainer, train: Source, val: Source,
     return monitors
 
 
-def _collapse_monitor(config: Config, trainer: Trainer, train: Source) -> CollapseMonitor:
+def _collapse_monitor(config: Config, trainer: Trainer, train: DatasetSplit) -> CollapseMonitor:
     options, levels = config.collapse, resolve_levels(config)
     encoders = nn.ModuleDict({name: unwrap(trainer.modules[f"{name}_encoder"]) for name in ("context", "target")})
     needed = images_of_levels(encoders["target"], levels)
@@ -82,10 +84,10 @@ def _collapse_monitor(config: Config, trainer: Trainer, train: Source) -> Collap
 
 
 def _online_probe(
-    config: Config, trainer: Trainer, every: int, train: Source, val: Source, preemption: Preemption
+    config: Config, trainer: Trainer, every: int, train: DatasetSplit, val: DatasetSplit, preemption: Preemption
 ) -> OnlineProbe:
     options, data, seed = config.online_probe, config.data, config.seed
-    labeled = open_source(data, "probe", seed) if data.dataset in OWN_PROBE_SPLIT else train
+    labeled = open_split(data, "probe", seed) if data.dataset in DATASETS_WITH_PROBE_SPLIT else train
     encoder = nn.ModuleDict({"encoder": unwrap(trainer.modules["target_encoder"])})
     evaluator = create_evaluator(feature_step, encoder, trainer.device, trainer.amp_dtype)
     preemption.watch(evaluator)
@@ -108,11 +110,11 @@ def _online_probe(
     return OnlineProbe(evaluator, train_images, val_images, classifiers, every)
 
 
-def _pictures(config: Config, trainer: Trainer, train: Source) -> Pictures:
+def _pictures(config: Config, trainer: Trainer, train: DatasetSplit) -> Pictures:
     options, grid = config.pictures, unwrap(trainer.modules["target_encoder"]).grid
     return Pictures(RunFolder(config).path, resolve_levels(config), grid, train.stats, options.every, options.images)
 
 
 def images_of_levels(encoder: Any, levels: tuple[Level, ...]) -> int:
     """How many images have features enough at every level."""
-    return max(images_needed(encoder.embed_dim, disjoint_windows(encoder.grid, level)) for level in levels)
+    return max(images_needed(encoder.embed_dim, num_disjoint_cells(encoder.grid, level)) for level in levels)

@@ -52,7 +52,7 @@ def _preview(config: Config, run: Any) -> None:
     folder = run.folder.path / "preview"
     keys = next(iter(run.data.batch_sampler))[: config.pictures.images]
     images = torch.stack([run.data.dataset[key]["image"] for key in keys])
-    pixels = to_pixels(images, run.data.dataset.source.stats)
+    pixels = to_pixels(images, run.data.dataset.split.stats)
     try:
         save(figures.draw_schedules(lines_of(config, schedules), steps, per_epoch), folder / "schedules.png")
         drawn = figures.draw_masks(pixels, masks.sample(len(images), config.seed), masks.grid, levels)

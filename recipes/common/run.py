@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hjepa_engine import Config
-from hjepa_engine.data import release_workers
+from hjepa_engine.data import shutdown_workers
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, MetricsLogger, Preemption
 from hjepa_engine.recipes.linear_probe import as_metrics, evaluate_encoder
@@ -73,7 +73,7 @@ class Run:
         finally:
             self.logger.close()
             self.preemption.close()
-            release_workers(self.data, self.val_data)
+            shutdown_workers(self.data, self.val_data)
             self.folder.unlock()
 
     def _train_and_judge(self) -> dict[str, float]:
@@ -97,5 +97,5 @@ class Run:
 
     def _train(self) -> None:
         limit = self.config.training.max_iters
-        release_workers(self.data)  # a rollback has left them in the middle of an epoch
+        shutdown_workers(self.data)  # a rollback has left them in the middle of an epoch
         self.trainer.run(self.data, self.config.training.epochs if limit is None else None, limit and self.iterations)

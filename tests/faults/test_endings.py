@@ -15,7 +15,7 @@ from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, load_config
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data import build_loader, loading, open_source
+from hjepa_engine.data import build_loader, loading, open_split
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import MetricsLogger
 from hjepa_engine.loggers.jsonl import JsonlWriter
@@ -87,7 +87,7 @@ def test_a_batch_that_cannot_be_shared_out_is_a_mistake_in_the_configuration(mon
     monkeypatch.setattr(loading.idist, "get_world_size", lambda: 2)
     config = DataConfig(dataset="fake", image_size=8, batch_size=7)
     with pytest.raises(ConfigError, match=r"^data.batch_size must be a multiple of the 2 processes, got 7$"):
-        build_loader(config, open_source(config, "train"), 0, train=True)
+        build_loader(config, open_split(config, "train"), 0, train=True)
 
 
 def test_tensorboard_that_can_no_longer_write_is_dropped_and_training_goes_on(tmp_path, caplog):

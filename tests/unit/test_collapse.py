@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hjepa_engine.config.schema import DataConfig, Level
-from hjepa_engine.data import FixedImageSubset, Source, eval_transform, open_source
+from hjepa_engine.data import DatasetSplit, FixedImageSubset, eval_transform, open_split
 from hjepa_engine.data.views import random_views
 from hjepa_engine.errors import DataError
-from hjepa_engine.levels import disjoint_windows, pool_map
+from hjepa_engine.levels import num_disjoint_cells, pool_sliding
 from hjepa_engine.metrics.collapse import (
     FeatureStatistics,
     ViewStatistics,
@@ -361,14 +361,14 @@ def test_a_level_is_the_means_of_all_windows_of_its_size(pool, height, width):
     maps = features.view(2, 3, 5, 4)
     rows, columns = range(3 - height + 1), range(5 - width + 1)
     expected = [maps[:, r : r + height, c : c + width].flatten(1, 2).mean(dim=1) for r in rows for c in columns]
-    assert torch.allclose(pool_map(features, grid, Level(pool)), torch.stack(expected, dim=1))
-    assert disjoint_windows(grid, Level(pool)) == (3 // height) * (5 // width)
+    assert torch.allclose(pool_sliding(features, grid, Level(pool)), torch.stack(expected, dim=1))
+    assert num_disjoint_cells(grid, Level(pool)) == (3 // height) * (5 // width)
 
 
 def test_the_coarsest_level_is_the_mean_of_the_image():
     features = noise(2, 15, 4)
-    assert torch.allclose(pool_map(features, (3, 5), Level("image")), features.mean(dim=1, keepdim=True))
-    assert disjoint_windows((3, 5), Level("image")) == 1
+    assert torch.allclose(pool_sliding(features, (3, 5), Level("image")), features.mean(dim=1, keepdim=True))
+    assert num_disjoint_cells((3, 5), Level("image")) == 1
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def global_state():
 @pytest.mark.parametrize("dataset", ["digits", "digit_pages", "fake"])
 def test_the_set_is_evenly_spaced_and_equals_what_evaluation_sees(dataset):
     config = DataConfig(dataset=dataset, image_size=20, fake_size=60)
-    source = open_source(config, "train")
+    source = open_split(config, "train")
     before = global_state()
     images = FixedImageSubset(config, source, 7, batch_size=3)
     batches = list(images)
@@ -410,7 +410,7 @@ def test_the_set_is_evenly_spaced_and_equals_what_evaluation_sees(dataset):
 
 @pytest.mark.parametrize(("count", "world_size"), [(10, 3), (2, 4), (10**6, 7)])
 def test_shares_of_the_set_are_a_partition_without_an_empty_one(count, world_size):
-    source = open_source(CONFIG, "train")
+    source = open_split(CONFIG, "train")
     shares = [
         FixedImageSubset(CONFIG, source, count, rank=rank, world_size=world_size).indices for rank in range(world_size)
     ]
@@ -421,14 +421,14 @@ def test_shares_of_the_set_are_a_partition_without_an_empty_one(count, world_siz
 
 def test_labels_that_come_round_are_all_in_the_set():
     """Pages of digits have the classes 0 to 9 in turn, and every 50th page would be a zero."""
-    source = open_source(DataConfig(dataset="digit_pages"), "train")
+    source = open_split(DataConfig(dataset="digit_pages"), "train")
     classes = [index % 10 for index in FixedImageSubset(CONFIG, source, 128).indices]
     assert min(classes.count(label) for label in range(10)) >= 5
 
 
 def test_a_set_has_at_least_one_image():
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
-        FixedImageSubset(CONFIG, open_source(CONFIG, "train"), 0)
+        FixedImageSubset(CONFIG, open_split(CONFIG, "train"), 0)
 
 
 class Shelf:
@@ -447,11 +447,11 @@ class Shelf:
 
 
 def test_damaged_images_are_replaced_by_others():
-    images = FixedImageSubset(CONFIG, Source(Shelf({2, 5}), 10, ((0.5,), (0.5,))), 10)
+    images = FixedImageSubset(CONFIG, DatasetSplit(Shelf({2, 5}), 10, ((0.5,), (0.5,))), 10)
     assert images.labels[[0, 1, 3, 4, 6, 7, 8, 9]].tolist() == [0, 1, 3, 4, 6, 7, 8, 9]
     assert not {2, 5} & set(images.labels.tolist())
     with pytest.raises(DataError, match="could not be read"):
-        FixedImageSubset(CONFIG, Source(Shelf(range(10)), 10, ((0.5,), (0.5,))), 10).load()
+        FixedImageSubset(CONFIG, DatasetSplit(Shelf(range(10)), 10, ((0.5,), (0.5,))), 10).load()
 
 
 def gradients(size=32):

@@ -17,7 +17,7 @@ from hjepa_engine import create_evaluator, create_trainer, load_config
 from hjepa_engine.checkpoint.folder import find_checkpoint
 from hjepa_engine.checkpoint.storage import read_state
 from hjepa_engine.config.schema import Level
-from hjepa_engine.data import FixedImageSubset, open_source
+from hjepa_engine.data import FixedImageSubset, open_split
 from hjepa_engine.data.views import random_views
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor
 from hjepa_engine.handlers.batch_collapse import spread, stride_of
@@ -118,7 +118,7 @@ def by_hand(features):
 
 def test_a_reading_is_what_the_encoders_say_of_the_same_images(measured):
     run = measured[0]
-    images = FixedImageSubset(run.config.data, open_source(run.config.data, "train", run.config.seed), 16)
+    images = FixedImageSubset(run.config.data, open_split(run.config.data, "train", run.config.seed), 16)
     (batch,) = images
     of_images = [random_views(image[None], 3, run.config.seed, n) for n, image in enumerate(batch["images"])]
     views = [torch.cat(view) for view in zip(*of_images, strict=True)]
@@ -186,7 +186,7 @@ def encoders(change=lambda vit: None, amp=None):
     with torch.no_grad():
         change(context.vit)
     modules = nn.ModuleDict({"context": context, "target": TargetEncoder.copy_of(context)})
-    digits = FixedImageSubset(DIGITS, open_source(DIGITS, "train"), 64, batch_size=48)
+    digits = FixedImageSubset(DIGITS, open_split(DIGITS, "train"), 64, batch_size=48)
     evaluator = create_evaluator(partial(feature_map_step, levels=LEVELS), modules, amp_dtype=amp)
     with torch.no_grad():
         tokens = torch.cat([context.eval()(batch["images"]) for batch in digits])

@@ -21,7 +21,7 @@ from hjepa_engine.build import build_step, choose_device
 from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.loading import list_options, parse_yaml
 from hjepa_engine.config.schema import Level, resolve_levels
-from hjepa_engine.data import build_loader, open_source
+from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.handlers import CollapseMonitor, OnlineProbe
 from hjepa_engine.models import build_modules
@@ -406,7 +406,7 @@ class Recorder:
 
 
 def loader(config, split="train"):
-    return build_loader(config.data, open_source(config.data, split, config.seed), config.seed, train=True)[0]
+    return build_loader(config.data, open_split(config.data, split, config.seed), config.seed, train=True)[0]
 
 
 def views(config, tools):
@@ -554,7 +554,7 @@ def pictures_of(config, tools):
         for image in range(3 + number):
             Image.new("RGB", (8, 8), (image, 0, 0)).save(tools.folder / name / "cat" / f"{image}.png")
     tools.monkeypatch.chdir(tools.folder)
-    return [len(open_source(config.data, split).images) for split in ("train", "val")]
+    return [len(open_split(config.data, split).images) for split in ("train", "val")]
 
 
 def downloads(config, tools):
@@ -566,7 +566,7 @@ def downloads(config, tools):
 
     tools.monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
     with pytest.raises(RunError):
-        open_source(config.data, "train")
+        open_split(config.data, "train")
     return len(calls)
 
 
@@ -700,7 +700,7 @@ EFFECTS = {
     "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).num_workers, becomes=2),
     "data.pin_memory": Effect("the loader does not pin", "false", pinned, becomes=False),
     "data.val_fraction": Effect(
-        "more are held out", "0.5", lambda c, t: len(open_source(c.data, "val").images), ("--data.dataset=digits",), 898
+        "more are held out", "0.5", lambda c, t: len(open_split(c.data, "val").images), ("--data.dataset=digits",), 898
     ),
     "data.crop_scale": Effect("other crops", "[0.1, 0.2]", views),
     "data.crop_ratio": Effect("other crops", "[0.5, 0.6]", views),

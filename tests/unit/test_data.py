@@ -8,15 +8,15 @@ from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data import (
+    DatasetSplit,
     EpochBatchSampler,
     FeatureBatches,
     KeyedDataset,
-    Source,
     build_loader,
     collate,
     eval_transform,
-    few_labels,
-    open_source,
+    open_split,
+    sample_per_class,
     train_transform,
 )
 from hjepa_engine.errors import DataError
@@ -54,7 +54,7 @@ class Pictures:
 
 
 def source(count=20, damaged=()):
-    return Source(Pictures(count, damaged), 3, ((0.5,) * 3, (0.25,) * 3), "pictures/{}.png".format)
+    return DatasetSplit(Pictures(count, damaged), 3, ((0.5,) * 3, (0.25,) * 3), "pictures/{}.png".format)
 
 
 # Order
@@ -146,7 +146,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_and_on_nothing_else():
     other = KeyedDataset(source(), train_transform(config, source()), seed=1)
     assert not torch.equal(other[3, 5]["image"], first)
     # Two equal images at two places are augmented differently.
-    same = Source(Pictures(2), 3, source().stats)
+    same = DatasetSplit(Pictures(2), 3, source().stats)
     same.images.__class__ = type("Same", (Pictures,), {"__getitem__": lambda self, index: (picture(0), 0)})
     twins = KeyedDataset(same, train_transform(config, same), seed=0)
     assert not torch.equal(twins[0, 0]["image"], twins[0, 1]["image"])
@@ -196,7 +196,7 @@ def test_small_crops_show_small_parts():
 
     def uniform_views(scale):
         config = DataConfig(dataset="digits", image_size=8, crop_scale=scale)
-        transform = train_transform(config, Source(Pictures(1), 1, ((0.0,), (1.0,))))
+        transform = train_transform(config, DatasetSplit(Pictures(1), 1, ((0.0,), (1.0,))))
         torch.manual_seed(0)
         views = [transform(half) for _ in range(60)]
         assert all(view.shape == (1, 8, 8) and view.min() >= 0 and view.max() <= 1 for view in views)
@@ -211,7 +211,7 @@ def test_crops_have_the_asked_width_over_height(ratio):
     ramp = torch.arange(64, dtype=torch.uint8) * 4
     pixels = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64).byte()], dim=2)
     config = DataConfig(dataset="fake", image_size=32, crop_scale=(0.3, 0.3), crop_ratio=(ratio, ratio))
-    transform = train_transform(config, Source(Pictures(1), 1, ((0.0,) * 3, (1.0,) * 3)))
+    transform = train_transform(config, DatasetSplit(Pictures(1), 1, ((0.0,) * 3, (1.0,) * 3)))
     torch.manual_seed(0)
     for _ in range(10):
         width, height, _ = (channel.max() - channel.min() for channel in transform(Image.fromarray(pixels.numpy())))
@@ -232,7 +232,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_the_middle_out():
 @pytest.mark.parametrize(("dataset", "channels"), [("digits", 1), ("fake", 3)])
 def test_real_data_is_normalized(dataset, channels):
     config = DataConfig(dataset=dataset, image_size=8, fake_size=64, batch_size=64)
-    images = next(iter(build_loader(config, open_source(config, "train"), 0, train=False)[0]))["images"]
+    images = next(iter(build_loader(config, open_split(config, "train"), 0, train=False)[0]))["images"]
     assert images.shape == (64, channels, 8, 8) and images.dtype == torch.float32
     if dataset == "digits":
         assert abs(images.mean().item()) < 0.1 and abs(images.std().item() - 1) < 0.1
@@ -267,7 +267,7 @@ def damaged_folder(root):
 def folder_batches(root, epochs=2, **changes):
     config = DataConfig(dataset="imagefolder", data_path=str(root), image_size=8, batch_size=3, val_fraction=0.1)
     config = DataConfig(**{**vars(config), **changes})
-    loader, sampler = build_loader(config, open_source(config, "train"), 0, train=True)
+    loader, sampler = build_loader(config, open_split(config, "train"), 0, train=True)
     found = []
     for epoch in range(epochs):
         sampler.set_position(epoch)
@@ -288,7 +288,7 @@ def test_damaged_images_are_replaced_by_others_and_named(tmp_path):
 def test_every_kind_of_damage_is_survived_and_the_substitute_has_its_own_label(tmp_path):
     bad = damaged_folder(tmp_path / "images")
     config = DataConfig(dataset="imagefolder", data_path=str(tmp_path / "images"), image_size=8, val_fraction=0.01)
-    opened = open_source(config, "train")
+    opened = open_split(config, "train")
     dataset = KeyedDataset(opened, eval_transform(config, opened), seed=0)
     readable = {}
     for index in range(len(dataset)):
@@ -348,7 +348,7 @@ def test_workers_do_not_change_a_bit(tmp_path):
 
 def test_a_loader_entered_in_the_middle_gives_the_rest_of_the_epoch():
     config = DataConfig(dataset="fake", fake_size=60, image_size=8, batch_size=10)
-    loader, sampler = build_loader(config, open_source(config, "train"), 0, train=True)
+    loader, sampler = build_loader(config, open_split(config, "train"), 0, train=True)
     sampler.set_position(1)
     whole = [batch["images"] for batch in loader]
     sampler.set_position(1, 2)
@@ -358,7 +358,7 @@ def test_a_loader_entered_in_the_middle_gives_the_rest_of_the_epoch():
 
 def test_evaluation_loads_everything_in_order():
     config = DataConfig(dataset="fake", fake_size=10, image_size=8, batch_size=4)
-    opened = open_source(config, "val")
+    opened = open_split(config, "val")
     loader, _ = build_loader(config, opened, 0, train=False)
     labels = [label for batch in loader for label in batch["labels"].tolist()]
     assert labels == [opened.images[index][1] for index in range(10)]
@@ -368,7 +368,7 @@ def test_evaluation_loads_everything_in_order():
 
 def test_a_loader_passes_the_global_generator_by():
     config = DataConfig(dataset="digits", image_size=8, batch_size=64)
-    opened = open_source(config, "train")
+    opened = open_split(config, "train")
     loader, _ = build_loader(config, opened, 0, train=True)
     assert isinstance(loader, DataLoader)
     torch.manual_seed(0)
@@ -380,7 +380,7 @@ def test_a_loader_passes_the_global_generator_by():
 def test_too_few_images_are_one_line():
     config = DataConfig(dataset="fake", fake_size=3, image_size=8, batch_size=4)
     with pytest.raises(DataError, match=r"data\.batch_size must be at most the 3 images there are, got 4"):
-        build_loader(config, open_source(config, "train"), 0, train=True)
+        build_loader(config, open_split(config, "train"), 0, train=True)
 
 
 def test_collate_stacks_images_and_joins_names():
@@ -401,26 +401,26 @@ def test_digits_are_split_into_disjoint_parts_by_seed():
     config = DataConfig(dataset="digits")
 
     def members(split, seed=0):
-        return set(open_source(config, split, seed).images.indices)
+        return set(open_split(config, split, seed).images.indices)
 
     train, val = members("train"), members("val")
     assert len(train) + len(val) == 1797 and len(val) == 359
     assert not train & val and members("probe") == train
     assert members("val", seed=1) != val
-    assert len(open_source(DataConfig(dataset="digits", val_fraction=0.5), "val").images) == 898
-    opened = open_source(config, "train")
+    assert len(open_split(DataConfig(dataset="digits", val_fraction=0.5), "val").images) == 898
+    opened = open_split(config, "train")
     image, label = opened.images[0]
     assert (image.size, image.mode, opened.num_classes) == ((8, 8), "L", 10) and 0 <= label <= 9
 
 
 def test_digit_pages_hold_digits_of_their_class_from_their_own_split():
     config = DataConfig(dataset="digit_pages")
-    train, probe, val = (open_source(config, split) for split in ("train", "probe", "val"))
+    train, probe, val = (open_split(config, split) for split in ("train", "probe", "val"))
     assert val.num_classes == 10 and len(train.images) > len(probe.images) > len(val.images) > 0
 
     def known(split):
         """Single digits of the split by their bytes, and their class."""
-        single = open_source(DataConfig(dataset="digits"), split).images
+        single = open_split(DataConfig(dataset="digits"), split).images
         return {single[index][0].tobytes(): single[index][1] for index in range(len(single))}
 
     for opened, split in ((train, "train"), (probe, "probe"), (val, "val")):
@@ -437,7 +437,7 @@ def test_digit_pages_hold_digits_of_their_class_from_their_own_split():
 
 
 def test_digit_pages_are_other_ones_in_every_epoch_and_the_same_in_every_process():
-    opened = open_source(DataConfig(dataset="digit_pages"), "train")
+    opened = open_split(DataConfig(dataset="digit_pages"), "train")
     dataset = KeyedDataset(opened, v2.functional.pil_to_tensor, seed=0)
     assert torch.equal(dataset[0, 3]["image"], dataset[0, 3]["image"])
     assert not torch.equal(dataset[0, 3]["image"], dataset[1, 3]["image"])
@@ -446,11 +446,11 @@ def test_digit_pages_are_other_ones_in_every_epoch_and_the_same_in_every_process
 
 def test_fake_images_of_training_and_validation_differ():
     config = DataConfig(dataset="fake", fake_size=5, image_size=8)
-    train, val = open_source(config, "train"), open_source(config, "val")
+    train, val = open_split(config, "train"), open_split(config, "val")
     assert len(train.images) == len(val.images) == 5
     assert train.images[0][0].size == (8, 8)
     assert train.images[0][0].tobytes() != val.images[0][0].tobytes()
-    assert train.images[0][0].tobytes() == open_source(config, "probe").images[0][0].tobytes()
+    assert train.images[0][0].tobytes() == open_split(config, "probe").images[0][0].tobytes()
 
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "imagenet"])
@@ -459,7 +459,7 @@ def test_a_folder_with_train_and_a_held_out_part(tmp_path, dataset, held_out):
     image_folder(tmp_path / "train", per_class=4)
     image_folder(tmp_path / held_out, per_class=2)
     config = DataConfig(dataset=dataset, data_path=str(tmp_path))
-    train, val = open_source(config, "train"), open_source(config, "val")
+    train, val = open_split(config, "train"), open_split(config, "val")
     assert (len(train.images), len(val.images), train.num_classes) == (8, 4, 2)
     assert train.name_of(0) == str(tmp_path / "train" / "cat" / "0.png")
     assert val.name_of(3) == str(tmp_path / held_out / "dog" / "1.png")
@@ -470,7 +470,7 @@ def test_a_folder_with_train_and_a_held_out_part(tmp_path, dataset, held_out):
 def test_a_folder_without_a_held_out_part_is_split(tmp_path, inside):
     image_folder(tmp_path / inside, per_class=10)
     config = DataConfig(dataset="imagefolder", data_path=str(tmp_path), val_fraction=0.25)
-    train, val = open_source(config, "train"), open_source(config, "val")
+    train, val = open_split(config, "train"), open_split(config, "val")
     names = [{opened.name_of(index) for index in range(len(opened.images))} for opened in (train, val)]
     assert [len(part) for part in names] == [15, 5] and not names[0] & names[1]
     # Names and images belong together.
@@ -484,7 +484,7 @@ def test_a_held_out_part_with_other_classes_is_refused(tmp_path):
     image_folder(tmp_path / "train", classes=("ant", "cat", "dog"))
     image_folder(tmp_path / "val", classes=("ant", "dog"))
     with pytest.raises(DataError, match="must have the 3 classes of"):
-        open_source(DataConfig(dataset="imagefolder", data_path=str(tmp_path)), "val")
+        open_split(DataConfig(dataset="imagefolder", data_path=str(tmp_path)), "val")
 
 
 def test_a_folder_may_mix_grey_transparent_and_color_images(tmp_path):
@@ -502,7 +502,7 @@ def test_a_folder_may_mix_grey_transparent_and_color_images(tmp_path):
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 3), ("RGBA", 3), ("L", 1)])
 def test_transforms_bring_any_image_to_the_data_sets_channels(mode, channels):
     config = DataConfig(dataset="digits" if channels == 1 else "fake", image_size=8, color_jitter=0.3)
-    opened = Source(Pictures(1), 3, ((0.5,) * channels, (0.25,) * channels))
+    opened = DatasetSplit(Pictures(1), 3, ((0.5,) * channels, (0.25,) * channels))
     for transform in (train_transform(config, opened), eval_transform(config, opened)):
         assert transform(picture(0, mode)).shape == (channels, 8, 8)
 
@@ -510,7 +510,7 @@ def test_transforms_bring_any_image_to_the_data_sets_channels(mode, channels):
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])
 def test_a_missing_download_is_one_line_with_the_way_to_get_it(tmp_path, dataset):
     with pytest.raises(DataError) as caught:
-        open_source(DataConfig(dataset=dataset, data_path=str(tmp_path)), "train")
+        open_split(DataConfig(dataset=dataset, data_path=str(tmp_path)), "train")
     message = str(caught.value)
     assert message.startswith(f"data.dataset {dataset} in {tmp_path}: ") and "\n" not in message
     assert message.endswith("--data.download true fetches it")
@@ -528,7 +528,7 @@ def test_a_folder_without_images_is_one_line(tmp_path, dataset, what):
         (path / "cat").mkdir()
     for split in ("train", "probe", "val"):
         with pytest.raises(DataError, match=f"data.dataset {dataset} in ") as caught:
-            open_source(DataConfig(dataset=dataset, data_path=str(path)), split)
+            open_split(DataConfig(dataset=dataset, data_path=str(path)), split)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -540,7 +540,7 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(DataError, match=r"data\.dataset cifar10 in .*no route to host"):
-        open_source(DataConfig(dataset="cifar10", data_path=str(tmp_path), download=True), "train")
+        open_split(DataConfig(dataset="cifar10", data_path=str(tmp_path), download=True), "train")
 
 
 # Features
@@ -564,8 +564,8 @@ def test_feature_batches_hold_each_sample_once_with_its_label_in_another_order_e
 
 def test_few_labels_are_so_many_of_each_class_drawn_by_the_seed():
     labels = torch.tensor([0] * 20 + [1] * 20 + [2] * 2)
-    chosen = few_labels(labels, 5, seed=0)
+    chosen = sample_per_class(labels, 5, seed=0)
     assert torch.bincount(labels[chosen]).tolist() == [5, 5, 2]
     assert len(chosen.unique()) == 12 and (chosen.diff() > 0).all()
-    assert torch.equal(chosen, few_labels(labels, 5, seed=0))
-    assert not torch.equal(chosen, few_labels(labels, 5, seed=1))
+    assert torch.equal(chosen, sample_per_class(labels, 5, seed=0))
+    assert not torch.equal(chosen, sample_per_class(labels, 5, seed=1))

@@ -12,7 +12,7 @@ from torch import nn
 from hjepa_engine import Config
 from hjepa_engine.config.schema import DataConfig, Level, LossConfig, ModelConfig, PredictorConfig
 from hjepa_engine.errors import ConfigError
-from hjepa_engine.levels import cell_centres, pool_target, take_tokens
+from hjepa_engine.levels import cell_centers, pool_target, take_tokens
 from hjepa_engine.losses import LOSSES, covariance, sigreg, variance
 from hjepa_engine.masking import Masks, MultiBlockMasks
 from hjepa_engine.metrics.means import effective_rank
@@ -86,7 +86,7 @@ def test_image_level_is_the_mean_of_all_patches_hidden_or_not():
 
 
 def test_centres_of_cells_are_the_mean_places_of_their_patches():
-    rows, columns = cell_centres(numbered_masks(), 2, grid_width=5)
+    rows, columns = cell_centers(numbered_masks(), 2, grid_width=5)
     # Rows 1, 2 and 3, doubled: the first two together at 1.5, the last alone at 3. Columns 2, 3 and 4 likewise.
     assert rows.tolist() == [[[3, 6]]]
     assert columns.tolist() == [[[5, 8]]]
@@ -99,7 +99,7 @@ def test_centres_and_pooled_positions_agree(pool):
     masks = MultiBlockMasks(grid, 2).sample(4, 0, 1)
     places = torch.stack([torch.arange(63) // 9, torch.arange(63) % 9], dim=1).float().expand(4, -1, -1)
     means = pool_target(places, masks, Level(pool=pool))
-    rows, columns = cell_centres(masks, pool, 9)
+    rows, columns = cell_centers(masks, pool, 9)
     expected = torch.stack(torch.broadcast_tensors(rows[..., :, None], columns[..., None, :]), dim=-1).flatten(2, 3) / 2
     assert torch.allclose(means, expected)
 

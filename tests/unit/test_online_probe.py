@@ -19,8 +19,8 @@ from torch import nn
 from hjepa_engine import TrainEvents, create_evaluator, create_trainer, load_config, load_encoder
 from hjepa_engine.checkpoint.folder import find_checkpoint
 from hjepa_engine.config.schema import Config, ProbeConfig
-from hjepa_engine.data import open_source
-from hjepa_engine.data.image_set import FixedImageSubset
+from hjepa_engine.data import open_split
+from hjepa_engine.data.fixed_subset import FixedImageSubset
 from hjepa_engine.errors import CheckpointError, ConfigError
 from hjepa_engine.handlers import OnlineProbe
 from hjepa_engine.metrics import knn
@@ -211,7 +211,7 @@ def by_hand(config, encoder):
     """Both accuracies, from what the encoder says of the images."""
     found = []
     for split, name, count in (("probe", "train", 300), ("val", "val", 150)):
-        source, seed = open_source(config.data, split, config.seed), derive_seed(config.seed, "probe images", name)
+        source, seed = open_split(config.data, split, config.seed), derive_seed(config.seed, "probe images", name)
         images = FixedImageSubset(config.data, source, count, seed=seed)
         with torch.no_grad():
             means = torch.cat([encoder(batch["images"]).mean(dim=1) for batch in images])

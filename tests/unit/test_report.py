@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT, save_state, tiny_config
 
 from hjepa_engine import Config, TrainEvents, dump_config, load_config
-from hjepa_engine.errors import GuardStop, LeaveNow
+from hjepa_engine.errors import ForceQuit, GuardStop
 from hjepa_engine.recipes import report
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.report import assess, read_run, write_report, write_report_on_exit
@@ -488,8 +488,8 @@ def test_no_report_where_it_is_off_or_nothing_is_waited_for(tmp_path):
     run = write_run(tmp_path / "run", [{"train/loss": 1.0}])
     with write_report_on_exit(RunFolder(tiny_config(run_dir=run, logging__report="false"))):
         pass
-    with pytest.raises(LeaveNow), write_report_on_exit(RunFolder(with_report(run))):
-        raise LeaveNow
+    with pytest.raises(ForceQuit), write_report_on_exit(RunFolder(with_report(run))):
+        raise ForceQuit
     assert not (run / "report.html").exists()
 
 
