@@ -1,50 +1,50 @@
-"""Errors that end a run with one line and a documented exit code."""
+"""Errors that end a run with a one-line message and a documented exit code."""
 
 from __future__ import annotations
 
 
 class RunError(Exception):
-    """A run cannot go on; the message is one line that says what, where and what is allowed."""
+    """A run cannot continue; the message is one line that says what is wrong, where, and what is allowed."""
 
     exit_code = 1
 
 
 class ConfigError(RunError, ValueError):
-    """The configuration is wrong: exit code 2, before anything is created."""
+    """The configuration is invalid: exit code 2, before anything is created."""
 
     exit_code = 2
 
 
 class DataError(RunError):
-    """The data is missing, empty or damaged: exit code 3."""
+    """Data is missing, empty or corrupt: exit code 3."""
 
     exit_code = 3
 
 
 class ExportError(RunError):
-    """A run folder holds no usable weights: exit code 4."""
+    """A run folder has no usable exported encoder, or it cannot be written: exit code 4."""
 
     exit_code = 4
 
 
 class CheckpointError(RunError):
-    """There is no usable checkpoint where one must be, or the last one could not be written: exit code 4."""
+    """A required checkpoint is missing or unusable, or the last one could not be written: exit code 4."""
 
     exit_code = 4
 
 
 class Preempted(RunError):
-    """The run was asked to stop; the same command continues it: exit code 75."""
+    """The run was stopped from outside and saved; the same command resumes it: exit code 75."""
 
     exit_code = 75
 
 
 class ForceQuit(KeyboardInterrupt):
-    """Ctrl-C for the second time: leave without waiting for anything, exit code 130."""
+    """A second Ctrl-C: exit at once, without saving: exit code 130."""
 
 
 class GuardStop(RunError):
-    """A guard has ended the run (collapse, non-finite loss): exit code 5."""
+    """A guard stopped the run (collapse, non-finite loss): exit code 5."""
 
     exit_code = 5
 

@@ -1,4 +1,4 @@
-"""The trained encoder, out of a run and in again: safetensors beside a JSON that says how to build it."""
+"""Export and load the trained encoder: weights as safetensors, and a JSON file with the arguments that build it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hjepa_engine.models.encoder import TargetEncoder
 from hjepa_engine.types import unwrap
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
-#: Arguments with which timm would load a file or download one; some versions of it unpickle that.
-_LOADS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+#: timm arguments that load or download a weights file, which some timm versions unpickle.
+_LOADING_ARGUMENTS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
@@ -30,12 +30,12 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
 
     Args:
         encoder: a :class:`~hjepa_engine.models.TargetEncoder` or :class:`~hjepa_engine.models.ContextEncoder`.
-        folder: made if need be.
-        description: ``encoder``, the arguments that build it, and whatever a user of the weights has to know
-            (``stats``, mean and standard deviation of each channel).
+        folder: created if it does not exist.
+        description: contents of ``config.json``: ``encoder``, the arguments that build the encoder, and whatever else a
+            user of the weights needs (``stats``, mean and standard deviation of each channel).
 
     Raises:
-        ExportError: it cannot be written.
+        ExportError: the files cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(encoder).state_dict().items()}
     try:
@@ -47,16 +47,16 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
 
 
 def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEncoder:
-    """The target encoder of a run, in evaluation mode: normalized images (B, C, H, W) to tokens (B, N, D).
+    """Load the target encoder of a run, in eval mode: normalized images (B, C, H, W) to patch tokens (B, N, D).
 
     Args:
         run_dir: a run folder, or the ``encoder`` folder in it.
-        checkpoint: ``latest``, ``best`` or the name of a checkpoint to take it from, also while the run goes on; None: what
-            the finished run has exported.
+        checkpoint: ``latest``, ``best`` or a checkpoint's name; works while the run is training. None: the encoder that
+            the finished run exported.
 
     Raises:
-        ExportError: there is none, or its files do not fit together.
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        ExportError: there is no exported encoder, or its files are invalid or do not match.
+        CheckpointError: there is no such checkpoint, or it is corrupt.
     """
     folder = Path(run_dir)
     if checkpoint is not None:
@@ -66,33 +66,33 @@ def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEn
             encoder.load_state_dict(state["modules"]["target_encoder"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise ExportError(
-                f"{found.path} holds no target encoder that fits: {str(error).splitlines()[0]}"
+                f"{found.path} has no target encoder that matches its configuration: {str(error).splitlines()[0]}"
             ) from error
         return encoder.requires_grad_(False).eval()
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"
     try:
         for path in (folder / DESCRIPTION, folder / WEIGHTS):
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # opening a pipe would block
                 raise FileNotFoundError(errno.ENOENT, "no file", str(path))
         if (folder / DESCRIPTION).stat().st_size > 2**20:
             raise ValueError(f"{DESCRIPTION} is larger than 1 MB")
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if loads := description["encoder"].keys() & _LOADS:
-            raise ValueError(f"{DESCRIPTION} asks timm to load weights ({min(loads)})")
+        if loads := description["encoder"].keys() & _LOADING_ARGUMENTS:
+            raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
         weights = load_file(folder / WEIGHTS)
-        with torch.device("meta"):  # a description may ask for any size: what it builds must be what the weights are
+        with torch.device("meta"):  # the file may ask for any size: compare shapes before memory is allocated
             wanted = TargetEncoder(**{**description["encoder"], "pos_embed": "learned"}).state_dict()
         if {name: item.shape for name, item in wanted.items()} != {name: item.shape for name, item in weights.items()}:
-            raise ValueError("its weights are not those that its description asks for")
+            raise ValueError(f"the tensors in {WEIGHTS} do not match the encoder in {DESCRIPTION}")
         encoder = TargetEncoder(**description["encoder"])
         encoder.load_state_dict(weights)
     except FileNotFoundError as error:
         raise ExportError(
-            f"{run_dir} holds no exported encoder: {error.filename or error} is missing; before the end of a run, take one "
-            "from a checkpoint (latest, best)"
+            f"{run_dir} has no exported encoder: {error.filename or error} is missing; before the run ends, load it from a "
+            "checkpoint (latest, best)"
         ) from error
-    except Exception as error:  # whatever timm, torch and safetensors raise at contents that make no sense
+    except Exception as error:  # timm, torch and safetensors raise all kinds of errors on invalid contents
         what = (str(error).splitlines() or [repr(error)])[0]
         raise ExportError(f"the encoder in {folder} cannot be loaded: {what}") from error
     return encoder.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Levels of the hierarchy: what is predicted at each, pooled from the target encoder's patch tokens."""
+"""Levels of the hierarchy: prediction targets, pooled from the patch tokens of the target encoder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hjepa_engine.masking import Masks
 
 
 def take_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
-    """Tokens (B, N, D) at ``idx`` (B, ...): (B, ..., D)."""
+    """Select tokens (B, N, D) at ``idx`` (B, ...): (B, ..., D)."""
     flat = idx.flatten(1)
     picked = tokens.gather(1, flat.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
     return picked.view(*idx.shape, tokens.shape[-1])
 
 
 def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
-    """What ``level`` predicts of the patch features (B, N, D), before it is normalized.
+    """Pool patch features (B, N, D) into the targets of ``level``, before normalization.
 
     Returns:
-        (B, M, cells, D), the means of the cells of each target block, row by row; a cell that the block's edge cuts
-        is the mean of the patches it holds. For ``pool: image``, (B, 1, 1, D), the mean of all patches.
+        (B, M, cells, D), the mean of each ``pool`` x ``pool`` cell of each target block, row by row; a cell cut off by the
+        block's edge averages the patches it has. For ``pool: image``, (B, 1, 1, D), the mean of all patches.
     """
     if level.pool == "image":
         return features.mean(dim=1)[:, None, None]
@@ -38,7 +38,7 @@ def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
 
 
 def pool_sliding(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
-    """Means of all windows of ``level``'s size in the patch features (B, N, D), wherever they begin: (B, cells, D)."""
+    """Average-pool patch features (B, N, D) over every ``pool`` x ``pool`` cell of the grid, stride 1: (B, cells, D)."""
     if level.pool == 1:
         return features
     if level.pool == "image":
@@ -49,15 +49,15 @@ def pool_sliding(features: Tensor, grid: tuple[int, int], level: Level) -> Tenso
 
 
 def num_disjoint_cells(grid: tuple[int, int], level: Level) -> int:
-    """How many windows of ``level``'s size lie side by side; those of :func:`pool_sliding` overlap, and say no more."""
+    """Number of ``level``'s cells that fit side by side; :func:`pool_sliding` has more, but they overlap."""
     return 1 if level.pool == "image" else math.prod(max(1, side // level.pool) for side in grid)
 
 
 def cell_centers(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tensor]:
-    """Mean row and column of each cell's patches, doubled (so that they are integers).
+    """Mean row and column of the patches of each cell, times two so that they are integers.
 
     Returns:
-        Rows (B, M, cells down) and columns (B, M, cells across), from 0 to 2 H - 2 and 2 W - 2.
+        Rows (B, M, cells per column), from 0 to 2 H - 2, and columns (B, M, cells per row), from 0 to 2 W - 2.
     """
     corner = masks.target_idx[:, :, :1]
     (height, width), device = masks.block, corner.device
@@ -66,6 +66,6 @@ def cell_centers(masks: Masks, pool: int, grid_width: int) -> tuple[Tensor, Tens
 
 
 def _axis_centers(length: int, pool: int, device: torch.device) -> Tensor:
-    """Doubled centers of the cells that ``pool`` cuts ``length`` patches into; the last cell may be smaller."""
+    """Centers, times two, of the cells of ``pool`` patches along an axis of ``length``; the last may be smaller."""
     starts = torch.arange(0, length, pool, device=device)
     return 2 * starts + (length - starts).clamp(max=pool) - 1

@@ -1,4 +1,4 @@
-"""Prediction losses and the optional regularizers of the encoder's tokens."""
+"""Prediction losses and optional regularizers of the encoder's tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hjepa_engine.types import LossFunction
 
 
 def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean of x^2 / 2 where |x| < 1 and |x| - 1/2 elsewhere, x the difference (I-JEPA's)."""
+    """Smooth L1: mean of x^2 / 2 where |x| < 1, else |x| - 1/2, with x the difference (the loss of I-JEPA)."""
     return F.smooth_l1_loss(prediction, target)
 
 
@@ -20,12 +20,12 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def huber(prediction: Tensor, target: Tensor, delta: float = 0.5) -> Tensor:
-    """Mean of x^2 / 2 where |x| < delta and delta (|x| - delta / 2) elsewhere; with delta 1 it is ``smooth_l1``."""
+    """Huber: mean of x^2 / 2 where |x| < delta, else delta (|x| - delta / 2); with delta 1 it is ``smooth_l1``."""
     return F.huber_loss(prediction, target, delta=delta)
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """One minus the cosine similarity over D, mean over the rest: from 0 (same direction) to 2."""
+    """One minus the cosine similarity over D, averaged over the other dimensions: from 0 (same direction) to 2."""
     return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
 
 
@@ -39,29 +39,29 @@ LOSSES: dict[str, LossFunction] = {
 
 
 def variance(tokens: Tensor, eps: float = 1e-4) -> Tensor:
-    """How far the standard deviation of each dimension of ``tokens`` (..., D) is below 1 (VICReg, arXiv:2105.04906)."""
+    """Mean over D of max(0, 1 - std), the standard deviation over ``tokens`` (..., D) (VICReg, arXiv:2105.04906)."""
     samples = tokens.float().flatten(0, -2)
     return F.relu(1 - (samples.var(dim=0, correction=_correction(samples)) + eps).sqrt()).mean()
 
 
 def covariance(tokens: Tensor) -> Tensor:
-    """Sum of the squared off-diagonal covariances of ``tokens`` (..., D), over D (VICReg, arXiv:2105.04906)."""
+    """Sum of squared off-diagonal covariances of ``tokens`` (..., D), divided by D (VICReg, arXiv:2105.04906)."""
     samples = tokens.float().flatten(0, -2)
     matrix = torch.cov(samples.T, correction=_correction(samples))
     return (matrix.square().sum() - matrix.diagonal().square().sum()) / samples.shape[1]
 
 
 def _correction(samples: Tensor) -> int:
-    """Unbiased as in the paper; of one sample, 0 instead of 0 / 0."""
+    """Unbiased as in the paper; for a single sample biased, which gives 0 instead of 0 / 0."""
     return min(1, len(samples) - 1)
 
 
 def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tensor:
     """Distance of ``tokens`` (..., D) from an isotropic normal distribution (SIGReg, LeJEPA, arXiv:2511.08544).
 
-    Mean over random directions of the Epps-Pulley statistic: the squared distance of the empirical characteristic
-    function from exp(-t^2 / 2), weighted by exp(-t^2 / 2), integrated over t from -5 to 5 (trapezoids), times the
-    number of samples. Directions come from torch's global generator, which the run seeds at every step.
+    Mean over random directions of the Epps-Pulley statistic: the squared distance between the empirical characteristic
+    function and exp(-t^2 / 2), weighted by exp(-t^2 / 2), integrated over t from -5 to 5 (trapezoidal rule), times the
+    number of samples. Directions are drawn from torch's global generator, which a run seeds before every step.
     """
     samples = tokens.float().flatten(0, -2)
     directions = F.normalize(torch.randn(samples.shape[1], num_slices, device=samples.device), dim=0)
@@ -72,5 +72,5 @@ def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tenso
     return len(samples) * torch.trapezoid(distance * normal, t, dim=-1).mean()
 
 
-#: Regularizers by name, each from tokens (..., D) to a loss ().
+#: Regularizers by name; each maps tokens (..., D) to a loss ().
 REGULARIZERS = {"variance": variance, "covariance": covariance, "sigreg": sigreg}

@@ -1,4 +1,4 @@
-"""Optimizers by name, and which parameters they treat how."""
+"""Optimizers by name, and parameter groups."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import nn
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.imports import import_object
 
-#: Short names; ``training.optimizer`` also takes the dotted path of any ``torch.optim.Optimizer``.
+#: Optimizers by name; ``training.optimizer`` also takes the dotted path of any ``torch.optim.Optimizer``.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def param_groups(modules: nn.ModuleDict, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Trainable parameters in groups by level and by whether they are decayed.
+    """Group trainable parameters by level and by whether weight decay applies.
 
-    Biases, one-dimensional parameters and what a module names in ``no_weight_decay()`` are never decayed.
+    Biases, 1-D parameters and those that a module lists in ``no_weight_decay()`` are never decayed.
 
     Returns:
-        Groups with ``params``, ``name``, ``level`` (None: shared by all levels; else the level whose head and own blocks
-        these are), ``decay`` (bool) and ``weight_decay`` (0 unless ``decay``). Empty ones are left out.
+        Groups with ``params``, ``name``, ``level`` (None: shared by all levels; else the level whose head and blocks these
+        are), ``decay`` (bool) and ``weight_decay`` (0 unless ``decay``). Empty groups are left out.
     """
     found: dict[tuple[int | None, bool], list[nn.Parameter]] = {}
     for module in modules.values():
@@ -47,7 +47,7 @@ def param_groups(modules: nn.ModuleDict, weight_decay: float = 0.0) -> list[dict
 
 
 def _level_of(name: str) -> int | None:
-    """The level of a predictor's parameter (``heads.2.weight`` is of level 2), None if it is shared."""
+    """Level of a predictor parameter (``heads.2.weight``: level 2); None if it is shared."""
     part, *rest = name.split(".")
     return int(rest[0]) if part in ("heads", "level_blocks", "level_embed") else None
 
@@ -55,17 +55,17 @@ def _level_of(name: str) -> int | None:
 def build_optimizer(
     name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999), **arguments: Any
 ) -> torch.optim.Optimizer:
-    """An optimizer by short name or dotted path.
+    """Build an optimizer from its name or dotted path.
 
     Args:
         name: one of :data:`OPTIMIZERS` or a path like ``torch.optim.RAdam``.
         groups: from :func:`param_groups`.
-        lr: learning rate before any schedule.
-        betas: passed on where the optimizer takes them; to SGD the first one is passed as ``momentum``.
-        **arguments: passed on.
+        lr: initial learning rate; a schedule overwrites it.
+        betas: passed to optimizers that take them; SGD gets the first one as ``momentum``.
+        **arguments: passed to the optimizer.
 
     Raises:
-        ValueError: the name is unknown or no optimizer, or an argument is.
+        ValueError: the name is unknown or not an optimizer, or it does not take one of the arguments.
     """
     if "." in name:
         cls = import_object(name)
@@ -79,7 +79,7 @@ def build_optimizer(
         raise ValueError(f"optimizer {name!r} must be a torch.optim.Optimizer")
     known = [name for name in inspect.signature(cls).parameters if name not in ("params", "lr", "weight_decay")]
     if unknown := sorted(set(arguments) - set(known)):
-        raise ValueError(f"optimizer {name!r} does not take {', '.join(unknown)}, it takes {', '.join(known)}")
+        raise ValueError(f"optimizer {name!r} does not take {', '.join(unknown)}; it takes {', '.join(known)}")
     if "betas" in known:
         arguments = {"betas": tuple(betas), **arguments}
     elif cls is torch.optim.SGD:

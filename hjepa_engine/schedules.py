@@ -1,4 +1,4 @@
-"""Schedules: functions of the optimizer step, in closed form, so that a step's number is all there is to save."""
+"""Schedules: closed-form functions of the optimizer step, so a checkpoint needs no state of theirs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ Schedule = Callable[[int], float]
 
 
 class CosineScheduler:
-    """Linear warm-up from 0 to ``base``, then half a cosine to ``minimum`` at the last step (SGDR, arXiv:1608.03983).
+    """Linear warmup from 0 to ``base``, then a cosine decay to ``minimum`` at the last step (SGDR, arXiv:1608.03983).
 
     >>> schedule = CosineScheduler(base=1.0, minimum=0.1, epochs=3, steps_per_epoch=7, warmup_epochs=1)
     >>> [round(schedule(step), 3) for step in (0, 7, 20, 1000)]
     [0.0, 1.0, 0.1, 0.1]
 
     Args:
-        base: value at the end of the warm-up (at step 0 without one).
-        minimum: value at the last step and after it; where the warm-up leaves no step to decay in, ``base`` stays.
+        base: value at the end of the warmup (without warmup: at step 0).
+        minimum: value from the last step on; if the warmup leaves no steps to decay in, the value stays at ``base``.
         epochs: length of the run.
         steps_per_epoch: optimizer steps in an epoch.
-        warmup_epochs: length of the warm-up, from 0 to ``epochs``.
+        warmup_epochs: length of the warmup, from 0 to ``epochs``.
     """
 
     def __init__(
@@ -40,44 +40,45 @@ class CosineScheduler:
             return self.base * step / self.warmup_steps
         decay_steps = self.total_steps - 1 - self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / decay_steps) if decay_steps > 0 else 0.0
-        share = self._share(progress)
-        # Exact at both ends, and for a schedule that does not move.
-        return self.base if share == 1 or self.base == self.minimum else self.base * share + self.minimum * (1 - share)
+        weight = self._decay(progress)
+        if weight == 1 or self.base == self.minimum:  # no rounding
+            return self.base
+        return self.base * weight + self.minimum * (1 - weight)
 
     @staticmethod
-    def _share(progress: float) -> float:
-        """How much of ``base`` is left, from 1 at progress 0 to 0 at progress 1."""
+    def _decay(progress: float) -> float:
+        """Weight of ``base`` against ``minimum``, from 1 at progress 0 to 0 at progress 1."""
         return (1 + math.cos(math.pi * progress)) / 2
 
 
 class LinearScheduler(CosineScheduler):
-    """Like :class:`CosineScheduler`, with a straight line from ``base`` to ``minimum``."""
+    """Like :class:`CosineScheduler`, but decays linearly from ``base`` to ``minimum``."""
 
     @staticmethod
-    def _share(progress: float) -> float:
+    def _decay(progress: float) -> float:
         return 1 - progress
 
 
 class ConstantScheduler(CosineScheduler):
-    """Linear warm-up from 0 to ``base``, then ``base``; ``minimum`` is not reached."""
+    """Linear warmup from 0 to ``base``, then constant; ``minimum`` is ignored."""
 
     @staticmethod
-    def _share(progress: float) -> float:
+    def _decay(progress: float) -> float:
         return 1.0
 
 
 class EMAScheduler(CosineScheduler):
-    """Momentum of the target encoder: half a cosine from ``base`` to ``final`` (BYOL, arXiv:2006.07733).
+    """Momentum of the target encoder: a half cosine from ``base`` to ``final`` (BYOL, arXiv:2006.07733).
 
-    With a warm-up, momentum first rises linearly from 0 to ``base``: the target follows closely while the learning rate
-    warms up, and forgets the random initial weights sooner.
+    With warmup, momentum first rises linearly from 0 to ``base``: the target encoder follows the context encoder closely
+    while the learning rate warms up, so it forgets the random initial weights sooner.
 
     Args:
-        base: momentum at the end of the warm-up, in [0, 1].
-        final: momentum at the last step and after it, in [0, 1].
+        base: momentum at the end of the warmup, in [0, 1].
+        final: momentum from the last step on, in [0, 1].
         epochs: length of the run.
         steps_per_epoch: optimizer steps in an epoch.
-        warmup_epochs: length of the warm-up, from 0 to ``epochs``.
+        warmup_epochs: length of the warmup, from 0 to ``epochs``.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class EMAScheduler(CosineScheduler):
 
 
 class HierarchicalScheduler:
-    """One schedule per level behind one interface.
+    """One schedule per level, evaluated together.
 
     >>> HierarchicalScheduler([lambda step: 1.0, lambda step: 0.5])(0)
     [1.0, 0.5]
@@ -97,11 +98,11 @@ class HierarchicalScheduler:
 
     def __init__(self, schedules: Sequence[Schedule]) -> None:
         if not schedules:
-            raise ValueError("schedules must hold at least one schedule, got none")
+            raise ValueError("schedules must not be empty")
         self.schedules = tuple(schedules)
 
     def __call__(self, step: int) -> list[float]:
-        """The value of every level, finest first, at optimizer step ``step``."""
+        """The value of every level, finest first, at optimizer step ``step``, from 0."""
         return [schedule(step) for schedule in self.schedules]
 
 

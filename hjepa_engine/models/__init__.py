@@ -1,4 +1,4 @@
-"""Encoders, predictor, and how a configuration builds them."""
+"""Encoders and predictor, and building them from a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hjepa_engine.utils.rng import derive_seed
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of :class:`ContextEncoder` and :class:`TargetEncoder` that ``config`` asks for."""
+    """Arguments of :class:`ContextEncoder` and :class:`TargetEncoder`, from ``config``."""
     model = config.model
     overrides = {
         "patch_size": model.patch_size,
@@ -36,10 +36,10 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_modules(config: Config) -> nn.ModuleDict:
-    """``context_encoder``, ``target_encoder`` (its exact copy) and ``predictor``, initialized from ``config.seed``.
+    """Build ``context_encoder``, ``target_encoder`` (its exact copy) and ``predictor``, initialized from ``config.seed``.
 
     Raises:
-        ConfigError: the sizes do not fit together, or the encoder is unknown.
+        ConfigError: the encoder is unknown, or its sizes are incompatible.
     """
     predictor = config.model.predictor
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine positions."""
+"""Fixed sine-cosine position embeddings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """Sine and cosine of ``positions`` (n,) at dim / 2 wavelengths from 2 pi to 10,000 * 2 pi: (n, dim)."""
+    """Sine-cosine embeddings of ``positions`` (n,), dim / 2 wavelengths from 2 pi to 10,000 * 2 pi: (n, dim)."""
     if dim % 2:
         raise ValueError(f"dim must be even, got {dim}")
     frequencies = 10_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
@@ -16,7 +16,7 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Positions of the patches of ``grid`` (H, W), row by row: (H * W, dim), rows in the first half, columns in the other.
+    """Position embeddings of the patches of ``grid`` (H, W), row by row: (H * W, dim); first half rows, second half columns.
 
     Raises:
         ValueError: ``dim`` is not a multiple of 4.

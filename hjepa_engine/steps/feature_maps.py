@@ -1,4 +1,4 @@
-"""The step that collapse is measured on: what both encoders say of whole images, at every level."""
+"""Feature-map step: features of whole images at every level, to measure collapse on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hjepa_engine.types import Batch, Outputs, unwrap
 
 
 def feature_map_step(modules: nn.ModuleDict, batch: Batch, levels: Sequence[Level]) -> Outputs:
-    """Features of whole images, without gradients.
+    """Compute features of whole images, without gradients.
 
     Args:
         modules: encoders by name, each with ``grid`` and ``features(images, depths=...)``.
         batch: ``images`` (B, C, H, W), normalized.
-        levels: of the hierarchy.
+        levels: levels of the hierarchy.
 
     Returns:
-        For each encoder its tokens (B, N, D) under its name, and for each level ``<name>_level_<l>`` (B, cells, D): the
-        means of all windows of ``pool`` x ``pool`` patches, wherever they begin, at the level's depth.
+        ``<name>`` (B, N, D), the tokens of each encoder, and ``<name>_level_<l>`` (B, cells, D), its features at the level's
+        depth, averaged over every ``pool`` x ``pool`` cell of patches (stride 1).
     """
     depths = sorted({level.depth for level in levels} | {1.0})
     outputs: Outputs = {}

@@ -19,21 +19,21 @@ def hjepa_step(
     loss_fn: LossFunction = smooth_l1,
     regularizers: Mapping[str, float] | None = None,
 ) -> Outputs:
-    """Predict the target encoder's features of hidden blocks, at every level, from the visible patches.
+    """Predict the target encoder's features of the masked blocks, at every level, from the visible patches.
 
-    With one level of pool 1 and depth 1.0 this is I-JEPA (arXiv:2301.08243). Targets are pooled, then layer-normed
-    over D without affine parameters, so that no shrinking of the features lowers the loss.
+    With one level of pool 1 and depth 1.0 this is I-JEPA (arXiv:2301.08243). Targets are pooled, then layer-normed over
+    D without affine parameters, so shrinking the features does not lower the loss.
 
     Args:
         modules: ``context_encoder``, ``target_encoder`` and ``predictor`` (which knows the levels).
         batch: ``images`` (B, C, H, W), normalized; ``masks``, a :class:`~hjepa_engine.masking.Masks`.
-        loss_fn: mean distance of predictions and targets (..., D).
-        regularizers: weight of each of :data:`~hjepa_engine.losses.REGULARIZERS` on the mean context token
-            of each image (B, D): over tokens, positions alone would pass for variance.
+        loss_fn: mean distance between predictions and targets, both (..., D).
+        regularizers: weight of each of :data:`~hjepa_engine.losses.REGULARIZERS`, computed on the mean context token of
+            each image (B, D): on single tokens, differences between positions would count as variance.
 
     Returns:
-        ``loss`` (), ``loss_level_{l}`` () and, where weighted, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
-        and ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, a list over levels of (B, M, cells, D).
+        ``loss`` (), ``loss_level_{l}`` () and, for each regularizer, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
+        and ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, one (B, M, cells, D) per level.
     """
     images, masks = batch["images"], batch["masks"]
     levels = unwrap(modules["predictor"]).levels

@@ -1,4 +1,4 @@
-"""Steps of the linear probe: read frozen features, train a linear head on them."""
+"""Steps of the linear probe: compute frozen features, train a linear head on them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hjepa_engine.types import Batch, Outputs
 
 
 def feature_step(modules: nn.ModuleDict, batch: Batch, features: Literal["mean", "concat"] = "mean") -> Outputs:
-    """What a probe reads of images.
+    """Compute the features that a probe is trained on.
 
     Args:
-        modules: ``encoder``, from images to tokens (B, N, D); without one, pixels are read.
+        modules: ``encoder``, from images to tokens (B, N, D); without one, features are the pixels.
         batch: ``images`` (B, C, H, W), normalized.
-        features: the mean of the patch tokens, or all of them side by side.
+        features: ``mean`` averages the patch tokens, ``concat`` concatenates them.
 
     Returns:
         ``features``: (B, D) for ``mean``, (B, N * D) for ``concat``, (B, C * H * W) for pixels.

@@ -1,4 +1,4 @@
-"""Objects by their dotted path, and imports that do not happen."""
+"""Import objects by dotted path, and block imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def block_import(name: str) -> Iterator[None]:
-    """Make ``import name`` fail meanwhile, as if it were not installed; a module that is imported already stays.
+    """Make ``import name`` fail inside the context, as if it were not installed; an already imported module stays.
 
     >>> with block_import("this"):
     ...     import this
@@ -29,7 +29,7 @@ def block_import(name: str) -> Iterator[None]:
 
 
 def import_object(path: str) -> Any:
-    """The object that ``path`` names.
+    """Import the object at a dotted ``path``.
 
     >>> import_object("torch.optim.AdamW").__name__
     'AdamW'
@@ -39,7 +39,7 @@ def import_object(path: str) -> Any:
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ValueError(f"{path!r} must be a dotted path like package.module.Name")
+        raise ValueError(f"{path!r} must be a dotted path such as package.module.Name")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -318,8 +318,8 @@ def test_a_folder_without_an_encoder_is_exit_code_4(command, tmp_path):
     out, err, code = command(linear_probe, "--run", tmp_path)
     assert (out, code) == ("", 4)
     assert err == (
-        f"{tmp_path} holds no exported encoder: {tmp_path}/encoder/config.json is missing; "
-        "before the end of a run, take one from a checkpoint (latest, best)\n"
+        f"{tmp_path} has no exported encoder: {tmp_path}/encoder/config.json is missing; "
+        "before the run ends, load it from a checkpoint (latest, best)\n"
     )
 
 

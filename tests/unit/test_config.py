@@ -316,7 +316,7 @@ UNBUILDABLE = [
     ("model.encoder_type resnet18", ["--model.encoder_type=resnet18"]),
     ("multiple of the patch size 16 x 16, got 24", ["--model.patch_size=null"]),
     ("model.encoder_type", ["--model.embed_dim=20", "--model.num_heads=3"]),
-    ("masking: a context must be left: mask_scale", ["--masking.context_scale=[0.1, 0.2]"]),
+    ("masking: the context must not be empty, but mask_scale", ["--masking.context_scale=[0.1, 0.2]"]),
     ("masking: target blocks must fit", ["--masking.mask_scale=[0.9, 1.0]"]),
     ("training.optimizer: unknown optimizer 'adam'", ["--training.optimizer=adam"]),
     ("training.optimizer: 'torch.optim.Nope' cannot be imported", ["--training.optimizer=torch.optim.Nope"]),
@@ -347,7 +347,7 @@ def test_the_command_ends_with_code_2_one_line_and_nothing_created(tmp_path, tin
     cases = {
         "unknown key training.lrr, did you mean training.lr?": ["--training.lrr", "1"],
         "lr is given twice, again in line 3": ["--config", str(tmp_path / "bad.yaml")],
-        "masking: a context must be left": ["--config", str(tiny), "--masking.context_scale", "[0.1, 0.2]"],
+        "masking: the context must not be empty": ["--config", str(tiny), "--masking.context_scale", "[0.1, 0.2]"],
     }
     recipe, environment = ROOT / "recipes" / "pretrain.py", {**os.environ, "OMP_NUM_THREADS": "1"}
     running = []

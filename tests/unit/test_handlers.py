@@ -833,7 +833,7 @@ def damage_description(folder, text="{"):
 
 
 DAMAGE = {
-    "nothing there": (lambda folder: None, "holds no exported encoder"),
+    "nothing there": (lambda folder: None, "has no exported encoder"),
     "no weights": (lambda folder: (folder / "encoder" / "model.safetensors").unlink(), "model.safetensors"),
     "weights cut short": (damage_weights, "cannot be loaded"),
     "weights are noise": (

@@ -171,7 +171,7 @@ def test_first_attempts_place_every_block_uniformly(grid):
     sampler = MultiBlockMasks(grid)
     shape = sampler._draw_shape(0, 0)
     numbers = np.random.default_rng(0).random((20_000, 2 * 5))
-    tops, lefts, _ = sampler._place(shape, numbers)
+    tops, lefts, _ = sampler._lay_out(shape, numbers)
     for block, (height, width) in enumerate([shape.context] + [shape.target] * 4):
         for corner, length, side in ((tops, grid[0], height), (lefts, grid[1], width)):
             counts = np.bincount(corner[:, block], minlength=length - side + 1)

@@ -372,7 +372,7 @@ def test_optimizer_arguments_are_passed_on_and_win():
         ("torch.optim.Adamm", {}, "torch.optim has no Adamm"),
         ("no_such_module.Adam", {}, "'no_such_module.Adam' cannot be imported"),
         ("torch.nn.Linear", {}, "optimizer 'torch.nn.Linear' must be a torch.optim.Optimizer"),
-        ("sgd", {"speed": 1}, "optimizer 'sgd' does not take speed, it takes"),
+        ("sgd", {"speed": 1}, "optimizer 'sgd' does not take speed; it takes"),
     ],
 )
 def test_unknown_optimizers_and_arguments_are_refused(name, arguments, message):

@@ -145,5 +145,5 @@ def test_a_momentum_outside_its_range_is_refused(base, final):
 
 
 def test_a_hierarchy_without_levels_is_refused():
-    with pytest.raises(ValueError, match="at least one schedule"):
+    with pytest.raises(ValueError, match="schedules must not be empty"):
         HierarchicalScheduler([])
