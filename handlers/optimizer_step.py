@@ -32,8 +32,9 @@ class OptimizerStep:
     micro-batches, and ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if
     the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``;
     ``engine.state.metrics["train/skipped_updates"]``.
-    Fires: ``TrainEvents.GRADIENTS_READY``, then ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by
-    ``skip_update``, or by the scaler because fp16 gradients overflowed).
+    Fires: ``TrainEvents.BACKWARD_COMPLETED`` in every iteration; in a window's last ``TrainEvents.GRADIENTS_READY``, then
+    ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by ``skip_update``, or by the scaler because fp16
+    gradients overflowed).
 
     Args:
         optimizer: over the parameters to train.
@@ -85,6 +86,7 @@ class OptimizerStep:
         loss = engine.state.output["loss"] / (window.size - self._first)
         self.scaler.scale(loss).backward()
         self._loss = total = self._loss + loss.detach()
+        engine.fire_event(TrainEvents.BACKWARD_COMPLETED)
         engine.state.window_open = not window.is_last
         if not window.is_last:
             return

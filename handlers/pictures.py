@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ignite.distributed as idist
-from ignite.engine import Events
 
 from hjepa_engine.config.schema import Level
 from hjepa_engine.engine import Trainer
@@ -43,7 +42,7 @@ class Pictures:
     singular values over the run, where they were measured. Rank 0 draws, of its own share of the batch. A figure that
     cannot be drawn or written is named in one warning; nothing of the training depends on it.
 
-    Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
+    Listens to: ``TrainEvents.METRICS_READY``.
     Reads: ``engine.state.batch["images"]`` (B, C, H, W) and ``["masks"]``; ``engine.state.output["target_tokens"]``
     (B, N, D), ``["predictions"]`` and ``["targets"]``, lists over levels of (B, M, cells, D); spectra in
     ``engine.state.media`` and in ``metrics.jsonl``.
@@ -75,12 +74,7 @@ class Pictures:
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(Events.STARTED, self.listen)
-
-    def listen(self, engine: Trainer) -> None:
-        """Go last among those who write at a window's end, in whatever order they were attached: spectra are wanted."""
-        if not engine.has_event_handler(self.draw_if_due, TrainEvents.LOG_INTERVAL_COMPLETED):
-            engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.draw_if_due)
+        engine.add_event_handler(TrainEvents.METRICS_READY, self.draw_if_due)
 
     def draw_if_due(self, engine: Trainer) -> None:
         """Draw if it is time to."""

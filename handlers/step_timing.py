@@ -74,16 +74,16 @@ class StepTiming:
     """Measure forward pass, backward pass and update, each as mean milliseconds per iteration of the log interval.
 
     ``forward``: from ``FORWARD_STARTED`` to ``FORWARD_COMPLETED``, the step: both encoders, predictor and losses.
-    ``backward``: to the end of ``GRADIENTS_READY``, with all that looks at gradients there; within an accumulation window to
-    the end of ``LOSS_READY``. ``update``: from there to the end of ``LOSS_READY``: clipping, optimizer, momentum encoder. It
-    happens once per accumulation window and is shared by its iterations, so that the three add up. What they leave of
-    ``train/iteration_ms`` is data, masks, moving the batch, and other handlers.
+    ``backward``: from there to ``BACKWARD_COMPLETED``. ``update``: from there to ``UPDATE_COMPLETED``: handlers of
+    ``GRADIENTS_READY``, clipping, optimizer, momentum encoder. It happens once per accumulation window and is shared by its
+    iterations, so that the three add up. What they leave of ``train/iteration_ms`` is data, masks, moving the batch, and
+    other handlers.
 
     On a GPU these are times of the GPU, read once per log interval, which waits for it; they include its waiting for the
     program. Elsewhere they are times of the program.
 
-    Listens to: ``STARTED``; ``TrainEvents.FORWARD_STARTED``, ``FORWARD_COMPLETED``, ``GRADIENTS_READY``, ``LOSS_READY`` and
-    ``LOG_INTERVAL_COMPLETED``.
+    Listens to: ``STARTED``; ``TrainEvents.FORWARD_STARTED``, ``FORWARD_COMPLETED``, ``BACKWARD_COMPLETED``,
+    ``UPDATE_COMPLETED`` and ``LOG_INTERVAL_COMPLETED``.
     Writes: ``train/forward_ms``, ``train/backward_ms`` and ``train/update_ms`` to ``engine.state.metrics``, of this rank.
 
     Args:
@@ -98,35 +98,33 @@ class StepTiming:
         self._seconds = {"forward": 0.0, "backward": 0.0, "update": 0.0}
         self._iterations = 0
         self._spans: deque[tuple[str, Any, Any]] = deque()
-        self._part = "forward"
         self._began: Any = None
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.begin)
-        engine.add_event_handler(TrainEvents.FORWARD_COMPLETED, self.end, "backward")
+        engine.add_event_handler(TrainEvents.FORWARD_COMPLETED, self.end, "forward")
+        engine.add_event_handler(TrainEvents.BACKWARD_COMPLETED, self.end, "backward")
+        engine.add_event_handler(TrainEvents.UPDATE_COMPLETED, self.end, "update")
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def start(self, engine: StepEngine) -> None:
-        """Take up the clock; listen behind all that is attached by now, so that a part ends when its handlers have run."""
+        """Take up the clock."""
         self._reset()
         self.clock = self._clock or (CudaClock() if engine.device.type == "cuda" else HostClock())
-        for event, following in ((TrainEvents.GRADIENTS_READY, "update"), (TrainEvents.LOSS_READY, "")):
-            if not engine.has_event_handler(self.end, event):
-                engine.add_event_handler(event, self.end, following)
 
     def begin(self) -> None:
         """The step begins."""
         self._sum_up()
-        self._part, self._began = "forward", self.clock.now()
+        self._began = self.clock.now()
         self._iterations += 1
 
-    def end(self, engine: StepEngine, following: str) -> None:
+    def end(self, engine: StepEngine, part: str) -> None:
         """A part of the step is over, the following one begins."""
         now = self.clock.now()
-        self._spans.append((self._part, self._began, now))
-        self._part, self._began = following, now
+        self._spans.append((part, self._began, now))
+        self._began = now
 
     def report(self, engine: StepEngine) -> None:
         """Write the means and start anew."""

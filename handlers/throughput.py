@@ -14,12 +14,12 @@ from hjepa_engine.events import TrainEvents
 class Throughput:
     """Measure images per second, the time of an iteration, and how much of it is spent waiting for data.
 
-    All cover one log interval of training, on the wall clock. An iteration lasts from asking for its batch to asking for the
-    next one, with all that handlers do in between: masks, the momentum encoder, a monitor's reading at the window's end.
-    Logging and saving behind a window count in the next one; what lies between epochs, like validation, does not count.
+    All cover one log interval of training, on the wall clock, up to the last iteration's ``UPDATE_COMPLETED``. What follows
+    behind it (measuring, a monitor's reading, logging, saving) counts in the next interval of the epoch; what lies between
+    epochs, like validation, does not count.
 
-    Listens to: ``STARTED``, ``EPOCH_STARTED``, ``GET_BATCH_STARTED``, ``GET_BATCH_COMPLETED``,
-    ``TrainEvents.LOG_INTERVAL_COMPLETED``.
+    Listens to: ``STARTED``, ``EPOCH_STARTED``, ``GET_BATCH_STARTED``, ``GET_BATCH_COMPLETED``;
+    ``TrainEvents.UPDATE_COMPLETED`` and ``LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.batch["images"]`` (B, C, H, W).
     Writes: to ``engine.state.metrics``: ``train/images_per_s``, over all ranks; ``train/iteration_ms`` and
     ``train/data_ms``, mean milliseconds of an iteration and of its wait for the batch; ``train/data_wait``, the second as a
@@ -31,44 +31,37 @@ class Throughput:
 
     def _reset(self) -> None:
         self.images, self.iterations, self.waited, self.seconds = 0, 0, 0.0, 0.0
-        self._began: float | None = None
+        self._last: float | None = None
 
     def attach(self, engine: StepEngine) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.STARTED, self._reset)
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self.begin)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.advance)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.receive)
+        engine.add_event_handler(TrainEvents.UPDATE_COMPLETED, self.advance)
+        engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
-    def start(self, engine: StepEngine) -> None:
-        """Report behind all that is attached by now: a monitor's reading is part of the window at whose end it is taken."""
-        self._reset()
-        if not engine.has_event_handler(self.report, TrainEvents.LOG_INTERVAL_COMPLETED):
-            engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
-
-    def begin(self) -> None:
-        """The loop asks for a batch: the former iteration is over."""
+    def advance(self) -> float:
+        """Count the time up to now; seconds since the last call."""
         now = time.perf_counter()
-        if self._began is not None:
-            self.seconds += now - self._began
-        self._began = now
+        passed = 0.0 if self._last is None else now - self._last
+        self.seconds, self._last = self.seconds + passed, now
+        return passed
 
     def receive(self, engine: StepEngine) -> None:
         """The batch is there."""
-        if self._began is None:  # an epoch's first batch after a pass of the loader: Ignite asks without saying so
-            self._began = time.perf_counter()
-        self.waited += time.perf_counter() - self._began
+        self.waited += self.advance()
         self.images += len(engine.state.batch["images"])
         self.iterations += 1
 
     def report(self, engine: StepEngine) -> None:
         """Write all and start anew."""
-        self.begin()
         if self.seconds > 0:
             engine.state.metrics["train/images_per_s"] = self.images * idist.get_world_size() / self.seconds
             engine.state.metrics["train/iteration_ms"] = 1000 * self.seconds / self.iterations
             engine.state.metrics["train/data_ms"] = 1000 * self.waited / self.iterations
             engine.state.metrics["train/data_wait"] = self.waited / self.seconds
-        began = self._began
+        last = self._last
         self._reset()
-        self._began = began
+        self._last = last

@@ -184,6 +184,7 @@ class Trainer(StepEngine):
         self.state.output = self._run_step(batch)
         self._fire_event(TrainEvents.FORWARD_COMPLETED)
         self._fire_event(TrainEvents.LOSS_READY)
+        self._fire_event(TrainEvents.UPDATE_COMPLETED)
         # A live loss would keep the graph, and with it all activations, until the next iteration has replaced it.
         return detach(self.state.output)
 

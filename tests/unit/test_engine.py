@@ -1,8 +1,19 @@
+import re
 from collections import namedtuple
 
 import pytest
 import torch
-from helpers import LinearModel, linear_step, linear_trainer, pretraining, rows, same_bits, tiny_config, weights_of
+from helpers import (
+    ROOT,
+    LinearModel,
+    linear_step,
+    linear_trainer,
+    pretraining,
+    rows,
+    same_bits,
+    tiny_config,
+    weights_of,
+)
 from ignite.engine import Engine, Events
 from torch import nn
 
@@ -15,12 +26,14 @@ from hjepa_engine.utils.tensors import detach, move_to
 BATCHES = rows((1, 0), (0, 1), (1, 1))
 
 
+LOADING = {Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.DATALOADER_STOP_ITERATION}
+
+
 class Recorder:
     """Write down every event that fires."""
 
-    def __init__(self, events=(*TrainEvents, *Events)):
-        skipped = {Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED, Events.DATALOADER_STOP_ITERATION}
-        skipped.add(Events.EXCEPTION_RAISED)  # a handler of it would swallow the error
+    def __init__(self, events=(*TrainEvents, *Events), skipped=LOADING):
+        skipped = {*skipped, Events.EXCEPTION_RAISED}  # a handler of it would swallow the error
         self.events, self.seen = [event for event in events if event not in skipped], []
 
     def attach(self, engine):
@@ -42,30 +55,30 @@ def test_the_timeline_of_a_run_is_the_documented_one():
     OptimizerStep(torch.optim.SGD(modules.parameters(), 0.1), accumulation_steps=2).attach(trainer)
     validation().attach(trainer)
     trainer.run(BATCHES, max_epochs=2)
+    forward = ["ITERATION_STARTED", "FORWARD_STARTED", "FORWARD_COMPLETED", "LOSS_READY", "BACKWARD_COMPLETED"]
     # A window of micro-batches is open behind the first of two: no point to save at.
-    accumulated = [
-        "ITERATION_STARTED",
-        "FORWARD_STARTED",
-        "FORWARD_COMPLETED",
-        "LOSS_READY",
-        "ITERATION_COMPLETED",
-        "ITERATION_FINALIZED",
-    ]
-    stepped = [
-        "ITERATION_STARTED",
-        "FORWARD_STARTED",
-        "FORWARD_COMPLETED",
-        "LOSS_READY",
-        "GRADIENTS_READY",
-        "OPTIMIZER_STEPPED",
-        "ITERATION_COMPLETED",
-    ]
+    accumulated = [*forward, "UPDATE_COMPLETED", "ITERATION_COMPLETED", "ITERATION_FINALIZED"]
+    stepped = [*forward, "GRADIENTS_READY", "OPTIMIZER_STEPPED", "UPDATE_COMPLETED", "ITERATION_COMPLETED"]
     window = ["LOG_INTERVAL_COMPLETED", "METRICS_READY", "LOG_METRICS"]
     committed = ["ITERATION_FINALIZED", "CHECKPOINT_READY"]
     epoch_ends = ["EPOCH_COMPLETED", "VALIDATION_COMPLETED", "LOG_METRICS", "EPOCH_FINALIZED", "CHECKPOINT_READY"]
     first = ["EPOCH_STARTED", *accumulated, *stepped, *committed, *stepped, *window, *committed, *epoch_ends]
     # Optimizer steps 3 and 4: the second window of the log ends with step 4, which is the epoch's end too.
     assert recorder.seen == ["STARTED", "LOG_METRICS", *first, *first, "COMPLETED"]
+
+
+def test_the_pseudocode_of_the_documentation_fires_the_events_that_a_run_fires():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    pseudocode = re.search(r"^## One iteration$.*?^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL).group(1)
+    lines = re.findall(r"^ *([A-Z_]{4,})( \*)?(?: |$)", pseudocode, re.MULTILINE)
+    trainer = create_trainer(linear_step, nn.ModuleDict({"model": LinearModel()}))
+    recorder = Recorder(skipped=())
+    recorder.attach(trainer)
+    OptimizerStep(torch.optim.SGD(trainer.modules.parameters(), 0.1)).attach(trainer)
+    validation().attach(trainer)
+    trainer.run(BATCHES[:1])
+    assert [name for name, _ in lines] == recorder.seen
+    assert {name for name, star in lines if star} == {event.name for event in TrainEvents} - {"PREEMPTED"}
 
 
 def test_committed_events_come_last_whoever_attached_when():
