@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,17 +17,7 @@ from hjepa_engine.types import Batch, Outputs, Step
 class Evaluator(StepEngine):
     """See :func:`create_evaluator`."""
 
-    def __init__(
-        self,
-        step: Step,
-        modules: nn.ModuleDict,
-        device: torch.device | str = "cpu",
-        amp_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(step, modules, device, amp_dtype)
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self.add_event_handler(Events.STARTED, self._enter)
-        self.add_event_handler(Events.COMPLETED, self._leave)
+    _modes: Sequence[tuple[nn.Module, bool]] = ()
 
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         with torch.no_grad():
@@ -61,4 +52,7 @@ def create_evaluator(
         device: as for :func:`create_trainer`.
         amp_dtype: as for :func:`create_trainer`.
     """
-    return Evaluator(step, modules, device, amp_dtype)
+    evaluator = Evaluator(step, modules, device, amp_dtype)
+    evaluator.add_event_handler(Events.STARTED, evaluator._enter)
+    evaluator.add_event_handler(Events.COMPLETED, evaluator._leave)
+    return evaluator

@@ -1,0 +1,223 @@
+"""The house: which room imports which, what lives in a room, how long a file is, and that nothing stands twice."""
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("hjepa_engine", "handlers", "recipes")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+#: Not installed; held to the same rules.
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+
+#: Which room imports which others, lowest room first; "face" is ``hjepa_engine/__init__.py``. A room that is not named
+#: here, or an arrow that is not, fails: add it knowingly.
+ARROWS = {
+    "_version": "",
+    "errors": "",
+    "types": "",
+    "utils": "types",
+    "events": "",
+    "schedules": "",
+    "losses": "types",
+    "optim": "types utils",
+    "masking": "utils",
+    "state": "types utils",
+    "engine": "events state types utils",
+    "evaluator": "engine state types",
+    "metrics": "utils",
+    "loggers": "utils",
+    "config": "errors metrics utils",
+    "levels": "config masking",
+    "models": "config errors levels masking utils",
+    "steps": "config levels losses types",
+    "data": "config errors utils",
+    "visualization": "config levels loggers masking metrics",
+    "checkpoint": "engine errors state types utils",
+    "run": "checkpoint config data engine errors metrics state utils",
+    "export": "checkpoint config errors models types",
+    "build": "checkpoint config errors loggers losses masking optim schedules steps types utils",
+    "report": "build checkpoint config errors metrics run utils",
+    "face": "_version config engine evaluator events export",
+    "handlers": "checkpoint config data engine errors evaluator events export loggers masking metrics run state types utils "
+    "visualization",
+    "recipes": "build checkpoint config data engine errors evaluator events export face handlers levels loggers masking "
+    "metrics models report run schedules state steps types utils visualization",
+}
+#: Packages that only these rooms import. The configuration and what it imports load without torch.
+LIBRARIES = {
+    "ignite": "build checkpoint data engine evaluator events handlers metrics recipes report run state utils",
+    "jinja2": "report",
+    "matplotlib": "handlers visualization",
+    "PIL": "data loggers recipes visualization",
+    "pydantic": "config",
+    "safetensors": "checkpoint export",
+    "sklearn": "data",
+    "tensorboardX": "loggers",
+    "timm": "models",
+    "torch": "build checkpoint data engine evaluator export handlers levels loggers losses masking metrics models optim "
+    "recipes run state steps types utils visualization",
+    "torchvision": "data",
+    "tqdm": "handlers run",
+    "wandb": "loggers",
+    "yaml": "config",
+}
+
+
+def name_of(path):
+    """The name under which a source file is imported: ``handlers/x.py`` is ``hjepa_engine.handlers.x``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "hjepa_engine" else ("hjepa_engine", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path) for path in SOURCES}
+
+
+def imports_of(path):
+    """Dotted names that a file imports anywhere in it, functions included; ``from a import b`` is ``a.b`` where ``b`` is
+    a module, else ``a``."""
+    found, package = set(), name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
+                base = f"{above}.{base}".rstrip(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.add(full if full in NAMES else base)
+    return found
+
+
+def room_of(name):
+    """The room that a dotted name belongs to; None for one from outside."""
+    parts = name.split(".")
+    if parts[0] != "hjepa_engine":
+        return None
+    return parts[1] if len(parts) > 1 else "face"
+
+
+def imports():
+    """Every import: the path of the file in the tree, its room, the name."""
+    for path in SOURCES:
+        for name in sorted(imports_of(path)):
+            yield str(path.relative_to(ROOT)), room_of(name_of(path)), name
+
+
+# Who imports whom: recipes -> handlers -> hjepa_engine -> ignite, torch
+
+
+def test_the_parser_of_imports_sees_every_spelling():
+    """Otherwise the arrows below would hold for anything."""
+    assert "hjepa_engine.steps" in imports_of(ROOT / "hjepa_engine" / "build.py")
+    assert "hjepa_engine.handlers" in imports_of(ROOT / "recipes" / "pretrain.py")
+    assert "hjepa_engine.handlers.throughput" in imports_of(ROOT / "handlers" / "__init__.py")
+    assert "ignite.distributed" in imports_of(ROOT / "handlers" / "mask_sampler.py")
+    assert "wandb" in imports_of(ROOT / "hjepa_engine" / "loggers" / "wandb.py")  # inside a function
+    assert room_of("hjepa_engine.models.encoder") == "models" and room_of("hjepa_engine.engine") == "engine"
+    assert room_of("hjepa_engine") == "face" and room_of("types") is None
+
+
+def test_rooms_import_only_the_rooms_that_the_table_allows():
+    not_allowed = [
+        f"{path} imports {name}"
+        for path, room, name in imports()
+        if room_of(name) not in (None, room, *ARROWS[room].split())
+    ]
+    assert not_allowed == []
+
+
+def test_the_table_names_every_room_and_no_arrow_of_it_runs_back_up():
+    assert {room_of(name) for name in NAMES} == set(ARROWS)
+    rooms = list(ARROWS)
+    for number, room in enumerate(rooms):
+        assert set(ARROWS[room].split()) <= set(rooms[:number]), room
+
+
+def test_libraries_are_imported_only_in_their_rooms():
+    not_allowed = [
+        f"{path} imports {name}"
+        for path, room, name in imports()
+        if (package := name.partition(".")[0]) in LIBRARIES and room not in LIBRARIES[package].split()
+    ]
+    assert not_allowed == []
+
+
+def test_a_handler_imports_no_other_handler():
+    paths = [path for path in (ROOT / "handlers").glob("*.py") if path.name != "__init__.py"]
+    assert len(paths) > 10
+    found = [f"{path.name}: {name}" for path in paths for name in imports_of(path) if room_of(name) == "handlers"]
+    assert found == []
+
+
+def test_files_import_each_other_in_no_circle():
+    graph = {name_of(path): imports_of(path) & NAMES for path in SOURCES}
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name not in done:
+            open_.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            open_.pop()
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name)
+
+
+# What a room looks like
+
+
+def test_the_docstring_of_every_folder_says_in_one_line_what_lives_there():
+    for path in SOURCES:
+        if path.name == "__init__.py":
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert re.fullmatch(r"[^\n]{20,110}\.", docstring), f"{path.relative_to(ROOT)}: {docstring!r}"
+
+
+def test_no_file_is_longer_than_300_lines_but_the_schema():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    for path in (
+        "hjepa_engine/config/schema.py",
+        "hjepa_engine/config/loading.py",  # about to be split
+        "hjepa_engine/checkpoint/state.py",  # about to be split
+    ):
+        del lengths[path]
+    assert {path: lines for path, lines in lengths.items() if lines > 300} == {}
+
+
+def test_the_tree_of_the_readme_names_every_room_and_no_other():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", readme, re.DOTALL)[1].splitlines()
+    assert len(tree) <= 14
+    named = {word for line in tree for word in re.findall(r"[a-z_]+(?=/)", line)}
+    folders = {path.parent.name for path in SOURCES if path.name == "__init__.py"}
+    assert named == folders | {"configs", "docs", "tests"}
+
+
+def test_no_run_of_six_lines_stands_twice_in_the_sources():
+    """Blank lines, comments and indentation do not count; lists of imports do."""
+    places = defaultdict(list)
+    for path in SOURCES:
+        numbered = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        lines = [(number, line.strip()) for number, line in numbered if line.strip() and line.strip()[0] != "#"]
+        for first in range(len(lines) - 5):
+            run = tuple(line for _, line in lines[first : first + 6])
+            places[run].append(f"{path.relative_to(ROOT)}:{lines[first][0]}")
+    assert [where for where in places.values() if len(where) > 1] == []
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"weights_only\s*=\s*False", r"\bpickle\.loads?\b", r"\btorch\.load\(", r"\byaml\.(load|unsafe_load)\("]
+)
+def test_nothing_loads_a_file_in_a_way_that_can_run_code(pattern):
+    found = [str(path) for path in SOURCES if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == []
