@@ -8,19 +8,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from hjepa_engine.config.monitoring import GuardRule
+from hjepa_engine.metrics.health import advice_for
 
 #: Values whose median a spike is compared with, and how many there must be.
 _HISTORY, MIN_HISTORY = 20, 5
-
-#: What usually helps, by the beginning of a metric's name.
-ADVICE = {
-    "collapse/": "a momentum nearer to 1 (model.ema.momentum), a lower training.lr or a longer warm-up, and masks that hide "
-    "more usually help",
-    "probe/": "the encoder was better before: take an earlier checkpoint, or a lower training.lr, more weight decay or a "
-    "shorter run",
-    "train/": "a lower training.lr, training.clip_grad or a longer warm-up usually helps",
-    "val/": "more augmentation, more training.weight_decay or a shorter run usually helps",
-}
 
 
 class Verdict(NamedTuple):
@@ -93,7 +84,7 @@ class RuleMonitor:
         else:
             what = f"is {value:.4g}, {'below' if rule.below is not None else 'above'} {rule.below or rule.above or 0:g}"
         times = f" for {rule.readings} readings in a row" if rule.readings > 1 else ""
-        advice = next((text for start, text in ADVICE.items() if rule.metric.startswith(start)), "")
+        advice = advice_for(rule.metric)
         return f"{rule.metric} {what}{times}, at step {step}{'; ' + advice if advice else ''} (docs/health.md)"
 
     def state_dict(self) -> dict[str, Any]:

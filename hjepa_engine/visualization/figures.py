@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hjepa_engine.config.schema import Level
 from hjepa_engine.masking import Masks
+from hjepa_engine.metrics.health import COLLAPSED_VARIATION
 from hjepa_engine.visualization.drawing import GRAY, PALETTE, figure_style, picture_table
 from hjepa_engine.visualization.figure_data import FloatArray, PatchColors, Similarities, Spectrum, dimmed
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Features that vary less than this share of their length between images are called collapsed.
-_COLLAPSED = 0.05
 #: Lines that a figure of spectra has at most.
 MAX_SPECTRA = 40
 
@@ -106,7 +105,7 @@ def draw_features(pixels: FloatArray, features: PatchColors, grid: tuple[int, in
     notes = [
         f"red, green and blue: principal components with {percent} % of the variance",
         f"features of a place vary between images by {varies_by} % of their length"
-        + (": collapsed" if features.variation < _COLLAPSED else ""),
+        + (": collapsed" if features.variation < COLLAPSED_VARIATION else ""),
     ]
     columns = min(len(pixels), 8)
     rows = -(-len(pixels) // columns)
