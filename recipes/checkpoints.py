@@ -8,7 +8,6 @@ Tensors are not read, unless --verify asks for their checksums; the run may be g
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,31 +18,16 @@ from hjepa_engine.checkpoint.serialization import file_digest
 from hjepa_engine.checkpoint.storage import STATE, Checkpoint
 from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import CheckpointError, ConfigError
+from hjepa_engine.report.sections import checkpoint_table
 from hjepa_engine.run.cli import command_parser, run_command
 
-HEADINGS = ("checkpoint", "step", "epoch", "saved", "MB", "saved for", "kept as")
 
-
-def table(checkpoints: Sequence[Checkpoint], policy: RetentionPolicy) -> list[str]:
+def listing(checkpoints: Sequence[Checkpoint], policy: RetentionPolicy) -> list[str]:
     """The lines of the listing, newest checkpoint first."""
-    kept = policy([checkpoint.record for checkpoint in checkpoints])
-    rows = [(*HEADINGS[:5], checkpoints[0].metric, *HEADINGS[5:])]
-    for checkpoint in checkpoints:
-        record = checkpoint.record
-        rows.append(
-            (
-                record.name,
-                str(record.step),
-                str(record.epoch),
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.saved_at)),
-                f"{checkpoint.size / 1e6:.1f}",
-                "-" if record.score is None else f"{record.score:.4g}",
-                ", ".join(checkpoint.reasons),
-                ", ".join(kept.get(record.name, ["nothing: goes with the next save"])),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    found = checkpoint_table(checkpoints, policy([checkpoint.record for checkpoint in checkpoints]))
+    lines = [found.headings, *found.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def policy_of(checkpoint: Checkpoint) -> RetentionPolicy:
@@ -69,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     if not found and not problems:
         raise CheckpointError(f"{known.run} holds no checkpoint")
     if found:
-        print("\n".join(table(found, policy_of(found[0]))))
+        print("\n".join(listing(found, policy_of(found[0]))))
     if known.verify:
         found = [each for each in found if each.path.exists()]  # a run that is going on may have removed one
         bad = [each for each in found if file_digest(each.path / STATE) != each.digest]

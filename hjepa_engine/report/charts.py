@@ -1,22 +1,35 @@
-"""Line charts as inline SVG."""
+"""Line charts: from metrics to the pixels of a drawing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from hjepa_engine.report.markup import Markup, element, join, number
+from hjepa_engine.report.numbers import number
 from hjepa_engine.report.reading import Series
 
 #: Points that a drawn curve has at most: more than the pixels of a chart show nothing.
-MOST_POINTS = 300
+MAX_POINTS = 300
 #: Curves of one chart: more colors cannot be told apart.
-MOST_LINES = 8
-_WIDTH, _HEIGHT = 400, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 390, 10, 192
+MAX_LINES = 8
 _MARKED = 16  # curves with so few points show them
 _LOG_FROM = 30.0  # ratio of the largest to the smallest value from which a logarithm shows more
+
+
+class Frame(NamedTuple):
+    """Size of a drawing and edges of its plot, in pixels."""
+
+    width: int = 400
+    height: int = 224
+    left: int = 46
+    right: int = 390
+    top: int = 10
+    bottom: int = 192
+
+
+FRAME = Frame()
 
 
 class Line(NamedTuple):
@@ -66,17 +79,17 @@ def _round_down(value: float) -> float:
     return max(size * power for size in (0.1, 1, 2, 5) if size * power <= value)
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float, max_ticks: int = 6) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high``.
 
     >>> ticks(0, 612), ticks(0.1, 0.42)
     ([0, 200, 400, 600], [0.1, 0.2, 0.3, 0.4])
     """
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(size * power for size in (1, 2, 5, 10, 20) if (high - low) / (size * power) < most - 1)
+    power = 10.0 ** math.floor(math.log10((high - low) / max_ticks))
+    step = next(size * power for size in (1, 2, 5, 10, 20) if (high - low) / (size * power) < max_ticks - 1)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    found = [round(place * step, digits) for place in range(first, last + 1)]
+    found = [round(multiple * step, digits) for multiple in range(first, last + 1)]
     return [int(value) for value in found] if digits == 0 else found
 
 
@@ -101,22 +114,63 @@ def tick_label(value: float) -> str:
     return f"{value:.4g}".replace("e-0", "e-")
 
 
-def thin(series: Series, most: int = MOST_POINTS) -> Series:
-    """At most about ``most`` points: the smallest and the largest of equal parts, the ends, and one of what is NaN.
+def thin(series: Series, max_points: int = MAX_POINTS) -> Series:
+    """At most about ``max_points`` points: the smallest and the largest of equal parts, the ends, and one of what is NaN.
 
     So a spike of one step stays where it was and as high as it was.
     """
     steps, values = series
-    if len(steps) <= most:
+    if len(steps) <= max_points:
         return series
-    size = math.ceil(len(steps) / (most // 3))
+    size = math.ceil(len(steps) / (max_points // 3))
     kept = {0, len(steps) - 1}
     for start in range(0, len(steps), size):
         part = range(start, min(start + size, len(steps)))
-        finite = [place for place in part if math.isfinite(values[place])]
+        finite = [index for index in part if math.isfinite(values[index])]
         kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else set()
-        kept |= set([place for place in part if not math.isfinite(values[place])][:1])
-    return Series([steps[place] for place in sorted(kept)], [values[place] for place in sorted(kept)])
+        kept |= set([index for index in part if not math.isfinite(values[index])][:1])
+    return Series([steps[index] for index in sorted(kept)], [values[index] for index in sorted(kept)])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve as pixels."""
+
+    label: str
+    newest: str
+    """Its last value."""
+    path: str
+    """Commands of an SVG path, interrupted where values are not finite."""
+    points: str
+    """Its values as ``step:value``, for the pointer."""
+    marks: list[tuple[str, str]]
+    """Pixels of its points, where there are few."""
+    crosses: list[str]
+    """Pixels to the right at which values are not finite."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart, its curves and ticks in the pixels of :data:`FRAME`."""
+
+    title: str
+    curves: list[Curve]
+    x_ticks: list[tuple[str, str]]
+    """Pixel and label."""
+    y_ticks: list[tuple[str, str]]
+    x_range: str
+    """Smallest and largest step, their pixels, and 1 for a logarithmic scale: for the pointer."""
+    x_title: str
+    note: str
+    """Under the chart; may be empty."""
+    newest: bool = True
+    """Whether the legend has the last values."""
+
+    @property
+    def summary(self) -> str:
+        """The chart in words."""
+        labels = [f"{curve.label} {curve.newest}" if self.newest else curve.label for curve in self.curves]
+        return f"{self.title}: {'newest ' if self.newest else ''}{', '.join(labels)}"
 
 
 def chart(
@@ -128,13 +182,13 @@ def chart(
     x_log: bool = False,
     newest: bool = True,
     note: str = "",
-) -> Markup:
-    """A chart with its legend and newest values; empty where no line has a point.
+) -> Chart | None:
+    """A chart of some curves; None where no line has a point.
 
     Args:
         title: above it.
         lines: the curves; those after the first eight are counted, not drawn.
-        log: whether the values may be shown on a logarithmic scale, which is done where they spread widely.
+        log: whether the values may have a logarithmic scale, which they get where they spread widely.
         zero: whether the scale starts at 0 where it is not logarithmic.
         x_title: what runs to the right.
         x_log: whether that has a logarithmic scale.
@@ -142,81 +196,44 @@ def chart(
         note: under it.
     """
     lines = [Line(line.label, thin(line.series)) for line in lines if line.series.steps]
-    more, lines = len(lines) - MOST_LINES, lines[:MOST_LINES]
+    more, lines = len(lines) - MAX_LINES, lines[:MAX_LINES]
     if not lines:
-        return Markup("")
+        return None
     finite = [value for line in lines for value in line.series.finite().values]
     log = log and bool(finite) and min(finite) > 0 and max(finite) > _LOG_FROM * min(finite)
     steps = [float(step) for line in lines for step in line.series.steps]
-    x = Scale(steps, _LEFT, _RIGHT, log=x_log)
+    x = Scale(steps, FRAME.left, FRAME.right, log=x_log)
     x.low, x.high = min(steps), max(max(steps), min(steps) + 1)  # curves begin at the axis
-    y = Scale(finite, _BOTTOM, _TOP, log, zero)
-    notes = [note, "logarithmic scale" if log else "", f"{more} more not shown" if more > 0 else ""]
-    return element(
-        "figure",
-        element("figcaption", title, element("span", class_="at")),
-        element("div", _drawing(title, lines, x, y, x_title), class_="plot"),
-        _legend(lines, newest),
-        element("p", "; ".join(filter(None, notes)), class_="note") if any(notes) else Markup(""),
-        class_="chart",
+    y = Scale(finite, FRAME.bottom, FRAME.top, log, zero)
+    notes = [note, "logarithmic scale" if log else "", f"{more} more not drawn" if more > 0 else ""]
+    return Chart(
+        title=title,
+        curves=[_curve(line, x, y) for line in lines],
+        x_ticks=[(f"{x(value):.1f}", tick_label(value)) for value in x.ticks()],
+        y_ticks=[(f"{y(value):.1f}", tick_label(value)) for value in y.ticks()],
+        x_range=f"{x.low:.9g} {x.high:.9g} {FRAME.left} {FRAME.right} {int(x.log)}",
+        x_title=x_title,
+        note="; ".join(filter(None, notes)),
+        newest=newest,
     )
 
 
-def _drawing(title: str, lines: Sequence[Line], x: Scale, y: Scale, x_title: str) -> Markup:
-    newest = ", ".join(f"{line.label} {number(line.series.values[-1])}" for line in lines)
-    return element(
-        "svg",
-        element("title", f"{title}: newest {newest}"),
-        *_axes(x, y, x_title),
-        element("line", class_="rule", x1=0, x2=0, y1=_TOP, y2=_BOTTOM),
-        *(part for place, line in enumerate(lines) for part in _curve(place, line, x, y)),
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        data_x=f"{x.low:.9g} {x.high:.9g} {_LEFT} {_RIGHT} {int(x.log)}",
-        data_x_title=x_title,
-    )
-
-
-def _axes(x: Scale, y: Scale, x_title: str) -> list[Markup]:
-    parts = []
-    for value in y.ticks():
-        at = f"{y(value):.1f}"
-        parts.append(element("line", class_="grid", x1=_LEFT, x2=_RIGHT, y1=at, y2=at))
-        parts.append(element("text", tick_label(value), class_="tick end", x=_LEFT - 6, y=f"{y(value) + 3.5:.1f}"))
-    parts.append(element("line", class_="axis", x1=_LEFT, x2=_RIGHT, y1=_BOTTOM, y2=_BOTTOM))
-    for value in x.ticks():
-        at, anchor = f"{x(value):.1f}", "end" if x(value) > _RIGHT - 10 else "middle"
-        parts.append(element("line", class_="axis", x1=at, x2=at, y1=_BOTTOM, y2=_BOTTOM + 4))
-        parts.append(element("text", tick_label(value), class_=f"tick {anchor}", x=at, y=_BOTTOM + 16))
-    parts.append(element("text", x_title, class_="tick end", x=_RIGHT, y=_HEIGHT - 1))
-    return parts
-
-
-def _curve(place: int, line: Line, x: Scale, y: Scale) -> list[Markup]:
-    """The path with its values, marks where there are few points, and crosses where values are not finite."""
-    commands, marks, pen = [], [], "M"
-    few = len(line.series.steps) <= _MARKED
-    for step, value in zip(*line.series, strict=True):
+def _curve(line: Line, x: Scale, y: Scale) -> Curve:
+    pairs = list(zip(*line.series, strict=True))
+    commands, marks, crosses, pen = [], [], [], "M"
+    for step, value in pairs:
         if not math.isfinite(value):
-            at = x(step)
-            cross = f"M{at - 3:.1f} {_BOTTOM - 6}l6 6m0 -6l-6 6"
-            marks.append(element("path", class_="cross", d=cross))
+            crosses.append(f"{x(step):.1f}")
             pen = "M"
             continue
+        marks.append((f"{x(step):.1f}", f"{y(value):.1f}"))
         commands.append(f"{pen}{x(step):.1f} {y(value):.1f}")
         pen = "L"
-        if few:
-            marks.append(element("circle", class_=f"mark s{place}", cx=f"{x(step):.1f}", cy=f"{y(value):.1f}", r=2.5))
-    points = " ".join(f"{step:g}:{value:.4g}" for step, value in zip(*line.series, strict=True))
-    path = element("path", class_=f"line s{place}", d="".join(commands), aria_label=line.label, data_points=points)
-    return [path, *marks]
-
-
-def _legend(lines: Sequence[Line], newest: bool) -> Markup:
-    entries = []
-    for place, line in enumerate(lines):
-        stroke = element("path", class_=f"line s{place}", d="M1 4h22")
-        key = element("svg", stroke, class_="key", viewBox="0 0 24 8", aria_hidden="true")
-        value = element("b", f" {number(line.series.values[-1])}" if newest else "")
-        entries.append(element("li", key, line.label, value))
-    return element("ul", join(entries), class_="legend")
+    return Curve(
+        label=line.label,
+        newest=number(line.series.values[-1]),
+        path="".join(commands),
+        points=" ".join(f"{step:g}:{value:.4g}" for step, value in pairs),
+        marks=marks if len(pairs) <= _MARKED else [],
+        crosses=crosses,
+    )

@@ -1,4 +1,4 @@
-"""The page: its frame, the order of its parts, and the file."""
+"""The page: what is in which section, the template that it is rendered with, and the file."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ignite.distributed as idist
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from hjepa_engine.errors import ForceQuit
-from hjepa_engine.report.markup import Markup, duration, element, join
+from hjepa_engine.metrics.health import VERDICT_RULES
+from hjepa_engine.report import sections
+from hjepa_engine.report.charts import FRAME
+from hjepa_engine.report.numbers import duration, number, when
 from hjepa_engine.report.panels import section_charts
 from hjepa_engine.report.reading import RunData, read_run
-from hjepa_engine.report.sections import (
-    checkpoint_section,
-    comparison_section,
-    config_section,
-    environment_section,
-    picture_section,
-    probe_section,
-    verdict_section,
-    when,
-)
 from hjepa_engine.report.verdict import assess
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.utils.files import replace_file
@@ -75,37 +70,65 @@ def _write_quietly(folder: RunFolder) -> None:
 
 
 def render(run: RunData, others: Sequence[RunData] = ()) -> str:
-    """The page as a text that needs nothing else: no network, no other file."""
+    """The page as a string that needs nothing else: no network, no other file."""
     runs = named([run, *others])
     verdicts = {name: assess(each.series) for name, each in runs.items()}
-    charts = {
-        name: [element("div", *drawn, class_="charts")] if drawn else [] for name, drawn in section_charts(run).items()
+    charts = section_charts(run)
+    titles = {
+        "Is it collapsing?": True,
+        "Comparison": bool(others),
+        **{name: bool(charts[name]) for name in ("Loss", "Collapse")},
+        **{"Probes": True, "Pictures": True},
+        **{name: bool(charts[name]) for name in ("Optimization", "Speed and machine", "Other metrics")},
+        **{"Checkpoints": True, "Configuration": True, "Environment": True},
     }
-    sections: dict[str, Sequence[str]] = {
-        "Is it collapsing?": [verdict_section(verdicts[next(iter(runs))])],
-        "Comparison": comparison_section(runs, verdicts) if others else [],
-        "Loss": charts["Loss"],
-        "Collapse": charts["Collapse"],
-        "Probes": [*probe_section(run), *charts["Probes"]],
-        "Pictures": picture_section(run),
-        "Optimization": charts["Optimization"],
-        "Speed and machine": charts["Speed and machine"],
-        "Other metrics": charts["Other metrics"],
-        "Checkpoints": checkpoint_section(run),
-        "Configuration": config_section(run),
-        "Environment": environment_section(run),
-    }
-    present = {title: parts for title, parts in sections.items() if parts}
-    links = [element("a", title, href=f"#{_anchor(title)}") for title in present]
-    body = [
-        _header(run),
-        element("nav", join(links, " ")),
-        *(
-            element("section", element("h2", title), *parts, id=_anchor(title), aria_label=title)
-            for title, parts in present.items()
-        ),
-    ]
-    return _frame(f"{run.name}: report", body)
+    style, script = (
+        Markup(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("report.css", "report.js")
+    )
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            written=time.time(),
+            sections=[title for title, present in titles.items() if present],
+            charts=charts,
+            verdict=verdicts[next(iter(runs))],
+            comparison=sections.compare(runs, verdicts) if others else None,
+            final_probes=sections.final_probe_rows(run),
+            online_probes=sections.online_probes(run),
+            pictures=sections.pictures(run),
+            checkpoints=sections.checkpoint_table(run.checkpoints, run.kept) if run.checkpoints else None,
+            best_checkpoint=sections.best_checkpoint(run) if run.checkpoints else "",
+            changed=None if run.config is None else sections.changed_keys(run.config),
+            environment=sections.environment_rows(run),
+            verdict_rules=VERDICT_RULES,
+            style=style,
+            script=script,
+            frame=FRAME,
+        )
+    )
+
+
+def _environment() -> Environment:
+    """Templates whose values are escaped, and in which a missing value is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        anchor=_anchor,
+        duration=duration,
+        format_value=sections.format_value,
+        number=number,
+        sentence=lambda text: f"{text[:1].upper()}{text[1:]}.",
+        thousands=lambda value: f"{value:,}",
+        when=when,
+    )
+    return environment
 
 
 def named(runs: Sequence[RunData]) -> dict[str, RunData]:
@@ -114,44 +137,9 @@ def named(runs: Sequence[RunData]) -> dict[str, RunData]:
     if len(set(names)) < len(names):
         names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
-        names = [f"{name} ({place})" for place, name in enumerate(names, 1)]
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return dict(zip(names, runs, strict=True))
-
-
-def _header(run: RunData) -> Markup:
-    facts = [f"step {run.step:,}", f"epoch {run.epoch}"]
-    if run.times:
-        first, last = run.times
-        facts += [f"{duration(last - first)} from the first to the last record", f"last record {when(last)}"]
-    reason = str(run.status.get("reason") or "")
-    code = run.status.get("exit_code")
-    said = f"{reason} (exit code {code})" if reason and code else reason
-    state = element("span", run.state, class_=f"state {run.state}")
-    return element(
-        "header",
-        element("h1", run.name),
-        element("p", join([state, *facts], " · ")),
-        element("p", said) if said else Markup(""),
-        element("p", f"{run.path}, report written {when(time.time())}", class_="note"),
-    )
 
 
 def _anchor(title: str) -> str:
     return "".join(letter if letter.isalpha() else "-" for letter in title.lower()).strip("-")
-
-
-def _frame(title: str, body: Sequence[Markup]) -> str:
-    style, script = (
-        Markup(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("page.css", "page.js")
-    )
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        element("style", style),
-    ]
-    page = element(
-        "html", element("head", *head), element("body", element("main", *body), element("script", script)), lang="en"
-    )
-    return f"<!doctype html>\n{page}\n"

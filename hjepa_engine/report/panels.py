@@ -6,8 +6,30 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
-from hjepa_engine.report.charts import Line, chart
-from hjepa_engine.report.markup import Markup
+from hjepa_engine.metrics.names import (
+    ALPHA_REQ,
+    COLLAPSE,
+    DATA_WAIT,
+    EMA_MOMENTUM,
+    ENCODERS,
+    FINAL_PROBES,
+    GRAD_NORM,
+    IMAGES_PER_S,
+    ITERATION_MS,
+    KNN,
+    LIDAR,
+    LR,
+    ONLINE_LINEAR,
+    RANK_ME,
+    SYSTEM,
+    TITLES,
+    TRAIN_LOSS,
+    VAL_LOSS,
+    WEIGHT_DECAY,
+    collapse_metric,
+    spectrum_encoder,
+)
+from hjepa_engine.report.charts import Chart, Line, chart
 from hjepa_engine.report.reading import RunData, Series
 
 Item = TypeVar("Item")
@@ -33,84 +55,85 @@ class Panel(NamedTuple):
 
 def _encoders(key: str) -> dict[str, str]:
     return {
-        f"collapse/{batch}{encoder}_{key}": f"{encoder}{words}"
-        for batch, words in (("", ""), ("batch_", ", training batches"))
-        for encoder in ("target", "context")
+        collapse_metric(encoder, key, batch=batch): f"{encoder}{', training batches' if batch else ''}"
+        for batch in (False, True)
+        for encoder in ENCODERS
     }
 
 
 def _levels(key: str) -> dict[str, str]:
-    return {rf"collapse/{encoder}_{key}_level_(\d+)": rf"{encoder}, level \1" for encoder in ("target", "context")}
+    return {collapse_metric(encoder, key, level=r"(\d+)"): rf"{encoder}, level \1" for encoder in ENCODERS}
 
 
+#: Curve names of the probes that are measured during a run.
+ONLINE_PROBES = {KNN: "kNN", ONLINE_LINEAR: "linear, online"}
 SECTIONS: dict[str, list[Panel]] = {
     "Loss": [
-        Panel("Loss", {"train/loss": "training", "val/loss": "validation"}, log=True),
+        Panel("Loss", {TRAIN_LOSS: "training", VAL_LOSS: "validation"}, log=True),
         Panel(
             "Loss of each level",
-            {r"train/loss_level_(\d+)": r"training, level \1", r"val/loss_level_(\d+)": r"validation, level \1"},
+            {rf"{TRAIN_LOSS}_level_(\d+)": r"training, level \1", rf"{VAL_LOSS}_level_(\d+)": r"validation, level \1"},
             log=True,
         ),
         Panel(
             "Regularizers",
-            {r"train/loss_((?!level)\w+)": r"\1", r"val/loss_((?!level)\w+)": r"validation, \1"},
+            {rf"{TRAIN_LOSS}_((?!level)\w+)": r"\1", rf"{VAL_LOSS}_((?!level)\w+)": r"validation, \1"},
             log=True,
         ),
     ],
     "Collapse": [
         Panel(
-            "Rank share", _encoders("rank_share"), zero=True, note="1: all directions are used alike, 0: one is left"
+            "Rank share", _encoders("rank_share"), zero=True, note="1: all directions vary alike, 0: a single one does"
         ),
         Panel("Rank share of each level", _levels("rank_share"), zero=True),
         Panel("Standard deviation", _encoders("std"), zero=True),
         Panel("Standard deviation of each level", _levels("std"), zero=True),
         Panel("Norm of centered features", _encoders("norm"), zero=True),
         Panel("Norm of each level", _levels("norm"), zero=True),
-        Panel("RankMe", _encoders("rank_me"), zero=True),
-        Panel("LiDAR", _encoders("lidar"), zero=True),
-        Panel("alpha-ReQ", _encoders("alpha_req")),
+        Panel("RankMe", _encoders(RANK_ME), zero=True),
+        Panel("LiDAR", _encoders(LIDAR), zero=True),
+        Panel("alpha-ReQ", _encoders(ALPHA_REQ)),
     ],
     "Probes": [
-        Panel("Accuracy of probes", {"probe/knn": "kNN", "probe/online_linear": "linear, online"}, zero=True),
+        Panel("Accuracy of probes", ONLINE_PROBES, zero=True),
     ],
     "Optimization": [
-        Panel("Learning rate", {"train/lr": "learning rate", r"train/lr_level_(\d+)": r"level \1"}, zero=True),
-        Panel("Weight decay", {"train/weight_decay": "weight decay"}, zero=True),
-        Panel("Momentum of the target encoder", {"train/ema_momentum": "momentum"}),
-        Panel("Gradient norm", {"train/grad_norm": "before clipping"}, log=True, zero=True),
+        Panel("Learning rate", {LR: "learning rate", rf"{LR}_level_(\d+)": r"level \1"}, zero=True),
+        Panel("Weight decay", {WEIGHT_DECAY: "weight decay"}, zero=True),
+        Panel("Momentum of the target encoder", {EMA_MOMENTUM: "momentum"}),
+        Panel("Gradient norm", {GRAD_NORM: "before clipping"}, log=True, zero=True),
     ],
     "Speed and machine": [
-        Panel("Images per second", {"train/images_per_s": "images per second"}, zero=True),
-        Panel("Share of time waiting for data", {"train/data_wait": "waiting"}, zero=True),
+        Panel("Images per second", {IMAGES_PER_S: "images per second"}, zero=True),
+        Panel("Share of time waiting for data", {DATA_WAIT: "waiting"}, zero=True),
         Panel(
-            "Time of a step in ms",
-            {r"train/((?!step)\w+)_ms": r"\1", "train/iteration_ms": "whole step"},
+            "Time of an iteration in ms",
+            {ITERATION_MS: "whole iteration", r"train/(\w+)_ms": r"\1"},
             log=True,
             zero=True,
         ),
     ],
 }
-#: What runs are compared by.
-COMPARED = {
-    "train/loss": "Training loss",
-    "val/loss": "Validation loss",
-    "collapse/target_rank_share": "Rank share of the target encoder",
-    "collapse/target_std": "Standard deviation of the target encoder",
-    "collapse/context_rank_share": "Rank share of the context encoder",
-    "probe/knn": "kNN accuracy",
-    "probe/online_linear": "Online linear accuracy",
-    "train/grad_norm": "Gradient norm",
-    "train/lr": "Learning rate",
-    "train/images_per_s": "Images per second",
-}
-#: Told elsewhere: the probe at the end of the run has one value, and a rank is the rank share in other units.
-_NO_CURVES = r"probe/linear(_\w+)?|collapse/\w+_rank(_level_\d+)?"
+#: The metrics that runs are compared by.
+COMPARED = (
+    *(TRAIN_LOSS, VAL_LOSS),
+    *(
+        collapse_metric("target", "rank_share"),
+        collapse_metric("target", "std"),
+        collapse_metric("context", "rank_share"),
+    ),
+    *(KNN, ONLINE_LINEAR, GRAD_NORM, LR, IMAGES_PER_S),
+)
+#: In tables: a final probe has one value, and a rank is the rank share in other units.
+_NO_CURVES = rf"{'|'.join(FINAL_PROBES.values())}|{COLLAPSE}\w+_rank(_level_\d+)?"
 
 
-def section_charts(run: RunData) -> dict[str, list[Markup]]:
-    """The charts of a run by section; what no panel asks for comes under ``Other metrics``."""
+def section_charts(run: RunData) -> dict[str, list[Chart]]:
+    """The charts of a run by section; metrics of no panel come under ``Other metrics``."""
     left = dict(run.series)
-    found = {name: [_draw(panel, left) for panel in panels] for name, panels in SECTIONS.items()}
+    found: dict[str, list[Chart | None]] = {
+        name: [_draw(panel, left) for panel in panels] for name, panels in SECTIONS.items()
+    }
     found["Collapse"] += spectrum_charts(run)
     found["Speed and machine"] += _machine_charts(left)
     found["Other metrics"] = [
@@ -121,7 +144,7 @@ def section_charts(run: RunData) -> dict[str, list[Markup]]:
     return {name: [drawn for drawn in charts if drawn] for name, charts in found.items()}
 
 
-def _draw(panel: Panel, left: dict[str, Series]) -> Markup:
+def _draw(panel: Panel, left: dict[str, Series]) -> Chart | None:
     """The chart of a panel; its metrics are taken out of ``left``."""
     lines = []
     for pattern, label in panel.lines.items():
@@ -130,23 +153,25 @@ def _draw(panel: Panel, left: dict[str, Series]) -> Markup:
     return chart(panel.title, lines, panel.log, panel.zero, note=panel.note)
 
 
-def _machine_charts(left: dict[str, Series]) -> list[Markup]:
-    """One chart for each figure of the machine, with all GPUs in it."""
+def _machine_charts(left: dict[str, Series]) -> list[Chart | None]:
+    """One chart for each metric of the machine, with all GPUs in it."""
     groups: dict[str, list[Line]] = {}
-    for name in [name for name in left if name.startswith("system/")]:
-        short = name.removeprefix("system/")
+    for name in [name for name in left if name.startswith(SYSTEM)]:
+        short = name.removeprefix(SYSTEM)
         match = re.fullmatch(r"gpu(\d+)_(\w+)", short)
         title, label = (f"GPU {match[2]}", f"GPU {match[1]}") if match else (short, short)
-        groups.setdefault(title.replace("_", " "), []).append(Line(label.replace("_", " "), left.pop(name)))
+        groups.setdefault(title.replace("_", " ").replace(" gb", " GB"), []).append(
+            Line(label.replace("_", " "), left.pop(name))
+        )
     return [chart(title, lines, zero=True) for title, lines in groups.items()]
 
 
-def spectrum_charts(run: RunData) -> list[Markup]:
-    """The spectrum of each encoder at the first, a middle and the last reading."""
+def spectrum_charts(run: RunData) -> list[Chart | None]:
+    """The spectrum of each encoder: the first, the last, and two between them."""
     found = []
     for name, by_step in run.spectra.items():
         steps = spread(list(by_step), 4)
-        title = f"Spectrum: {name.rpartition('/')[2].removesuffix('_spectrum')}"
+        title = f"Spectrum: {spectrum_encoder(name) or name}"
         lines = [Line(f"step {step}", _positive(by_step[step])) for step in steps]
         note = "share of the n-th singular value"
         found.append(chart(title, lines, log=True, x_title="n", x_log=True, newest=False, note=note))
@@ -159,20 +184,20 @@ def _positive(series: Series) -> Series:
     return Series([rank for rank, _ in kept], [share for _, share in kept])
 
 
-def comparison_charts(runs: Mapping[str, RunData]) -> list[Markup]:
+def comparison_charts(runs: Mapping[str, RunData]) -> list[Chart | None]:
     """Each metric of :data:`COMPARED` that two runs have, one curve per run, by the runs' names."""
     drawn = []
-    for name, title in COMPARED.items():
+    for name in COMPARED:
         lines = [Line(label, run.series.get(name, Series([], []))) for label, run in runs.items()]
         if sum(bool(line.series.steps) for line in lines) > 1:
-            log = name in ("train/loss", "val/loss", "train/grad_norm")
-            drawn.append(chart(title, lines, log=log, zero=not name.endswith("/loss")))
+            log = name in (TRAIN_LOSS, VAL_LOSS, GRAD_NORM)
+            drawn.append(chart(TITLES[name], lines, log=log, zero=name not in (TRAIN_LOSS, VAL_LOSS)))
     return drawn
 
 
-def spread(items: Iterable[Item], most: int) -> list[Item]:
-    """At most ``most`` items, evenly, the first and the last among them."""
+def spread(items: Iterable[Item], count: int) -> list[Item]:
+    """At most ``count`` items, evenly spread, the first and the last among them."""
     found = list(items)
-    if len(found) <= most:
+    if len(found) <= count:
         return found
-    return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
+    return [found[round(index * (len(found) - 1) / (count - 1))] for index in range(count)]

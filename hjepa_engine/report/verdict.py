@@ -8,58 +8,50 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-from hjepa_engine.report.markup import number
+from hjepa_engine.metrics.health import (
+    ACCURACY_LOSS,
+    ACCURACY_NOISE,
+    ADVICE,
+    COLLAPSED_SCALE,
+    COLLAPSED_SHARE,
+    DISAGREEMENT,
+    FALLEN_SHARE,
+    LOSS_FALL,
+    LOW_SCALE,
+    LOW_SHARE,
+)
+from hjepa_engine.metrics.names import (
+    COLLAPSE,
+    ENCODERS,
+    GRAD_NORM,
+    KNN,
+    ONLINE_LINEAR,
+    PROBE,
+    ROLLBACKS,
+    TITLES,
+    TRAIN,
+    TRAIN_LOSS,
+    VAL_LOSS,
+    collapse_metric,
+)
+from hjepa_engine.report.numbers import number, percent
 from hjepa_engine.report.reading import Series
 
 Level = Literal["healthy", "watch", "collapsed", "broken", "cannot tell"]
 
-#: Rank share (0 to 1) under which an encoder counts as collapsed: 1 + 0.02 (D - 1) directions tell images apart.
-COLLAPSED_SHARE = 0.02
-#: Rank share that is worth a look: few directions, though some encoders live with them.
-LOW_SHARE = 0.05
-#: What of its value at step 0 the rank share may fall to: healthy runs of the default configuration keep about half.
-FALLEN_SHARE = 0.3
-#: Features whose std or norm is so small a part of that at step 0 are next to constants, whatever the shape of their
-#: spectrum: with momentum 0, runs on digit pages and CIFAR-10 kept 0.12 and 0.16, healthy ones 0.7 or more.
-COLLAPSED_SCALE = 0.2
-#: The same, worth a look: a run that came back from there kept 0.43.
-LOW_SCALE = 0.5
-#: Ratio between the rank shares on the fixed images and on training batches from which they disagree: one is wrong.
-DISAGREEMENT = 3.0
-#: A change of accuracy that is more than the noise of two readings of a probe on 1000 images.
-ACCURACY_NOISE = 0.05
-#: What an accuracy may lose of its best, which is the luckiest of many readings: healthy runs of the default lose 0.05.
-ACCURACY_LOSS = 0.1
-#: A loss that fell by this part counts as falling.
-LOSS_FALL = 0.1
-
-RULES = (
-    f"Collapsed: the rank share of an encoder is below {COLLAPSED_SHARE}, or the size (standard deviation or norm) of its "
-    f"centered features below {COLLAPSED_SCALE} of that at step 0. Watch: a rank share below {LOW_SHARE} or below "
-    f"{FALLEN_SHARE} of that at step 0, a level below {COLLAPSED_SHARE}, a size below {LOW_SCALE} of that at step 0, fixed "
-    f"images and training batches that disagree by a factor of {DISAGREEMENT:g}, a kNN accuracy {ACCURACY_NOISE} below the "
-    f"random encoder's or {ACCURACY_LOSS} below its own best, values that were not finite, a collapsed rank share while the "
-    f"kNN accuracy is {ACCURACY_NOISE} above the random encoder's. Broken: the newest loss or reading is not finite. "
-    "Cannot tell: no reading after step 0."
+TARGET_SHARE, TARGET_STD = collapse_metric("target", "rank_share"), collapse_metric("target", "std")
+BATCH_SHARE = collapse_metric("target", "rank_share", batch=True)
+#: The metrics of the evidence, in its order; the levels' rank shares come behind the target encoder's.
+_TARGET = (TARGET_SHARE, TARGET_STD, collapse_metric("target", "norm"))
+_OTHERS = (
+    *(collapse_metric("context", key) for key in ("rank_share", "std")),
+    *(BATCH_SHARE, TRAIN_LOSS, VAL_LOSS, KNN, ONLINE_LINEAR),
 )
-
-NAMES = {
-    "collapse/target_rank_share": "target rank share",
-    "collapse/target_std": "target std",
-    "collapse/target_norm": "target norm",
-    "collapse/context_rank_share": "context rank share",
-    "collapse/context_std": "context std",
-    "collapse/batch_target_rank_share": "target rank share in training",
-    "train/loss": "training loss",
-    "val/loss": "validation loss",
-    "probe/knn": "kNN accuracy",
-    "probe/online_linear": "online linear accuracy",
-}
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A metric from its first to its newest finite value."""
+    """The first, lowest, highest and newest finite value of a metric, with their optimizer steps."""
 
     name: str
     first: float
@@ -71,59 +63,77 @@ class Evidence:
     now: float
     now_step: int
 
+    @property
+    def title(self) -> str:
+        """The metric in words."""
+        return TITLES.get(self.name) or f"{TITLES[TARGET_SHARE]}, level {_level(self.name)}"
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, why, and the figures that it rests on."""
+    """The answer, why, what usually helps, and the evidence behind it."""
 
     level: Level
     headline: str
     reasons: list[str]
+    advice: list[str]
     evidence: list[Evidence]
 
 
 def assess(series: Mapping[str, Series]) -> Verdict:
-    """Judge a run by what it has logged; :data:`RULES` are the rules, the constants above the thresholds.
+    """Assess a run by its logged metrics; :mod:`hjepa_engine.metrics.health` has the rules and thresholds.
 
-    A low rank with a kNN probe clearly above the random encoder's is worth watching, not collapsed: some directions that
-    matter are left. Features are centered at each place of the map, so that tokens which tell places apart and not images
-    count as collapsed.
+    A low rank with a kNN accuracy clearly above the random encoder's is a warning sign, not collapse: some useful directions
+    are left. Collapse metrics center features per patch position, so that features which depend on the position and not
+    on the image count as collapsed.
 
     Args:
         series: all metrics of the run by name.
     """
     evidence = {name: found for name in _names(series) if (found := _evidence(name, series))}
-    broken, collapsed = _broken(series), _collapsed(evidence)
-    notes = _signs(evidence) + _non_finite(series)
-    gain = _probe_gain(evidence)
-    target = evidence.get("collapse/target_rank_share")
+    low_rank, constant, broken = _collapsed_ranks(evidence), _collapsed_scales(evidence), _broken(series)
+    collapsed = low_rank + constant
+    signs = {
+        COLLAPSE: [
+            *collapsed,
+            *_low_ranks(evidence),
+            *_low_scales(evidence),
+            *_easy_targets(evidence),
+            *_disagreement(evidence),
+        ],
+        PROBE: _falling_probe(evidence),
+        TRAIN: _non_finite(series),
+    }
+    level: Level
+    target = evidence.get(TARGET_SHARE)
     if broken:
-        level, headline, reasons = "broken", "Values are not finite.", broken + collapsed
-    elif collapsed and gain > ACCURACY_NOISE and not any("constant" in reason for reason in collapsed):
-        level, headline = "watch", "The rank is very low, though the kNN probe still beats a random encoder."
-        reasons = collapsed + notes
+        level, headline = "broken", "Values are not finite."
+        signs = {TRAIN: broken, COLLAPSE: collapsed}
+    elif low_rank and not constant and _probe_gain(evidence) > ACCURACY_NOISE:
+        level, headline = "watch", "The rank is very low, though the kNN accuracy is still above a random encoder's."
     elif collapsed:
-        level, headline, reasons = "collapsed", "The representation has collapsed.", collapsed + notes
+        level, headline = "collapsed", "The representation has collapsed."
     elif target is None or target.now_step <= 0:
-        level, headline = "cannot tell", "There is no reading of the target encoder after step 0."
-        reasons = ["Readings need collapse.enabled and a run of some steps.", *notes]
-    elif notes:
-        level, headline, reasons = "watch", "Not collapsed, but not all is as it should be.", notes
+        level, headline = "cannot tell", "Nothing was measured on the target encoder after step 0."
+        signs = {"": ["Measuring needs collapse.enabled and a run of some steps."], **signs}
+    elif any(signs.values()):
+        level, headline = "watch", "Not collapsed, but there are warning signs."
     else:
-        level, headline, reasons = "healthy", "No sign of collapse.", []
-    summary = _rolled_back(series) + _summary(evidence)
-    return Verdict(level, headline, [*reasons, *summary], list(evidence.values()))  # type: ignore[arg-type]
+        level, headline = "healthy", "No sign of collapse."
+    reasons = [reason for found in signs.values() for reason in found]
+    advice = [ADVICE[group] for group, found in signs.items() if found and group in ADVICE]
+    return Verdict(
+        level, headline, reasons + _rolled_back(series) + _summary(evidence), advice, list(evidence.values())
+    )
 
 
 def _names(series: Mapping[str, Series]) -> list[str]:
-    levels = sorted(name for name in series if name.startswith("collapse/target_rank_share_level_"))
-    names = list(NAMES)
-    return [*names[:3], *levels, *names[3:]]
+    levels = sorted(name for name in series if name.startswith(collapse_metric("target", "rank_share", level="")))
+    return [*_TARGET, *levels, *_OTHERS]
 
 
-def title_of(name: str) -> str:
-    """A metric of the verdict in words."""
-    return NAMES.get(name) or f"target rank share, level {name.rpartition('_')[2]}"
+def _level(name: str) -> str:
+    return name.rpartition("_")[2]
 
 
 def _evidence(name: str, series: Mapping[str, Series]) -> Evidence | None:
@@ -136,9 +146,15 @@ def _evidence(name: str, series: Mapping[str, Series]) -> Evidence | None:
     )
 
 
+def _shares(evidence: Mapping[str, Evidence]) -> list[tuple[str, Evidence]]:
+    """The rank share of each encoder that was measured."""
+    found = [(encoder, evidence.get(collapse_metric(encoder, "rank_share"))) for encoder in ENCODERS]
+    return [(encoder, share) for encoder, share in found if share]
+
+
 def _broken(series: Mapping[str, Series]) -> list[str]:
     reasons = []
-    for name in ("train/loss", "val/loss", "collapse/target_rank_share", "collapse/context_rank_share"):
+    for name in (TRAIN_LOSS, VAL_LOSS, *(collapse_metric(encoder, "rank_share") for encoder in ENCODERS)):
         steps, values = series.get(name, Series([], []))
         if values and not math.isfinite(values[-1]):
             last = len(list(takewhile(lambda value: not math.isfinite(value), reversed(values))))
@@ -146,77 +162,61 @@ def _broken(series: Mapping[str, Series]) -> list[str]:
     return reasons
 
 
-def _collapsed(evidence: Mapping[str, Evidence]) -> list[str]:
-    reasons = []
-    for encoder in ("target", "context"):
-        share = evidence.get(f"collapse/{encoder}_rank_share")
-        if share and share.now < COLLAPSED_SHARE:
-            reasons.append(
-                f"The {encoder} encoder's rank share is {number(share.now)} at step {share.now_step} "
-                f"({number(share.first)} at step {share.first_step}): next to nothing but one direction is left."
-            )
-        if (kept := _kept_scale(evidence, encoder)) is not None and kept < COLLAPSED_SCALE:
-            reasons.append(
-                f"The {encoder} encoder's centered features keep {_percent(kept)} of their size at step 0: they are next to "
-                "constant over images."
-            )
-    return reasons
-
-
-def _signs(evidence: Mapping[str, Evidence]) -> list[str]:
+def _collapsed_ranks(evidence: Mapping[str, Evidence]) -> list[str]:
     return [
-        *_low_ranks(evidence),
-        *_low_scales(evidence),
-        *_easy_targets(evidence),
-        *_disagreement(evidence),
-        *_falling_probe(evidence),
+        f"The {encoder} encoder's rank share is {number(share.now)} at step {share.now_step} "
+        f"({number(share.first)} at step {share.first_step}): its features vary in little more than one direction."
+        for encoder, share in _shares(evidence)
+        if share.now < COLLAPSED_SHARE
+    ]
+
+
+def _collapsed_scales(evidence: Mapping[str, Evidence]) -> list[str]:
+    return [
+        f"The {encoder} encoder's centered features keep {percent(kept)} of their size at step 0: they are next to "
+        "constant over images."
+        for encoder in ENCODERS
+        if (kept := _kept_scale(evidence, encoder)) is not None and kept < COLLAPSED_SCALE
     ]
 
 
 def _low_ranks(evidence: Mapping[str, Evidence]) -> list[str]:
-    reasons = []
-    for encoder in ("target", "context"):
-        share = evidence.get(f"collapse/{encoder}_rank_share")
-        if share is None or share.now < COLLAPSED_SHARE:
-            continue
-        if share.now < LOW_SHARE or share.now < FALLEN_SHARE * share.first:
-            reasons.append(
-                f"The {encoder} encoder's rank share has gone from {number(share.first)} to {number(share.now)} "
-                f"({_percent(share.now / share.first if share.first else 0)} of its start)."
-            )
+    reasons = [
+        f"The {encoder} encoder's rank share has gone from {number(share.first)} to {number(share.now)} "
+        f"({percent(share.now / share.first if share.first else 0)} of its start)."
+        for encoder, share in _shares(evidence)
+        if share.now >= COLLAPSED_SHARE and (share.now < LOW_SHARE or share.now < FALLEN_SHARE * share.first)
+    ]
     for name, share in evidence.items():
         if "_level_" in name and share.now < COLLAPSED_SHARE:
-            reasons.append(f"Level {name.rpartition('_')[2]} of the target has a rank share of {number(share.now)}.")
+            reasons.append(f"Level {_level(name)} of the target encoder has a rank share of {number(share.now)}.")
     return reasons
 
 
+def _low_scales(evidence: Mapping[str, Evidence]) -> list[str]:
+    return [
+        f"The {encoder} encoder's centered features keep {percent(kept)} of their size at step 0: they differ less between "
+        "images than they did."
+        for encoder in ENCODERS
+        if (kept := _kept_scale(evidence, encoder)) is not None and COLLAPSED_SCALE <= kept < LOW_SCALE
+    ]
+
+
 def _easy_targets(evidence: Mapping[str, Evidence]) -> list[str]:
-    target, loss = evidence.get("collapse/target_rank_share"), evidence.get("train/loss")
+    target, loss = evidence.get(TARGET_SHARE), evidence.get(TRAIN_LOSS)
     kept = _kept_scale(evidence, "target")
     rank_fell = target is not None and target.now < FALLEN_SHARE * target.first
     size_fell = kept is not None and kept < LOW_SCALE
     if loss is None or loss.now >= (1 - LOSS_FALL) * loss.first or not (rank_fell or size_fell):
         return []
     return [
-        f"The loss fell from {number(loss.first)} to {number(loss.now)} while the {'rank' if rank_fell else 'size'} fell: "
-        "targets get easier to predict by saying less, which is how collapse begins."
+        f"The loss fell from {number(loss.first)} to {number(loss.now)} while the {'rank' if rank_fell else 'size'} of the "
+        "targets fell: targets with less information are easier to predict, which is how collapse begins."
     ]
 
 
-def _low_scales(evidence: Mapping[str, Evidence]) -> list[str]:
-    reasons = []
-    for encoder in ("target", "context"):
-        kept = _kept_scale(evidence, encoder)
-        if kept is not None and COLLAPSED_SCALE <= kept < LOW_SCALE:
-            reasons.append(
-                f"The {encoder} encoder's centered features keep {_percent(kept)} of their size at step 0: images differ "
-                "less than they did."
-            )
-    return reasons
-
-
 def _disagreement(evidence: Mapping[str, Evidence]) -> list[str]:
-    fixed, batch = (evidence.get(f"collapse/{name}_rank_share") for name in ("target", "batch_target"))
+    fixed, batch = evidence.get(TARGET_SHARE), evidence.get(BATCH_SHARE)
     if fixed is None or batch is None or min(fixed.now_step, batch.now_step) <= 0:
         return []
     low, high = sorted((max(fixed.now, 1e-3), max(batch.now, 1e-3)))
@@ -226,24 +226,23 @@ def _disagreement(evidence: Mapping[str, Evidence]) -> list[str]:
 
 
 def _falling_probe(evidence: Mapping[str, Evidence]) -> list[str]:
-    probe, reasons = evidence.get("probe/knn"), []
+    probe = evidence.get(KNN)
     if probe is None:
         return []
     if probe.first_step == 0 and probe.now < probe.first - ACCURACY_NOISE:
-        reasons.append(
+        return [
             f"kNN accuracy is {number(probe.now)}, below the {number(probe.first)} of the random encoder at step 0."
-        )
-    elif probe.now < probe.highest - ACCURACY_LOSS:
-        reasons.append(
-            f"kNN accuracy has fallen from {number(probe.highest)} at step {probe.highest_step} to {number(probe.now)}: "
-            "take an earlier checkpoint."
-        )
-    return reasons
+        ]
+    if probe.now < probe.highest - ACCURACY_LOSS:
+        return [
+            f"kNN accuracy has fallen from {number(probe.highest)} at step {probe.highest_step} to {number(probe.now)}."
+        ]
+    return []
 
 
 def _non_finite(series: Mapping[str, Series]) -> list[str]:
     reasons = []
-    for name in ("train/loss", "val/loss", "train/grad_norm"):
+    for name in (TRAIN_LOSS, VAL_LOSS, GRAD_NORM):
         steps, values = series.get(name, Series([], []))
         bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
         if bad and math.isfinite(values[-1]):
@@ -253,22 +252,22 @@ def _non_finite(series: Mapping[str, Series]) -> list[str]:
 
 
 def _probe_gain(evidence: Mapping[str, Evidence]) -> float:
-    probe = evidence.get("probe/knn")
+    probe = evidence.get(KNN)
     return probe.now - probe.first if probe and probe.first_step == 0 else 0.0
 
 
 def _rolled_back(series: Mapping[str, Series]) -> list[str]:
-    times = max(series.get("train/rollbacks", Series([], [])).finite()[1], default=0)
+    times = max(series.get(ROLLBACKS, Series([], [])).finite()[1], default=0)
     return [f"A guard has rolled the run back {int(times)} times, each with a lower learning rate."] if times else []
 
 
 def _summary(evidence: Mapping[str, Evidence]) -> list[str]:
-    """What the figures are, whatever they mean."""
-    share, std, probe = (evidence.get(n) for n in ("collapse/target_rank_share", "collapse/target_std", "probe/knn"))
+    """The main metrics in words, whatever they mean."""
+    share, std, probe = (evidence.get(name) for name in (TARGET_SHARE, TARGET_STD, KNN))
     sentences = []
     if share and share.now_step > 0:
         spread = (
-            f"; its features keep {_percent(std.now / std.first)} of their standard deviation"
+            f"; its features keep {percent(std.now / std.first)} of their standard deviation"
             if std and std.first
             else ""
         )
@@ -286,13 +285,9 @@ def _summary(evidence: Mapping[str, Evidence]) -> list[str]:
 
 
 def _kept_scale(evidence: Mapping[str, Evidence], encoder: str) -> float | None:
-    """What is left of the std or of the norm at step 0, whichever is less; None where that was not measured."""
-    readings = [evidence.get(f"collapse/{encoder}_{key}") for key in ("std", "norm")]
+    """Part of the std or of the norm at step 0 that is left, whichever is less; None where neither was measured."""
+    found = [evidence.get(collapse_metric(encoder, key)) for key in ("std", "norm")]
     shares = [
-        each.now / each.first for each in readings if each and each.first_step == 0 < each.now_step and each.first > 0
+        each.now / each.first for each in found if each and each.first_step == 0 < each.now_step and each.first > 0
     ]
     return min(shares, default=None)
-
-
-def _percent(part: float) -> str:
-    return f"{100 * part:.0f} %" if part >= 0.01 else f"{100 * part:.2g} %"

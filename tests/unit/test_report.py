@@ -1,9 +1,11 @@
 """The report: what it reads, what it says, and that it is one file that needs nothing else."""
 
 import base64
+import configparser
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -11,16 +13,24 @@ from html.parser import HTMLParser
 
 import pytest
 from helpers import ROOT, save_state, tiny_config
+from jinja2 import UndefinedError
 
 from hjepa_engine import Config, TrainEvents, dump_config, load_config
 from hjepa_engine.errors import ForceQuit, GuardStop
-from hjepa_engine.recipes import report
+from hjepa_engine.metrics.health import (
+    ADVICE,
+    COLLAPSED_SCALE,
+    COLLAPSED_SHARE,
+    DISAGREEMENT,
+    FALLEN_SHARE,
+    LOW_SCALE,
+)
+from hjepa_engine.recipes import checkpoints, report
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.report import assess, read_run, write_report, write_report_on_exit
 from hjepa_engine.report.charts import Line, chart, log_ticks, thin, ticks
-from hjepa_engine.report.markup import element
+from hjepa_engine.report.page import _environment
 from hjepa_engine.report.reading import Series, collect
-from hjepa_engine.report.verdict import COLLAPSED_SCALE, COLLAPSED_SHARE, DISAGREEMENT, FALLEN_SHARE, LOW_SCALE
 from hjepa_engine.run.cli import run_command
 from hjepa_engine.run.folder import RunFolder
 
@@ -180,10 +190,10 @@ def test_the_page_loads_nothing_and_names_no_address(finished):
 
 def test_every_drawing_has_a_title_and_a_view_box(finished):
     page = page_of(finished)
-    drawings = [place for place, (tag, attributes) in enumerate(page.tags) if tag == "svg" and "role" in attributes]
+    drawings = [index for index, (tag, attributes) in enumerate(page.tags) if tag == "svg" and "role" in attributes]
     assert len(drawings) > 10
-    for place in drawings:
-        assert page.tags[place + 1][0] == "title" and page.tags[place][1]["viewbox"]
+    for index in drawings:
+        assert page.tags[index + 1][0] == "title" and page.tags[index][1]["viewbox"]
 
 
 def test_names_and_paths_are_escaped(tmp_path):
@@ -204,8 +214,27 @@ def test_names_and_paths_are_escaped(tmp_path):
     assert any("<b>&'run'" in text for text in page.texts)
 
 
-def test_elements_escape_what_is_no_markup():
-    assert element("p", "a<b", element("b", "&"), title='"') == '<p title="&quot;">a&lt;b<b>&amp;</b></p>'
+def test_a_file_name_that_is_no_text_does_not_stop_the_report(tmp_path):
+    run = write_run(tmp_path / "run", [{"train/loss": 1.0}])
+    (run / "figures").mkdir()
+    (run / "figures" / os.fsdecode(b"\xff_00000001.png")).write_bytes(PIXEL)
+    assert "?, step 1" in page_of(run).texts
+
+
+def test_a_template_that_asks_for_what_is_not_there_is_an_error():
+    with pytest.raises(UndefinedError, match="missing"):
+        _environment().from_string("{{ missing }}").render()
+
+
+def test_the_templates_are_package_data():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    folder, patterns = (
+        ROOT / "hjepa_engine" / "report",
+        setup["options.package_data"]["hjepa_engine.report"].split(", "),
+    )
+    shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert shipped == {path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"} != set()
 
 
 # What lies in the folder
@@ -315,6 +344,18 @@ def test_checkpoints_are_listed_with_what_keeps_them(tmp_path):
     assert "Best by val/loss (min): epoch_0001_step_00000001." in page.texts
 
 
+def test_the_command_lists_checkpoints_as_the_report_does(tmp_path, capsys):
+    run = write_run(tmp_path / "run", config=load_config(None, ["--checkpoint.keep_best_n=1"]))
+    (run / "checkpoints").mkdir()
+    for iteration, score in ((1, 0.2), (2000, 0.5), (3000, 0.4)):
+        save_state(run / "checkpoints", {}, iteration, score)
+    checkpoints.main(["--run", str(run)])
+    listed = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    cells = page_of(run).cells
+    first = cells.index("epoch_3000_step_00003000")
+    assert [cell for line in listed[1:] for cell in line] == cells[first : first + 24] and len(listed) == 4
+
+
 def test_the_probe_table_says_which_checkpoint_was_best(tmp_path):
     records = [{"step": step, "probe/knn": knn} for step, knn in ((0, 0.3), (2, 0.8), (3, 0.6))]
     run = write_run(tmp_path / "run", records, {"state": "done", "results": {"trained": 0.5, "random": 0.25}})
@@ -323,8 +364,7 @@ def test_the_probe_table_says_which_checkpoint_was_best(tmp_path):
     assert "not kept" in page_of(run).cells
     save_state(run / "checkpoints", {}, 2)
     cells = page_of(run).cells
-    place = cells.index("kNN")
-    assert cells[place : place + 5] == ["kNN", "0.3", "0.8", "0.6", "epoch_0002_step_00000002"]
+    assert cells[cells.index("kNN") :][:5] == ["kNN", "0.3", "0.8", "0.6", "epoch_0002_step_00000002"]
     assert "50.0 %" in cells and "25.0 %" in cells
     (run / "linear_probe.json").write_text(json.dumps({"accuracy": {"trained": 0.75}}))
     assert "75.0 %" in page_of(run).cells
@@ -372,11 +412,11 @@ def test_a_chart_is_logarithmic_only_where_values_spread_and_are_positive():
     def drawn(*values):
         return chart("Loss", [Line("a", Series(list(range(len(values))), list(values)))], log=True)
 
-    assert "logarithmic" in drawn(1.0, 0.01) and "logarithmic" not in drawn(1.0, 0.1)
-    assert "logarithmic" not in drawn(1.0, 0.0, 0.001) and "logarithmic" not in drawn(1.0, -1.0)
-    assert chart("Loss", [Line("a", Series([], []))]) == ""
+    assert drawn(1.0, 0.01).note == "logarithmic scale" and drawn(1.0, 0.1).note == ""
+    assert drawn(1.0, 0.0, 0.001).note == drawn(1.0, -1.0).note == ""
+    assert chart("Loss", [Line("a", Series([], []))]) is None
     many = chart("GPUs", [Line(f"{n}", Series([0], [1.0])) for n in range(10)])
-    assert many.count("data-points") == 8 and "2 more not shown" in many
+    assert len(many.curves) == 8 and many.note == "2 more not drawn"
 
 
 def test_spectra_are_told_from_other_objects():
@@ -407,9 +447,9 @@ def test_runs_are_compared_in_one_chart_and_side_by_side(tmp_path):
     assert page.headings[1] == "Comparison"
     curves = dict(page.curves)
     assert len(curves["one"]) == 3 and len(curves["two"]) == 4
-    place = page.cells.index("Training loss")
-    assert page.cells[place : place + 3] == ["Training loss", "0.3333", "0.75"]
-    assert page.cells[page.cells.index("Validation loss") :][:3] == ["Validation loss", "4", "-"]
+    compared = page.cells[page.cells.index("Verdict") :]
+    assert compared[compared.index("Training loss") :][:3] == ["Training loss", "0.3333", "0.75"]
+    assert compared[compared.index("Validation loss") :][:3] == ["Validation loss", "4", "-"]
     assert "Validation loss" not in page.charts and " best 2" in page.texts  # one run alone is no comparison
     source = (first / "report.html").read_text()
     differing = source.split("Keys that differ")[1].split("</table>")[0]
@@ -536,13 +576,17 @@ def test_a_real_run_without_momentum_is_collapsed_though_its_rank_rises_at_first
         figures = {"collapse__target_rank_share": share, "collapse__target_std": std, "train__loss": loss}
         verdict = assess(over(**{name: values[:end] for name, values in figures.items()}))
         assert verdict.level == "collapsed" and "next to constant over images" in verdict.reasons[0]
-        assert end == 6 or any("targets get easier to predict" in reason for reason in verdict.reasons)
+        assert end == 6 or any("easier to predict" in reason for reason in verdict.reasons)
 
 
 @pytest.mark.parametrize(
     ("change", "level", "words"),
     [
-        ({"collapse__target_rank_share": [0.43, 0.2, COLLAPSED_SHARE * 0.9]}, "watch", "the kNN probe still beats"),
+        (
+            {"collapse__target_rank_share": [0.43, 0.2, COLLAPSED_SHARE * 0.9]},
+            "watch",
+            "the kNN accuracy is still above",
+        ),
         (
             {"collapse__target_rank_share": [0.43, 0.2, COLLAPSED_SHARE * 0.9], "probe__knn": [0.4, 0.5, 0.4]},
             "collapsed",
@@ -570,6 +614,27 @@ def test_what_is_wrong_is_said(change, level, words):
     verdict = assess(over(**{**HEALTHY, **change}))
     assert verdict.level == level
     assert words in " ".join([verdict.headline, *verdict.reasons])
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [
+        ({}, []),
+        ({"collapse__target_norm": [8.0, 0.5, 0.0]}, ["collapse/"]),
+        ({"train__loss": [0.8, math.nan, math.nan]}, ["train/"]),
+        ({"probe__knn": [0.4, 0.8, 0.6]}, ["probe/"]),
+        ({"probe__knn": [0.4, 0.8, 0.6], "collapse__target_norm": [8.0, 0.5, 0.0]}, ["collapse/", "probe/"]),
+    ],
+)
+def test_the_report_gives_the_advice_that_guards_give(tmp_path, change, groups):
+    figures = {**HEALTHY, **change}
+    verdict = assess(over(**figures))
+    assert verdict.advice == [ADVICE[group] for group in groups]
+    names = {name.replace("__", "/"): values for name, values in figures.items()}
+    records = [{"step": 100 * n, **{name: values[n] for name, values in names.items()}} for n in range(3)]
+    page = page_of(write_run(tmp_path / "run", json.loads(json.dumps(records).replace("NaN", "null"))))
+    assert ("What usually helps" in page.texts) == bool(groups)
+    assert all(f"{ADVICE[group][1:]}." in page.text for group in groups)
 
 
 def test_without_any_metric_nothing_can_be_told():

@@ -2,7 +2,7 @@
 // Shows in a chart's legend the values of its curves at the step that is pointed at.
 for (const figure of document.querySelectorAll(".chart")) {
   const plot = figure.querySelector(".plot"), svg = plot.querySelector("svg"), rule = svg.querySelector(".rule");
-  const place = figure.querySelector(".at"), values = [...figure.querySelectorAll(".legend b")];
+  const at = figure.querySelector(".at"), values = [...figure.querySelectorAll(".legend b")];
   const newest = values.map((value) => value.textContent);
   const [low, high, left, right, log] = svg.dataset.x.split(" ").map(Number);
   const curves = [...svg.querySelectorAll("[data-points]")].map((path) =>
@@ -15,19 +15,19 @@ for (const figure of document.querySelectorAll(".chart")) {
 
   const show = (event) => {
     const box = plot.getBoundingClientRect(), x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-    const step = nearest(curves.map((points) => nearest(points, x)), x)[0], at = pixel(+step);
-    curves.forEach((points, number) => {
-      const [own, value] = nearest(points, at);
-      values[number].textContent = ` ${value === "nan" ? "not finite" : value}${own === step ? "" : ` (at ${own})`}`;
+    const step = nearest(curves.map((points) => nearest(points, x)), x)[0], target = pixel(+step);
+    curves.forEach((points, index) => {
+      const [own, value] = nearest(points, target);
+      values[index].textContent = ` ${value === "nan" ? "not finite" : value}${own === step ? "" : ` (at ${own})`}`;
     });
-    place.textContent = ` at ${svg.dataset.xTitle} ${step}`;
-    rule.setAttribute("x1", at);
-    rule.setAttribute("x2", at);
+    at.textContent = ` at ${svg.dataset.xTitle} ${step}`;
+    rule.setAttribute("x1", target);
+    rule.setAttribute("x2", target);
     rule.style.visibility = "visible";
   };
   const hide = () => {
-    values.forEach((value, number) => (value.textContent = newest[number]));
-    place.textContent = "";
+    values.forEach((value, index) => (value.textContent = newest[index]));
+    at.textContent = "";
     rule.style.visibility = "hidden";
   };
   plot.addEventListener("pointermove", show);
