@@ -1,4 +1,4 @@
-"""Metrics: pure functions of tensors, sums over batches and ranks, and the names and thresholds of what is logged."""
+"""Metrics: functions of tensors, running sums, and the names and thresholds of what is logged."""
 
 from __future__ import annotations
 
