@@ -1,4 +1,4 @@
-"""Is the representation collapsing? Measured on the training batches, without another forward pass."""
+"""Collapse metrics of the training batches, without another forward pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
 
 
 class BatchCollapse:
-    """Measure how much the step's own tokens tell images apart: augmented, masked, as the loss sees them.
+    """Compute collapse metrics of the tokens that the step computed: of augmented, masked images, as the loss sees them.
 
-    As :class:`CollapseMonitor`, each patch has a mean of its own. From every ``every``-th optimizer step on, tokens are
-    taken in until there are max(2 D, 2048, 16 N) over all ranks, a part of each batch if need be, the same part on however
-    many ranks; the reading is written when the log interval ends.
+    Tokens are centered per patch position, as in :class:`CollapseMonitor`. Every ``every`` optimizer steps, tokens are
+    collected until there are max(2 D, 2048, 16 N) over all ranks, then metrics are written at the end of the log interval.
+    If one batch has more, a subset is taken, which does not depend on the number of ranks.
 
     Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["context_tokens"]`` (B, K, D) and ``["target_tokens"]`` (B, N, D);
@@ -31,7 +31,7 @@ class BatchCollapse:
         every: optimizer steps between readings.
     """
 
-    per_rank = True  # every process has samples of its own
+    per_rank = True  # each rank collects different samples
 
     def __init__(self, every: int = 200) -> None:
         if every < 1:
@@ -47,12 +47,12 @@ class BatchCollapse:
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def start(self, engine: Trainer) -> None:
-        """Start a new run with no samples; a resumed one keeps those it has loaded."""
+        """Discard all samples when a new run starts; a resumed run keeps the restored ones."""
         if engine.state.iteration == 0:
             self.due, self._statistics, self._taken = 0, {}, {}
 
     def add(self, engine: Trainer) -> None:
-        """Take the batch's tokens in, as long as more are wanted."""
+        """Collect tokens of the batch, if more are needed."""
         state = engine.state
         if state.optimizer_step < self.due:
             return
@@ -72,8 +72,8 @@ class BatchCollapse:
                 self._taken[name] = self._taken.get(name, 0) + taken
 
     def report(self, engine: Trainer) -> None:
-        """Write the reading if there are samples enough. Collective."""
-        # Ranks have equal numbers of tokens, so that all of them come to the same answer.
+        """Write the metrics once there are enough samples. Collective."""
+        # Ranks have equal numbers of tokens, so all of them decide alike.
         if not self._statistics or any(self._wanted(name) > 0 for name in self._statistics):
             return
         for name, statistics in self._statistics.items():
@@ -83,12 +83,12 @@ class BatchCollapse:
         self._statistics, self._taken, self.due = {}, {}, engine.state.optimizer_step + self.every
 
     def _wanted(self, name: str) -> int:
-        """Tokens that are missing, over all ranks."""
+        """Number of tokens still needed, over all ranks."""
         statistics = self._statistics[name]
         return max(samples_needed(statistics.dim), 16 * statistics.places) - self._taken.get(name, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step of the next reading, and the samples taken in for it."""
+        """The optimizer step of the next reading, and the samples collected for it."""
         statistics = {name: each.state_dict() for name, each in self._statistics.items()}
         return {"due": self.due, "taken": dict(self._taken), "statistics": statistics}
 
@@ -100,14 +100,14 @@ class BatchCollapse:
 
 
 def stride_of(images: int, number: int, most: int) -> int:
-    """Every how-manieth of ``number`` tokens of each of ``images`` makes about ``most``, of all places alike."""
+    """The stride that picks about ``most`` of ``images`` x ``number`` tokens, and every patch position equally often."""
     stride = max(1, images * number // most)
-    while math.gcd(stride, number) > 1:  # else only some of the places would ever be taken
+    while math.gcd(stride, number) > 1:  # a common factor would skip some positions in every image
         stride += 1
     return stride
 
 
 def spread(tokens: Tensor, place_idx: Tensor, stride: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-    """Every ``stride``-th of tokens (B, K, D) and their places (B, K), counted from the first token of rank 0."""
+    """Every ``stride``-th of tokens (B, K, D) and of their positions (B, K), counted from the first token of rank 0."""
     first = -rank * place_idx.numel() % stride
     return tokens.reshape(-1, tokens.shape[-1])[first::stride], place_idx.reshape(-1)[first::stride]

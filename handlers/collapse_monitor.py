@@ -1,4 +1,4 @@
-"""Is the representation collapsing? Measured on a fixed set of images."""
+"""Collapse metrics on a fixed set of images."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from hjepa_engine.loggers.media import JsonValue
 from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req
 from hjepa_engine.utils.eta import total_iterations
 
-#: Singular values that a logged spectrum has at most.
+#: Maximum number of singular values in a logged spectrum.
 _POINTS = 64
 
 
 class Images(Protocol):
-    """Batches with ``images`` (B, C, H, W), the same in every pass."""
+    """Batches with ``images`` (B, C, H, W), the same on every pass."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
 class CollapseMonitor:
-    """Measure how much the features of both encoders, and of every level, still tell images apart.
+    """Compute collapse metrics of the features of both encoders, at every level, on fixed images.
 
-    The images are fixed, so that readings compare over time. Features are centered at each place of their map: tokens that
-    differ between places and not between images are collapsed, and would pass for healthy otherwise. A reading is taken
-    before the first step, then every ``every`` optimizer steps, at the end of the log interval, and at the end of the run.
-    With ``epoch_ends`` every epoch ends with a reading too. All ranks measure, each its own images.
+    The images never change, so readings are comparable over time. Features are centered per patch position: tokens that
+    differ between positions but not between images are collapsed, and would look healthy otherwise. A reading is taken
+    before the first step, every ``every`` optimizer steps (at the end of the log interval) and at the end of the run; with
+    ``epoch_ends`` also at the end of every epoch. Each rank measures its own images.
 
     Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
-    Reads: the evaluator's ``state.output``: features (B, places, D) by name, ``<name>`` or ``<name>_level_<l>``.
-    Writes: ``engine.state.metrics["collapse/<name>_<key>"]``, with ``_level_<l>`` behind the key, where the keys are
-    ``std``, ``norm``, ``rank`` and ``rank_share`` (see :meth:`FeatureStatistics.summary`) and, not for levels, ``rank_me``,
-    ``alpha_req`` and ``lidar`` where asked for; ``engine.state.media["collapse/<name>_spectrum"]``, at most 64 of the
-    ``singular_values`` divided by their sum, each with its ``rank`` from 1.
+    Reads: the evaluator's ``state.output``: features (B, positions, D) by name, ``<name>`` or ``<name>_level_<l>``.
+    Writes: ``engine.state.metrics["collapse/<name>_<key>"]``, followed by ``_level_<l>`` for a level. Keys are
+    ``std``, ``norm``, ``rank`` and ``rank_share`` (see :meth:`FeatureStatistics.summary`); for the last layer also
+    ``rank_me`` and, if enabled, ``alpha_req`` and ``lidar``. ``engine.state.media["collapse/<name>_spectrum"]``: at most
+    64 singular values divided by the sum of all, each with its ``rank`` from 1.
 
     Args:
-        evaluator: runs a step with such outputs, like :func:`~hjepa_engine.steps.feature_map_step`.
-        images: the fixed set, of which rank r of R holds images r, r + R, ...; at least max(2 D, 2048) features over all
-            ranks, or the rank cannot be trusted.
+        evaluator: runs a step with these outputs, such as :func:`~hjepa_engine.steps.feature_map_step`.
+        images: the fixed images; rank r of R has images r, r + R, ... Below max(2 D, 2048) features over all ranks the
+            effective rank is unreliable.
         every: optimizer steps between readings.
-        alpha_req: measure alpha-ReQ too.
-        lidar_views: measure LiDAR too, on the mean token of this many random views of each image; 0: do not.
-        seed: names the views.
-        epoch_ends: read at the end of each epoch too, for the checkpoint that is saved there.
+        alpha_req: also compute alpha-ReQ.
+        lidar_views: also compute LiDAR, on the mean tokens of this many random views of each image; 0: off.
+        seed: seed of the views.
+        epoch_ends: also read at the end of every epoch, for the checkpoint saved there.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CollapseMonitor:
             self.read(engine)
 
     def read_if_due(self, engine: Trainer) -> None:
-        """Take a reading if it is time to."""
+        """Take a reading if it is due."""
         state = engine.state
         ends_epoch = self.epoch_ends and state.iteration % state.epoch_length == 0
         is_due = state.optimizer_step >= self.due
@@ -126,7 +126,7 @@ class CollapseMonitor:
         number = idist.get_rank()
         for batch in self.images:
             of_images = []
-            for image in batch["images"]:  # one by one, by their numbers: the same views whoever holds them
+            for image in batch["images"]:  # one by one, keyed by index: the same views on any rank
                 of_images.append(torch.cat(random_views(image[None], self.lidar_views, self.seed, number)))
                 number += idist.get_world_size()
             views = torch.stack(of_images, dim=1)
@@ -138,7 +138,7 @@ class CollapseMonitor:
             engine.state.metrics[f"collapse/{name}_lidar"] = statistics.lidar()
 
     def state_dict(self) -> dict[str, int]:
-        """The step of the next reading."""
+        """The optimizer step of the next reading."""
         return {"due": self.due}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -147,9 +147,9 @@ class CollapseMonitor:
 
 
 def thinned(singular_values: Tensor) -> dict[str, list[Any]]:
-    """At most 64 of a spectrum's values, each divided by the sum of all, evenly spread over the logarithm of their rank.
+    """At most 64 singular values, divided by the sum of all, at ranks evenly spaced on a log scale.
 
-    Shares are None where they are not finite: JSON has no NaN.
+    Values that are not finite are None, since JSON has no NaN.
     """
     dim = len(singular_values)
     rank = torch.logspace(0, math.log10(dim), _POINTS, dtype=torch.float64).round().long().clamp(1, dim).unique()

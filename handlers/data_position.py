@@ -1,4 +1,4 @@
-"""Which samples an epoch reads, from where on."""
+"""Start the data loader at the right epoch and batch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hjepa_engine.engine import StepEngine
 
 
 class Positioned(Protocol):
-    """A sampler that can be put to a place in the data."""
+    """A sampler whose next pass can start anywhere."""
 
     def set_position(self, epoch: int, batch: int) -> None:
         """Start the next pass at ``batch`` (from 0) of ``epoch`` (from 0)."""
 
 
 class DataPosition:
-    """Put the sampler to the engine's epoch and iteration before every pass over the data.
+    """Set the sampler to the engine's epoch and iteration before every pass over the data.
 
-    Order is a function of the epoch, and the start is an offset: nothing is replayed after a resume.
+    The order depends only on the epoch, and a pass can start at any batch, so a resume replays no data.
 
     Listens to: ``EPOCH_STARTED``.
 
@@ -35,7 +35,7 @@ class DataPosition:
         engine.add_event_handler(Events.EPOCH_STARTED, self.set_position)
 
     def set_position(self, engine: StepEngine) -> None:
-        """Place the sampler."""
+        """Set the sampler's position."""
         state = engine.state
         epoch = state.epoch - 1
         self.sampler.set_position(epoch, state.iteration - epoch * state.epoch_length)

@@ -1,4 +1,4 @@
-"""Write the trained encoder out."""
+"""Export the trained encoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hjepa_engine.export import save_encoder
 
 
 class EncoderExport:
-    """Write the target encoder to ``folder`` when the run is over, for :func:`hjepa_engine.load_encoder`.
+    """Export an encoder when the run ends, for :func:`hjepa_engine.load_encoder`.
 
     Listens to: ``COMPLETED``.
 
     Args:
-        encoder: the encoder to write.
-        folder: where to; made if need be.
-        description: what a user of the weights has to know (see :func:`~hjepa_engine.export.save_encoder`).
+        encoder: the encoder to export.
+        folder: output folder, created if it does not exist.
+        description: contents of its ``config.json`` (see :func:`~hjepa_engine.export.save_encoder`).
     """
 
     def __init__(self, encoder: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
@@ -33,6 +33,6 @@ class EncoderExport:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def write(self) -> None:
-        """Write now; rank 0 only."""
+        """Export now, on rank 0."""
         if idist.get_rank() == 0:
             save_encoder(self.encoder, self.folder, self.description)

@@ -1,4 +1,4 @@
-"""Masks for every batch."""
+"""Add masks to every batch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from hjepa_engine.state import accumulation_window
 
 
 class MaskSampler:
-    """Put masks into every batch, keyed by (seed, optimizer step, place in the global batch).
+    """Add masks to every batch, keyed by (seed, optimizer step, index in the global batch).
 
-    One large batch, its micro-batches and the ranks that share it all see the same masks. On an evaluator the step is
-    the number of the batch, so that every evaluation of a seed sees the same masks.
+    One large batch, the same batch split into micro-batches, and split over ranks, get the same masks. On an evaluator the
+    key is the index of the batch instead of the step, so all evaluations with a seed use the same masks.
 
     Listens to: ``ITERATION_STARTED``.
     Reads: ``engine.state.batch["images"]`` (B, C, H, W), ``engine.state.optimizer_step``.
     Writes: ``engine.state.batch["masks"]``, a :class:`~hjepa_engine.masking.Masks`.
 
     Args:
-        masks: the sampler of masks.
+        masks: samples the masks.
         seed: seed of the run.
-        accumulation_steps: micro-batches of an optimizer step.
+        accumulation_steps: micro-batches per optimizer step.
     """
 
     def __init__(self, masks: MultiBlockMasks, seed: int = 0, accumulation_steps: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Means of what the step reports."""
+"""Averages of the step's scalar outputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hjepa_engine.metrics.means import WeightedMeans
 class MetricAverager:
     """Average every 0-dimensional tensor of the step's output, over samples and ranks.
 
-    On a trainer a mean covers one log interval and is then reset; on an evaluator it covers the run. Values stay on their
-    device until then: one synchronization per window.
+    On a trainer an average covers one log interval; on an evaluator, the whole run. Values stay on their device until then,
+    so there is one device synchronization per log interval.
 
     Listens to: ``ITERATION_COMPLETED``, and ``TrainEvents.LOG_INTERVAL_COMPLETED`` (trainer) or ``EPOCH_COMPLETED``
     (evaluator).
@@ -22,10 +22,10 @@ class MetricAverager:
     Writes: ``engine.state.metrics[prefix + name]``.
 
     Args:
-        prefix: put before the names.
+        prefix: prefix of the metrics' names.
     """
 
-    per_rank = True  # every process has a state of its own
+    per_rank = True  # the sums differ between ranks
 
     def __init__(self, prefix: str = "train/") -> None:
         self.prefix, self.means = prefix, WeightedMeans()
@@ -38,23 +38,23 @@ class MetricAverager:
         engine.add_event_handler(window, self.report)
 
     def start(self, engine: StepEngine) -> None:
-        """Start a new run with no sums; a resumed one keeps those it has loaded."""
+        """Reset the sums when a new run starts; a resumed run keeps the restored ones."""
         if engine.state.iteration == 0:
             self.means.reset()
 
     def add(self, engine: StepEngine) -> None:
-        """Take the output of one step in."""
+        """Add the output of one step."""
         output, batch = engine.state.output, engine.state.batch
         samples = next(len(value) for value in batch.values() if isinstance(value, Tensor))
         self.means.add({n: v for n, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}, samples)
 
     def report(self, engine: StepEngine) -> None:
-        """Write the means and start anew."""
+        """Write the averages and reset the sums."""
         engine.state.metrics.update({self.prefix + name: mean for name, mean in self.means.compute().items()})
         self.means.reset()
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The open window's sums."""
+        """The sums of the current log interval."""
         return self.means.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:

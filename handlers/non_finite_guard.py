@@ -1,4 +1,4 @@
-"""Keep NaN and infinity out of the weights."""
+"""Keep NaN and Inf out of the weights."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from hjepa_engine.errors import GuardStop
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.utils.distributed import any_rank
 
-# A loss scale of 2 ** 16 that is halved this often in a row is too small for any gradient.
+# A loss scale of 2 ** 16 halved this many times in a row is too small for any gradient.
 MAX_OVERFLOWS = 50
 
 
 class NonFiniteGuard:
-    """Act on a non-finite loss or gradient before the optimizer's step, so that the weights never see it.
+    """Stop the run or skip the update if the loss or the gradient is not finite, before the weights change.
 
-    With fp16 a non-finite gradient alone is the scaler's business: it skips the step and lowers the scale. Reading the
-    loss waits for the GPU once per optimizer step. Ranks decide together.
+    With fp16, a non-finite gradient with a finite loss is left to the gradient scaler, which skips the step and lowers the
+    scale. Reading the loss synchronizes with the GPU once per optimizer step. All ranks decide together.
 
     Listens to: ``TrainEvents.GRADIENTS_READY``.
     Reads: ``engine.state.window_loss`` () and ``engine.state.output["grad_norm"]`` ().
     Writes: ``engine.state.skip_update``; raises :class:`~hjepa_engine.errors.GuardStop`.
 
     Args:
-        action: ``stop``: end the run (exit code 5); ``skip``: drop the update.
-        patience: with ``skip``, end the run after this many dropped updates in a row.
-        scaled: whether a gradient scaler is at work (fp16): non-finite gradients are then its business, up to 50 times
-            in a row.
+        action: ``stop`` ends the run (exit code 5); ``skip`` skips the update.
+        patience: with ``skip``, end the run after this many skipped updates in a row.
+        scaled: whether a gradient scaler is used (fp16). It handles non-finite gradients, up to 50 in a row.
     """
 
     def __init__(self, action: Literal["stop", "skip"] = "stop", patience: int = 10, scaled: bool = False) -> None:
@@ -45,10 +44,10 @@ class NonFiniteGuard:
         engine.add_event_handler(TrainEvents.GRADIENTS_READY, self.check)
 
     def check(self, engine: StepEngine) -> None:
-        """Judge the window."""
+        """Check the loss and gradient of the accumulation window."""
         loss, norm = engine.state.window_loss, engine.state.output["grad_norm"]
         bad_loss, bad_norm = (~torch.stack([loss.float(), norm.float()]).isfinite()).tolist()  # one read of the device
-        bad_loss = any_rank(bad_loss)  # the loss is each rank's own; gradients are equal on all
+        bad_loss = any_rank(bad_loss)  # losses differ between ranks, gradients do not
         self.in_a_row = self.in_a_row + 1 if bad_loss or bad_norm else 0
         ours = bad_loss or (bad_norm and not self.scaled)
         limit = (1 if self.action == "stop" else self.patience) if ours else MAX_OVERFLOWS
@@ -57,12 +56,12 @@ class NonFiniteGuard:
             what = "loss" if bad_loss else "gradient"
             raise GuardStop(
                 f"non-finite {what} at optimizer step {engine.state.optimizer_step}{times}; the weights are those of the "
-                "last good step. A lower training.lr, clip_grad or a longer warm-up usually helps"
+                "last good step. A lower training.lr, a lower training.clip_grad or a longer warmup usually helps"
             )
         engine.state.skip_update = engine.state.skip_update or ours
 
     def state_dict(self) -> dict[str, int]:
-        """Number of dropped updates in a row."""
+        """Number of non-finite updates in a row."""
         return {"in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

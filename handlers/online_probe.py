@@ -1,4 +1,4 @@
-"""What are the features good for? Judged on labeled images while the encoder is trained."""
+"""Probe the features on labeled images while the encoder is trained."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from hjepa_engine.utils.eta import total_iterations
 
 
 class OnlineProbe:
-    """Read the features of labeled images and let classifiers say how well they tell classes apart.
+    """Evaluate classifiers on the frozen features of labeled images.
 
-    A probe is taken before the first step (of a random encoder, the baseline of the curve), after every ``every``-th epoch
-    and after the last one. Features are read without gradients, so that nothing of a classifier reaches the encoder. All
-    ranks read all images; the figures are those of rank 0.
+    Probes run before the first step (the random encoder, as a baseline), after every ``every``-th epoch and after the last
+    one. Features have no gradients, so the classifiers do not influence the encoder. Every rank computes the features of
+    all images; rank 0's accuracies are used on all ranks.
 
     Listens to: ``STARTED``, ``EPOCH_COMPLETED``.
     Reads: the evaluator's ``state.output["features"]`` (B, F) and ``state.batch["labels"]`` (B,).
     Writes: ``engine.state.metrics["probe/<name>"]`` for each classifier, an accuracy from 0 to 1.
 
     Args:
-        evaluator: runs a step with such an output, like :func:`~hjepa_engine.steps.feature_step`, on the encoder.
-        train: batches of ``images`` (B, C, H, W) and ``labels`` to learn from, the same in every pass.
-        val: such batches to judge on.
-        classifiers: by name, from the training and the validation features to an accuracy; without unkeyed random draws.
+        evaluator: runs a step with this output on the encoder, such as :func:`~hjepa_engine.steps.feature_step`.
+        train: batches of ``images`` (B, C, H, W) and ``labels`` to train on, the same on every pass.
+        val: batches to evaluate on.
+        classifiers: by name, functions from training and validation features to an accuracy; they must not use the
+            global random generators.
         every: epochs between probes.
     """
 
@@ -58,12 +59,12 @@ class OnlineProbe:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.probe_if_due)
 
     def start(self, engine: Trainer) -> None:
-        """Probe the encoder that has not learned anything yet."""
+        """Probe the untrained encoder."""
         if engine.state.iteration == 0:
             self.probe(engine)
 
     def probe_if_due(self, engine: Trainer) -> None:
-        """Probe if it is time to."""
+        """Probe if it is due."""
         state = engine.state
         if state.epoch % self.every == 0 or state.iteration >= total_iterations(state):
             self.probe(engine)
@@ -72,7 +73,7 @@ class OnlineProbe:
         """Probe now. Collective."""
         train, val = self._features(self.train), self._features(self.val)
         values = torch.tensor([classify(train, val) for classify in self.classifiers.values()], dtype=torch.float64)
-        # GPUs may round differently, and whoever acts on a figure has to act on all ranks.
+        # GPUs may round differently, and handlers that act on an accuracy must act on all ranks alike.
         shared: Any = idist.broadcast(values.to(self.evaluator.device), src=0)
         engine.state.metrics.update(
             {f"probe/{name}": x for name, x in zip(self.classifiers, shared.tolist(), strict=True)}

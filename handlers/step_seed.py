@@ -1,4 +1,4 @@
-"""Random numbers of the step: dropout, drop path, random directions."""
+"""Seed the random numbers of a step: dropout, drop path, random directions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hjepa_engine.utils.rng import seed_everything
 
 
 class StepSeed:
-    """Seed all global generators before every step with the key of (seed, iteration, rank).
+    """Seed all global generators before every step with the key (seed, iteration, rank).
 
-    A run that is resumed, or observed by handlers that draw random numbers themselves, then draws the same ones.
+    So a step draws the same numbers after a resume, and whatever other handlers draw.
 
     Listens to: ``TrainEvents.FORWARD_STARTED``.
 
@@ -28,5 +28,5 @@ class StepSeed:
         engine.add_event_handler(TrainEvents.FORWARD_STARTED, self.reseed)
 
     def reseed(self, engine: StepEngine) -> None:
-        """Seed for the coming step."""
+        """Seed the next step."""
         seed_everything(self.seed, "step", engine.state.iteration, idist.get_rank())

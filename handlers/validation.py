@@ -1,4 +1,4 @@
-"""Validation after epochs."""
+"""Validation at the end of epochs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Validation:
     """Run an evaluator over validation data after every ``every``-th epoch.
 
     Listens to: ``EPOCH_COMPLETED``.
-    Writes: the evaluator's metrics to ``engine.state.metrics``, with ``prefix``.
+    Writes: ``engine.state.metrics[prefix + name]`` for each of the evaluator's metrics.
     Fires: ``TrainEvents.VALIDATION_COMPLETED``.
 
     Args:
-        evaluator: with handlers that write to its ``state.metrics``.
-        data: what it runs over.
-        prefix: put before the names of the evaluator's metrics.
+        evaluator: its handlers write ``evaluator.state.metrics``.
+        data: validation batches.
+        prefix: prefix of the metrics' names.
         every: epochs between validations.
     """
 
@@ -33,7 +33,7 @@ class Validation:
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.every), self.run)
 
     def run(self, engine: StepEngine) -> None:
-        """Evaluate once."""
+        """Run one validation."""
         metrics = self.evaluator.run(self.data).metrics
         engine.state.metrics.update({f"{self.prefix}{name}": value for name, value in metrics.items()})
         engine.fire_event(TrainEvents.VALIDATION_COMPLETED)

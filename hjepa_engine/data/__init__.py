@@ -1,4 +1,4 @@
-"""Data sets, keyed augmentation and loaders."""
+"""Datasets, keyed augmentation, samplers and loaders."""
 
 from hjepa_engine.data.datasets import DatasetSplit, open_split
 from hjepa_engine.data.features import FeatureBatches, sample_per_class

@@ -1,4 +1,4 @@
-"""Data sets by name: images, labels, and what is known of them."""
+"""Datasets by name: images, labels, number of classes, normalization statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.errors import DataError
 from hjepa_engine.utils.rng import generator
 
-#: ``train``: pretraining, labels unused; ``probe``: labeled images to learn a probe from; ``val``: labeled, held out.
+#: ``train``: pretraining images, labels unused; ``probe``: labeled images to train a probe on; ``val``: held-out images.
 SplitName = Literal["train", "probe", "val"]
 
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +28,7 @@ CIFAR_STATS = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 
 class ImageDataset(Protocol):
-    """Pairs of a PIL image and a class number."""
+    """A map-style dataset of (PIL image, class index) pairs."""
 
     def __len__(self) -> int: ...
 
@@ -37,18 +37,18 @@ class ImageDataset(Protocol):
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """One split of a data set."""
+    """One split of a dataset."""
 
     images: ImageDataset
     num_classes: int
     stats: tuple[tuple[float, ...], tuple[float, ...]]
-    """Mean and standard deviation of each channel, of pixels from 0 to 1."""
+    """Mean and standard deviation of each channel, for pixels from 0 to 1."""
     name_of: Callable[[int], str] = str
-    """What to call sample i in a message: its path where it has one."""
+    """Name of sample i in messages: its path, if it has one."""
 
 
-class _Arrays:
-    """Images held in memory."""
+class _ArrayImages:
+    """Images in memory."""
 
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         self.images, self.labels = images, labels
@@ -61,7 +61,7 @@ class _Arrays:
 
 
 class _Subset:
-    """Some samples of a data set; unlike torch's, typed for this use."""
+    """Some samples of a dataset, like ``torch.utils.data.Subset`` but with the types needed here."""
 
     def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
@@ -74,20 +74,22 @@ class _Subset:
 
 
 def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSplit:
-    """Open one split of the data set that ``config`` names.
+    """Open one split of ``config.dataset``.
 
-    A data set without a validation split of its own is split by ``val_fraction`` and ``seed``.
+    A dataset without a validation split is split at random by ``val_fraction`` and ``seed``.
 
     Raises:
-        DataError: files are missing or there are no images.
+        DataError: files are missing, or there are no images.
     """
     try:
-        # Where it is fetched, the others wait and find it downloaded.
+        # One rank downloads; the others wait for it.
         with idist.one_rank_first(local=True) if config.download else nullcontext():
             return _OPENERS[config.dataset](config, split, seed)
-    except (OSError, RuntimeError) as error:  # torchvision raises both where files are missing or cannot be fetched
+    except (OSError, RuntimeError) as error:  # torchvision's, if files are missing or a download fails
         reason = str(error).splitlines()[0]
-        hint = "" if config.download or config.dataset not in DOWNLOADABLE else "; --data.download true fetches it"
+        hint = (
+            "" if config.download or config.dataset not in DOWNLOADABLE else "; download it with --data.download true"
+        )
         raise DataError(f"data.dataset {config.dataset} in {_root(config)}: {reason}{hint}") from error
 
 
@@ -95,7 +97,7 @@ def _root(config: DataConfig) -> Path:
     return Path(config.data_path or "data")
 
 
-def _held_out(images: ImageDataset, split: SplitName, fraction: float, seed: int) -> tuple[_Subset, Sequence[int]]:
+def _random_split(images: ImageDataset, split: SplitName, fraction: float, seed: int) -> tuple[_Subset, Sequence[int]]:
     order = torch.randperm(len(images), generator=generator(seed, "validation split")).tolist()
     held = max(1, round(fraction * len(images)))
     indices = sorted(order[:held] if split == "val" else order[held:])
@@ -103,7 +105,7 @@ def _held_out(images: ImageDataset, split: SplitName, fraction: float, seed: int
 
 
 def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """scikit-learn's 1,797 digits of the UCI archive: images (n, 8, 8) from 0 to 255 and classes (n,)."""
+    """scikit-learn's 1,797 handwritten digits (UCI): images (n, 8, 8) from 0 to 255, and class indices (n,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -111,16 +113,16 @@ def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _digits(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-    subset, _ = _held_out(_Arrays(*_load_digits()), split, config.val_fraction, seed)
+    subset, _ = _random_split(_ArrayImages(*_load_digits()), split, config.val_fraction, seed)
     return DatasetSplit(subset, 10, ((0.305,), (0.376,)))
 
 
 class _DigitPages:
-    """Pages of ``side`` x ``side`` handwritten digits, all of one class, each dark on light or light on dark.
+    """Pages of ``side`` x ``side`` handwritten digits of one class, each dark on light or light on dark.
 
-    Which digits and which polarities is drawn from torch's global generator, so that :class:`KeyedDataset` gives other
-    pages in every epoch. The label of page i is i mod 10. A linear map sees nothing of the class in the pixels, since
-    each digit's sign is random; what hidden digits have in common with visible ones is their class alone.
+    Digits and polarities are drawn from torch's global generator, so :class:`KeyedDataset` draws new pages every epoch.
+    The label of page i is i mod 10. A linear classifier cannot read the class from the pixels, because the sign of each
+    digit is random; and all that masked and visible digits have in common is their class.
     """
 
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], length: int, side: int = 4) -> None:
@@ -142,8 +144,8 @@ class _DigitPages:
 
 def _digit_pages(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     images, labels = _load_digits()
-    held_out = _held_out(_Arrays(images, labels), split, config.val_fraction, seed)[1]
-    length = _PAGES[split]
+    held_out = _random_split(_ArrayImages(images, labels), split, config.val_fraction, seed)[1]
+    length = _NUM_PAGES[split]
     return DatasetSplit(_DigitPages(images[held_out], labels[held_out], length), 10, ((0.5,), (0.5,)))
 
 
@@ -168,12 +170,13 @@ def _folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     folder = datasets.ImageFolder(str(where))
     if where == held_out and folder.classes != (expected := datasets.folder.find_classes(root / "train")[0]):
         raise DataError(
-            f"data.data_path: {where} must have the {len(expected)} classes of {root / 'train'}, not others"
+            f"data.data_path: {where} must have the {len(expected)} class folders of {root / 'train'}, got "
+            f"{', '.join(folder.classes[:5])}{', ...' if len(folder.classes) > 5 else ''}"
         )
     images: ImageDataset = folder
     indices: Sequence[int] = range(len(folder))
     if held_out is None:
-        images, indices = _held_out(folder, split, config.val_fraction, seed)
+        images, indices = _random_split(folder, split, config.val_fraction, seed)
     stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
     return DatasetSplit(images, len(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
 
@@ -184,9 +187,9 @@ def _fake(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     return DatasetSplit(datasets.FakeData(config.fake_size, shape, 10, random_offset=offset), 10, IMAGENET_STATS)
 
 
-#: Where the ``probe`` split is another one than ``train``.
+#: Datasets whose ``probe`` split differs from ``train``.
 DATASETS_WITH_PROBE_SPLIT = ("digit_pages", "stl10")
-_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
+_NUM_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
 _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "digit_pages": _digit_pages,
     "digits": _digits,

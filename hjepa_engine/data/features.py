@@ -1,4 +1,4 @@
-"""Frozen features in memory, in keyed order."""
+"""Batches of frozen features, kept in memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hjepa_engine.utils.rng import generator
 
 
 class FeatureBatches:
-    """Batches of ``features`` (B, F) and ``labels`` (B,) out of two tensors.
+    """Iterate over batches of ``features`` (B, F) and ``labels`` (B,).
 
     Args:
         features: (samples, F).
         labels: (samples,).
         batch_size: B; the last batch of an epoch may be smaller.
-        seed: names the order.
-        shuffle: another order in every epoch.
+        seed: seed of the order.
+        shuffle: reshuffle every epoch.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
@@ -37,7 +37,7 @@ class FeatureBatches:
 
 
 def sample_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:
-    """Indices (n,) of ``per_class`` samples of each class (all, where there are fewer), drawn by ``seed``."""
+    """Draw ``per_class`` samples of each class (all of them, if there are fewer); returns their sorted indices (n,)."""
     order = torch.randperm(len(labels), generator=generator(seed, "few labels"))
     chosen = [order[labels[order] == label][:per_class] for label in torch.unique(labels)]
     return torch.cat(chosen).sort().values

@@ -1,4 +1,4 @@
-"""A fixed set of images in memory, for whatever looks at the same ones again and again."""
+"""A fixed subset of images in memory, for monitors that measure the same images again and again."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 
 class FixedImageSubset:
-    """One sample of each of ``count`` equal parts of a split, resized and cut as for evaluation, kept as bytes.
+    """A random sample from each of ``count`` equal segments of a split, with evaluation transforms, kept as uint8.
 
-    They are read from the split at the first use, and normalized at every one; nothing random is drawn from the outside's
-    generators.
+    Images are read at first use and normalized on every pass. The global random generators are left as they were.
+
+    Iterating yields batches with ``images`` (B, C, H, W), normalized, and ``labels`` (B,).
 
     Args:
-        config: of the data.
-        split: where the images are.
-        count: how many, but one for each process at least; all, where there are fewer.
-        batch_size: of the batches that iterating yields: ``images`` (B, C, H, W), normalized, and ``labels`` (B,).
-        seed: names the choice, and the augmentations of data that is drawn when read.
-        rank: which share of the set is this process's own.
-        world_size: number of shares.
+        config: the data section.
+        split: the split to choose from.
+        count: number of images over all ranks; at least one per rank, at most all there are.
+        batch_size: B; the last batch may be smaller.
+        seed: seed of the choice, and of datasets that generate their samples (digit pages).
+        rank: this process's rank; it holds every ``world_size``-th image.
+        world_size: number of processes.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class FixedImageSubset:
             raise ValueError(f"count must be at least 1, got {count}")
         self.config, self.split, self.batch_size, self.seed = config, split, batch_size, seed
         total = len(split.images)
-        count = min(max(count, world_size), total)  # a process without images would leave the others waiting
+        count = min(max(count, world_size), total)  # a rank without images would block the others
         starts = [number * total // count for number in range(count + 1)]
-        # Not the first of each part: labels that come round (as of digit pages) would be of few classes then.
+        # A random sample, not the first: with cyclic labels (digit pages), firsts would cover few classes.
         drawn = [a + derive_seed(seed, "image set", a) % (b - a) for a, b in pairwise(starts)]
         self.indices = drawn[rank::world_size]
         self._images: Tensor | None = None
@@ -59,7 +60,7 @@ class FixedImageSubset:
         return -(-len(self.indices) // self.batch_size)
 
     def load(self) -> None:
-        """Read the images now, if that has not happened yet."""
+        """Read the images, unless they are in memory already."""
         if self._images is None:
             dataset = KeyedDataset(self.split, resize_and_crop(self.config), self.seed)
             workers = self.config.num_workers if len(self.indices) > 1000 else 0
@@ -87,7 +88,7 @@ class FixedImageSubset:
 
     @property
     def labels(self) -> Tensor:
-        """Class numbers (n,)."""
+        """Class indices (n,)."""
         self.load()
         assert self._labels is not None
         return self._labels

@@ -1,4 +1,4 @@
-"""Samples and batches: keyed augmentation, damaged images, loaders."""
+"""Data loading: keyed augmentation, replacement of unreadable images, loaders and their workers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.utils.process import before_exit
 from hjepa_engine.utils.rng import derive_seed, seed_everything
 
-_SUBSTITUTES = 8
+_MAX_ATTEMPTS = 8
 
 
 class KeyedDataset(Dataset[dict[str, Any]]):
-    """Samples by (epoch, index): augmentation is a function of (seed, epoch, index) and of nothing else.
+    """Samples by (epoch, index), with augmentation that depends only on (seed, epoch, index).
 
-    An image that cannot be read is replaced by another one, chosen by the same key, and its name is reported in the
-    sample's ``damaged``.
+    An image that cannot be read is replaced by another one, chosen by the same key, and listed in ``damaged``.
 
     Args:
         split: images and labels.
-        transform: from a PIL image to a tensor (C, H, W); may draw from any global generator.
+        transform: from a PIL image to a tensor (C, H, W); may use any global random generator.
         seed: seed of the run.
     """
 
@@ -46,23 +45,23 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         return len(self.split.images)
 
     def __getitem__(self, sample: SampleKey) -> dict[str, Any]:
-        """``image`` (C, H, W), ``label`` and ``damaged``, names of the images that could not be read."""
+        """Return ``image`` (C, H, W), ``label``, and ``damaged``: names and errors of images that could not be read."""
         epoch, wanted = sample
         damaged: list[str] = []
-        for attempt in range(_SUBSTITUTES):
+        for attempt in range(_MAX_ATTEMPTS):
             index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
             seed_everything(self.seed, "sample", epoch, wanted)
             try:
                 image, label = self.split.images[index]
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, if damaged
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, if corrupt
                 damaged.append(f"{self.split.name_of(index)}: {error}")
                 continue
             return {"image": self.transform(image), "label": label, "damaged": damaged}
-        raise DataError(f"{_SUBSTITUTES} images in a row could not be read, the last {damaged[-1]}")
+        raise DataError(f"{_MAX_ATTEMPTS} images in a row could not be read, the last one: {damaged[-1]}")
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """``images`` (B, C, H, W), ``labels`` (B,) and ``damaged``, a list of names."""
+    """Collate to ``images`` (B, C, H, W), ``labels`` (B,) and ``damaged``, one list."""
     return {
         "images": default_collate([sample["image"] for sample in samples]),
         "labels": torch.tensor([sample["label"] for sample in samples]),
@@ -71,13 +70,13 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
-    """Random affine map, resized crop, flip and color jitter, each as far as ``config`` asks for it."""
+    """Training augmentation: the random affine map, resized crop, flip and color jitter that ``config`` enables."""
     size = config.image_size
     steps: list[Any] = []
     if config.random_affine:
         steps += [v2.Resize((size, size), antialias=True), v2.RandomAffine(**_affine(config.random_affine))]
     if {*config.crop_scale, *config.crop_ratio} == {1.0}:
-        steps.append(v2.Resize((size, size), antialias=True))  # no crop; free where the size is right already
+        steps.append(v2.Resize((size, size), antialias=True))  # no crop; free if the size is right already
     else:
         steps.append(v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), ratio=tuple(config.crop_ratio)))
     if config.horizontal_flip:
@@ -89,12 +88,12 @@ def train_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
 
 
 def eval_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
-    """Resize the shorter side, cut the middle out, normalize."""
+    """Evaluation transform: resize the shorter side, center-crop, normalize."""
     return v2.Compose([resize_and_crop(config), *_normalize(split)])
 
 
 def resize_and_crop(config: DataConfig) -> v2.Compose:
-    """Resize the shorter side, cut the middle out; still uint8."""
+    """Evaluation transform without normalization: resize the shorter side, center-crop; uint8."""
     size = config.image_size
     steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
     return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps])
@@ -115,7 +114,7 @@ def _normalize(split: DatasetSplit) -> list[Any]:
 
 
 class _Channels(torch.nn.Module):
-    """Gray images to three channels, so that a folder may mix them; transparency is dropped."""
+    """Expand gray images to ``channels``, so that a folder may mix gray and color; drop the alpha channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -129,24 +128,25 @@ class _Channels(torch.nn.Module):
 def build_loader(
     config: DataConfig, split: DatasetSplit, seed: int, train: bool, replicate: bool = False
 ) -> tuple[DataLoader[dict[str, Any]], EpochBatchSampler]:
-    """A loader of batches and the sampler that says where it starts.
+    """Build a loader and its batch sampler, which sets where a pass starts.
 
     Args:
-        config: of the data.
+        config: the data section.
         split: the split to load.
         seed: seed of the run.
-        train: augmented and shuffled, without the samples behind the last full batch; else all of them, in order.
-        replicate: every process reads all of the data instead of its share.
+        train: augment, shuffle and drop the last partial batch; if False, all samples in order.
+        replicate: every rank reads all samples instead of its slice of each batch.
 
     Raises:
-        DataError: the data set has less than one batch.
+        ConfigError: the batch size is not a multiple of the number of processes.
+        DataError: the split is smaller than one batch.
     """
     batch_size = config.batch_size
     rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
     if batch_size % world:
-        raise ConfigError(f"data.batch_size must be a multiple of the {world} processes, got {batch_size}")
+        raise ConfigError(f"data.batch_size must be a multiple of the number of processes ({world}), got {batch_size}")
     if len(split.images) < (batch_size if train else world):
-        raise DataError(f"data.batch_size must be at most the {len(split.images)} images there are, got {batch_size}")
+        raise DataError(f"data.batch_size must be at most the number of images ({len(split.images)}), got {batch_size}")
     sampler = EpochBatchSampler(
         len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )
@@ -157,22 +157,22 @@ def build_loader(
         num_workers=config.num_workers,
         collate_fn=collate,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
-        persistent_workers=config.num_workers > 0 and not replicate,  # such data is read once
+        persistent_workers=config.num_workers > 0 and not replicate,  # replicated data is read once
         worker_init_fn=make_worker_init(config.num_workers),
-        # Without one of its own, a loader draws from the global generator at every pass.
+        # Without a generator, every pass would draw from the global one.
         generator=torch.Generator(),
     )
     return loader, sampler
 
 
 def shutdown_workers(*loaders: DataLoader[Any]) -> None:
-    """End loader processes that wait for another pass; left to the garbage collector, torch takes 5 s for each."""
+    """Shut down idle loader workers now: left to the garbage collector, torch takes up to 5 s for each."""
     for loader in loaders:
         loader._iterator = None
 
 
 def translate_worker_error(error: BaseException) -> DataError | None:
-    """What a loader process that was killed makes the main one raise, in words; None for any other error."""
+    """Turn the error that a killed loader worker causes in the main process into a DataError; None for other errors."""
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         what = " ".join(text.split()).rstrip(".")
@@ -180,41 +180,41 @@ def translate_worker_error(error: BaseException) -> DataError | None:
         what = f"the connection to a DataLoader worker was lost: {text or type(error).__name__}"
     else:
         return None
-    hint = "often memory or /dev/shm was full, and fewer data.num_workers help; run the same command again to go on"
+    hint = "usually memory or /dev/shm ran out: lower data.num_workers, then run the same command again to resume"
     return DataError(f"{what}; {hint}")
 
 
 def make_worker_init(num_workers: int) -> Callable[[int], None]:
-    """What each loader process calls first: one thread, deaf to signals that are meant for the main process."""
-    is_ending = multiprocessing.RawValue("b", 0)
+    """Make the ``worker_init_fn`` of a loader: one torch thread, and signals that only the main process handles."""
+    is_exiting = multiprocessing.RawValue("b", 0)
     if num_workers:
-        before_exit(partial(_announce_end, is_ending, os.getpid()))
-    return partial(_init_worker, is_ending)
+        before_exit(partial(_announce_exit, is_exiting, os.getpid()))
+    return partial(_init_worker, is_exiting)
 
 
-def _announce_end(is_ending: Any, process: int) -> None:
-    if os.getpid() == process:  # a loader's process inherits this, and ends too
-        is_ending.value = 1
+def _announce_exit(is_exiting: Any, process: int) -> None:
+    if os.getpid() == process:  # workers inherit this hook and exit too
+        is_exiting.value = 1
 
 
-def _init_worker(is_ending: Any, worker: int) -> None:
-    """One thread, and no heed to signals that are meant for the main process, which may reach its whole group."""
+def _init_worker(is_exiting: Any, worker: int) -> None:
+    """Use one thread, and ignore signals meant for the main process but sent to its whole process group."""
     torch.set_num_threads(1)
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, args=(is_ending, os.getppid()), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(is_exiting, os.getppid()), daemon=True).start()
 
 
-def _obey_parent(is_ending: Any, parent: int) -> None:
-    """End this process when its parent sends SIGTERM, ends or is gone, and on nobody else's SIGTERM.
+def _exit_with_parent(is_exiting: Any, parent: int) -> None:
+    """Exit when the parent sends SIGTERM, is exiting or is gone; ignore SIGTERM from anybody else.
 
-    Of several signals that wait to be taken only the first is kept, so the parent's alone may be lost, and it would wait
-    for this process for ever.
+    A pending signal hides later ones of its kind, so the parent's SIGTERM may get lost. That is why its exit is checked
+    too: it would wait for this worker forever.
     """
-    while os.getppid() == parent and not is_ending.value:
+    while os.getppid() == parent and not is_exiting.value:
         taken = signal.sigtimedwait({signal.SIGTERM}, 0.2)
         if taken is not None and taken.si_pid == parent:
             break

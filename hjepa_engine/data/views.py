@@ -1,4 +1,4 @@
-"""Random views of images that are there already."""
+"""Random views of a batch of images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hjepa_engine.utils.rng import uniform_rows
 def random_views(
     images: Tensor, number: int, *parts: int | str, scale: tuple[float, float] = (0.3, 1.0)
 ) -> list[Tensor]:
-    """Random square crops of images (B, C, H, W), half of them mirrored, resized to (H, W).
+    """Random square crops of images (B, C, H, W), flipped with probability 1/2, resized to (H, W).
 
     Args:
-        images: to cut from.
-        number: of views of each image.
-        *parts: name the draw.
-        scale: smallest and largest area of a crop, as a share of the image.
+        images: the images, on any device.
+        number: views per image.
+        *parts: key of the random draws.
+        scale: smallest and largest area of a crop, as a fraction of the image.
 
     Returns:
-        ``number`` tensors (B, C, H, W).
+        A list of ``number`` tensors (B, C, H, W).
     """
     draws = torch.from_numpy(uniform_rows(0, number * len(images), 4, "views", *parts))
     low, high = scale

@@ -86,7 +86,9 @@ def test_status_says_that_a_run_was_cut_short(tmp_path):
 def test_a_batch_that_cannot_be_shared_out_is_a_mistake_in_the_configuration(monkeypatch):
     monkeypatch.setattr(loading.idist, "get_world_size", lambda: 2)
     config = DataConfig(dataset="fake", image_size=8, batch_size=7)
-    with pytest.raises(ConfigError, match=r"^data.batch_size must be a multiple of the 2 processes, got 7$"):
+    with pytest.raises(
+        ConfigError, match=r"^data.batch_size must be a multiple of the number of processes \(2\), got 7$"
+    ):
         build_loader(config, open_split(config, "train"), 0, train=True)
 
 
