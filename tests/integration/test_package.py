@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import hjepa_engine
@@ -49,6 +50,34 @@ def test_packages_of_setup_cfg_are_the_folders_with_an_init():
         assert (ROOT / folder / "__init__.py").is_file()
     # Every folder with Python files is a package: one without an __init__ would not be installed.
     assert {path.parent for path in SOURCES} == {path.parent for path in SOURCES if path.name == "__init__.py"}
+
+
+def test_a_wheel_holds_every_source_and_data_file_but_no_benchmark(tmp_path):
+    checkout = tmp_path / "checkout"
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    built = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("hjepa_engine-*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if not name.split("/")[0].endswith(".dist-info")}
+    files = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.is_file()}
+    wanted = {path for path in files if not {"__pycache__", "benchmarks"} & set(path.parts)}
+    names = {str(path if path.parts[0] == "hjepa_engine" else "hjepa_engine" / path) for path in wanted}
+    assert packed == names
 
 
 def test_shipped_configurations_are_package_data():
