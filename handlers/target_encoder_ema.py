@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
@@ -44,11 +45,8 @@ class TargetEncoderEMA:
         """One update with the present momentum."""
         context, target = self._tensors(self.context_encoder), self._tensors(self.target_encoder)
         averaged = [name for name, tensor in target.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_(
-            [target[name] for name in averaged],
-            [context[name] for name in averaged],
-            1.0 - self.param_groups[0]["momentum"],
-        )
+        average = get_ema_multi_avg_fn(self.param_groups[0]["momentum"])
+        average([target[name] for name in averaged], [context[name] for name in averaged], 0)
         for name in target.keys() - set(averaged):
             target[name].copy_(context[name])
 
