@@ -12,12 +12,15 @@ import numpy as np
 
 from hjepa_engine.loggers.media import Histogram, Image, Media, Text
 
-# Events that the writing thread may be behind. With tensorboardX's own 10, a run would wait for a thread that has died.
-MAX_WAITING = 10_000
+#: Seconds between flushes, each of which waits for the disk.
+FLUSH_SECONDS = 30.0
 
 
 class TensorBoardWriter:
     """Write event files.
+
+    tensorboardX's ``SummaryWriter`` writes in a thread that dies in silence when the disk is full; here the event file is
+    written at once, so that whoever logs hears of it.
 
     Args:
         folder: of the event files; made if need be.
@@ -25,63 +28,62 @@ class TensorBoardWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._writer: Any = None
-        self._step = 0
+        self._events: Any = None
+        self._step, self._flushed = 0, 0.0
 
     def open(self, state: Mapping[str, Any] | None) -> None:
         """Start an event file; TensorBoard then hides what earlier ones hold from behind the checkpoint."""
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self._step = 0 if state is None else state["step"]
-        purge_step = None if state is None else self._step + 1
+        self.folder.mkdir(parents=True, exist_ok=True)
         # Files are named by the second: without a suffix, one of a quick restart could replace the former.
-        suffix = f".{time.time_ns()}"
-        self._writer = SummaryWriter(
-            str(self.folder), purge_step=purge_step, max_queue=MAX_WAITING, filename_suffix=suffix
-        )
+        self._events = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
+        if state is not None:
+            self._write(self._step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
-        """Write one scalar per metric at ``step``.
+        """Write one scalar per metric at ``step``."""
+        from tensorboardX import summary
 
-        Raises:
-            OSError: tensorboardX's writing thread has died (a full disk).
-        """
         for name, value in metrics.items():
-            self._alive().add_scalar(name, value, step)
+            self._write(step, summary=summary.scalar(name, value))
         self._step = max(self._step, step)
 
     def write_media(self, media: Mapping[str, Media], step: int, epoch: int) -> None:
-        """Write images, histograms and texts at ``step``; any other object as a text of JSON.
-
-        Raises:
-            OSError: as for :meth:`write`.
-        """
+        """Write images, histograms and texts at ``step``; any other object as a text of JSON."""
         for name, item in media.items():
-            writer = self._alive()
-            if isinstance(item, Image):
-                writer.add_image(name, item.pixels, step, dataformats="HWC")
-            elif isinstance(item, Histogram):
-                writer.add_histogram_raw(name, **_raw(item), global_step=step)
-            elif isinstance(item, Text):
-                writer.add_text(name, item.text, step)
-            else:
-                writer.add_text(name, f"    {json.dumps(item.value)}", step)  # texts are Markdown: indented, it is code
+            self._write(step, summary=_summary(name, item))
         self._step = max(self._step, step)
 
-    def _alive(self) -> Any:
-        events = self._writer.file_writer.event_writer
-        if not events._worker.is_alive():
-            events._event_queue.cancel_join_thread()  # else the process waits at its exit for what nobody takes
-            raise OSError("the event file cannot be written to")
-        return self._writer
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        self._events.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The last step."""
         return {"step": self._step}
+
+
+def _summary(name: str, item: Media) -> Any:
+    from tensorboardX import summary
+
+    if isinstance(item, Image):
+        return summary.image(name, item.pixels, dataformats="HWC")
+    if isinstance(item, Histogram):
+        return summary.histogram_raw(name, **_raw(item))
+    if isinstance(item, Text):
+        return summary.text(name, item.text)
+    return summary.text(name, f"    {json.dumps(item.value)}")  # texts are Markdown: indented, it is code
 
 
 def _raw(histogram: Histogram) -> dict[str, Any]:
