@@ -220,7 +220,16 @@ def build_writers(config: Config, folder: Path, log_folder: Path) -> list[Writer
     if options.tensorboard.enabled:
         writers.append(TensorBoardWriter(log_folder / "tensorboard"))
     if options.wandb.enabled:
-        wandb, plain = options.wandb, parse_yaml(dump_config(config))
-        name, tags, mode = options.experiment_name, wandb.tags, wandb.mode
-        writers.append(WandbWriter(log_folder, plain, wandb.project, name, wandb.entity, tags, mode))
+        wandb = options.wandb
+        writers.append(
+            WandbWriter(
+                folder=log_folder,
+                config=parse_yaml(dump_config(config)),
+                project=wandb.project,
+                name=options.experiment_name,
+                entity=wandb.entity,
+                tags=wandb.tags,
+                mode=wandb.mode,
+            )
+        )
     return writers
