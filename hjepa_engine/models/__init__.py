@@ -55,9 +55,9 @@ def build_modules(config: Config) -> nn.ModuleDict:
                 "context_encoder": context_encoder,
                 "target_encoder": TargetEncoder.copy_of(context_encoder),
                 "predictor": Predictor(
-                    context_encoder.grid,
-                    context_encoder.embed_dim,
-                    resolve_levels(config),
+                    grid=context_encoder.grid,
+                    embed_dim=context_encoder.embed_dim,
+                    levels=resolve_levels(config),
                     width=predictor.width,
                     depth=predictor.depth,
                     num_heads=predictor.num_heads,

@@ -1,4 +1,4 @@
-"""Predictor: what the target encoder says of hidden patches, at every level, from the context's tokens."""
+"""Predictor: the target features of hidden patches, at every level, from the context's tokens."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Predictor(nn.Module):
 
     def __init__(
         self,
+        *,
         grid: tuple[int, int],
         embed_dim: int,
         levels: Sequence[Level],
