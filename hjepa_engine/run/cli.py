@@ -14,11 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from tqdm import tqdm
-
 from hjepa_engine.config.loading import dump_config, list_options, load_config
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError
+from hjepa_engine.utils.bars import close_bars
 from hjepa_engine.utils.process import before_exit, make_streams_safe
 
 EXIT_CODES = """\
@@ -98,7 +97,7 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
         before_exit(_exit_undisturbed)
-        _close_progress_bars()
+        close_bars()  # the last line is the reason, and nothing but it
         if "--debug" in argv:
             traceback.print_exc()
         print(one_line(error), file=sys.stderr, flush=True)
@@ -136,12 +135,6 @@ def one_line(error: BaseException) -> str:
         return "interrupted"
     line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
     return f"unexpected {type(error).__name__}: {line} (--debug shows where)"
-
-
-def _close_progress_bars() -> None:
-    """Remove the bars that an error has left on the screen: the last line is the reason, and nothing but it."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
 
 
 def _options_help() -> str:

@@ -7,87 +7,48 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-#: Durations looked back on at most.
-MAX_RECENT = 1000
-
-
-class Recent:
-    """The mean of the more recent half of what was added, and of at most the last 1000.
-
-    >>> recent = Recent()
-    >>> for seconds in (10.0, 4.0, 2.0, 2.0):
-    ...     recent.add(seconds)
-    >>> recent.mean
-    2.0
-    """
-
-    def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=MAX_RECENT)
-        self._added = 0
-
-    def add(self, value: float) -> None:
-        """One value more."""
-        self._values.append(value)
-        self._added += 1
-
-    def add_to_last(self, value: float) -> None:
-        """Enlarge the newest value."""
-        self._values[-1] += value
-
-    @property
-    def mean(self) -> float | None:
-        """The mean; None where nothing was added."""
-        if not self._added:
-            return None
-        number = min(len(self._values), (self._added + 1) // 2)
-        return sum(list(self._values)[-number:]) / number
-
 
 class TimeRemaining:
-    """Estimate the time left from what iterations, and the turns of epochs, have recently taken in this process.
+    """Estimate the time left from the iterations and the ends of epochs that this process has seen.
 
-    A turn is all that lies between an epoch's last iteration and the next one's first batch: validation, probes, saving. The
-    older half of what was seen does not count, because first epochs are slow where caches are cold. Until there has been
-    a turn, turns count as nothing.
+    The end of an epoch is what follows its last iteration: validation, probes, saving. Of both, the newer half counts, of
+    at most the last 1000: first epochs are slow where caches are cold.
 
     Args:
         clock: seconds; runs from here.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._iterations, self._turns = Recent(), Recent()
-        self._in_epoch = self._turned = False
-        self._last = clock()
-
-    def batch(self) -> None:
-        """The batch of an iteration is there; the first one of a run has waited for what happens only once."""
-        if self._in_epoch:
-            return
-        passed = self._passed()
-        if self._turned:
-            self._turns.add_to_last(passed)
-        self._in_epoch = True
+        self._clock, self._last = clock, clock()
+        self._iterations: deque[float] = deque(maxlen=1000)
+        self._epoch_ends: deque[float] = deque(maxlen=1000)
 
     def iteration(self) -> None:
         """An iteration is over."""
-        self._iterations.add(self._passed())
+        self._add_to(self._iterations)
 
-    def epoch(self) -> None:
-        """An epoch, and what is done behind its last iteration, are over."""
-        self._turns.add(self._passed())
-        self._in_epoch, self._turned = False, True
+    def epoch_end(self) -> None:
+        """An epoch, with all that is done at its end, is over."""
+        self._add_to(self._epoch_ends)
 
-    def left(self, iterations: int, turns: int) -> float | None:
-        """Seconds that so many iterations and turns will take; None where there was no iteration yet."""
-        pace = self._iterations.mean
-        if pace is None and iterations:
+    def estimate(self, iterations: int, epoch_ends: int) -> float | None:
+        """Seconds that so many iterations and ends of epochs will take; None where there was no iteration yet.
+
+        As long as no epoch has ended, ends count as nothing.
+        """
+        if iterations and not self._iterations:
             return None
-        return iterations * (pace or 0.0) + turns * (self._turns.mean or 0.0)
+        return iterations * _recent_mean(self._iterations) + epoch_ends * _recent_mean(self._epoch_ends)
 
-    def _passed(self) -> float:
-        last, self._last = self._last, self._clock()
-        return self._last - last
+    def _add_to(self, durations: deque[float]) -> None:
+        now = self._clock()
+        durations.append(now - self._last)
+        self._last = now
+
+
+def _recent_mean(durations: deque[float]) -> float:
+    newer = list(durations)[len(durations) // 2 :]
+    return sum(newer) / len(newer) if newer else 0.0
 
 
 def total_iterations(state: Any) -> int:

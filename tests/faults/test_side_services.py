@@ -19,7 +19,9 @@ from ignite.engine import Events
 
 from hjepa_engine.checkpoint.folder import load_newest
 from hjepa_engine.checkpoint.serialization import flatten
+from hjepa_engine.handlers import MetricsLogger
 from hjepa_engine.loggers import wandb as wandb_writer
+from hjepa_engine.loggers.wandb import WandbWriter
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.run.cli import run_command
 
@@ -62,14 +64,14 @@ def alone(tmp_path_factory):
 # --- TensorBoard --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["__init__", "add_scalar", "close"])
+@pytest.mark.parametrize("place", ["__init__", "write_event", "flush", "close"])
 def test_tensorboard_may_raise_wherever_it_likes(tmp_path, monkeypatch, caplog, alone, place):
-    import tensorboardX
+    from tensorboardX.event_file_writer import EventsWriter
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space\nleft on device")
 
-    monkeypatch.setattr(tensorboardX.SummaryWriter, place, fail)
+    monkeypatch.setattr(EventsWriter, place, fail)
     code, end = command(tmp_path / "run", **TENSORBOARD)
     assert (code, end) == (0, alone)
     (warning,) = warnings_of(caplog)
@@ -202,17 +204,17 @@ def test_weights_and_biases_goes_on_with_the_same_run_after_a_resume(tmp_path, m
     assert [row["step"] for row in fake.rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10]
 
 
-def test_a_service_that_takes_nothing_any_more_does_not_fill_the_memory(monkeypatch):
+def test_a_service_that_takes_nothing_any_more_does_not_fill_the_memory(tmp_path, monkeypatch, caplog):
+    fake = FakeWandb("log", hangs=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(wandb_writer, "MAX_WAITING", 5)
-    monkeypatch.setattr(wandb_writer, "PATIENCE", 0.2)
-    queue, begun, over = wandb_writer._Queue("it"), threading.Event(), threading.Event()
-    queue.add(lambda: begun.set() or over.wait())
-    assert begun.wait(10)
-    for _ in range(5):
-        queue.add(lambda: None)
-    with pytest.raises(TimeoutError, match="it does not answer"):
-        queue.add(lambda: None)
-    over.set()
+    logger = MetricsLogger([WandbWriter(folder=tmp_path, config={}, project="p", name="n")])
+    for step in range(10):
+        logger.log_metrics({"a": 1.0}, step)
+        poll_until(lambda: ("log", {}) in fake.calls, 10)
+        assert bool(warnings_of(caplog)) == (step > 5)  # one is being sent, five wait
+    fake.over.set()
+    assert warnings_of(caplog) == ["WandbWriter failed and is off from now on: W&B does not answer"]
 
 
 # --- Screens ------------------------------------------------------------------------------------------------------------
@@ -319,21 +321,27 @@ def test_a_run_in_a_pipeline_is_saved_on_ctrl_c_though_its_reader_is_gone(tmp_pa
 # --- The real service, W&B's own process --------------------------------------------------------------------------------
 
 
+def recipe_environment(tmp_path, **settings):
+    """Of a process that is not logged in to W&B and finds the handlers of this file."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), **settings}
+
+
 def wandb_run(tmp_path, signal=None, **settings):
-    """The recipe as a process that logs to W&B, somewhere it is not logged in: exit code, standard error, seconds."""
+    """The recipe as a process that logs to W&B: exit code, standard error, seconds."""
     handlers = [] if signal is None else [f"{{class_path: {__name__}.BreakWandb, init_args: {{signal: {signal}}}}}"]
     words = options({**RUN, **WANDB, "run_dir": tmp_path / "run", "handlers": f"[{', '.join(handlers)}]"})
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "tests"), **settings}
-    began = time.monotonic()
     recipe = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *words]
+    began = time.monotonic()
     try:
-        done = subprocess.run(recipe, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        with open(tmp_path / "stderr", "w") as stderr:  # no pipe: a service that hangs keeps it open
+            environment = recipe_environment(tmp_path, **settings)
+            code = subprocess.run(recipe, cwd=tmp_path, env=environment, stderr=stderr, timeout=200).returncode
     finally:
         if (tmp_path / "core").exists():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int((tmp_path / "core").read_text()), 9)
-    return done.returncode, done.stderr.splitlines(), time.monotonic() - began
+    return code, (tmp_path / "stderr").read_text().splitlines(), time.monotonic() - began
 
 
 @pytest.mark.slow
@@ -364,8 +372,7 @@ def test_the_real_service_may_be_away_or_die(tmp_path, alone, number, settings, 
 def test_the_files_of_the_real_service_carry_on_one_run_after_a_resume(tmp_path, alone):
     words = {**RUN, **WANDB, "run_dir": tmp_path / "run", "checkpoint.save_every_steps": 4}
     words["handlers"] = f"[{{class_path: {__name__}.Bomb}}]"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
+    environment = recipe_environment(tmp_path)
     recipe = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *options(words)]
     codes = []
     for _ in range(2):

@@ -22,7 +22,7 @@ from hjepa_engine.handlers import gpu_stats as gpu_stats_module
 from hjepa_engine.handlers.gpu_stats import Gpu, visible_gpus
 from hjepa_engine.handlers.step_timing import CudaClock
 from hjepa_engine.recipes.pretrain import build
-from hjepa_engine.utils.eta import Recent, TimeRemaining
+from hjepa_engine.utils.eta import TimeRemaining
 
 HOST = {"system/process_memory_gb", "system/host_memory_share", "system/cpu_share"}
 
@@ -449,69 +449,69 @@ def test_a_reading_at_an_intervals_end_counts_in_the_next_one_whoever_is_attache
 # --- Time left --------------------------------------------------------------------------------------------------------
 
 
-def test_the_recent_half_counts_and_at_most_a_thousand_values():
-    recent = Recent()
-    assert recent.mean is None
-    for value in (9, 5, 1):
-        recent.add(value)
-    assert recent.mean == 3  # of 5 and 1
-    for value in range(10_000):
-        recent.add(value)
-    assert recent.mean == sum(range(9000, 10_000)) / 1000
-
-
 class Drive:
-    """A pace that is driven by hand: what lies between its calls, in seconds."""
+    """An estimate that is driven by hand: what lies between its calls, in seconds."""
 
     def __init__(self):
         self.passed = FakeTime()
-        self.pace = TimeRemaining(self.passed)
+        self.time = TimeRemaining(self.passed)
 
     def epoch(self, iterations, seconds, end=0.0, loading=0.0):
         self.passed.passes(loading)
         for _ in range(iterations):
-            self.pace.batch()
             self.passed.passes(seconds)
-            self.pace.iteration()
+            self.time.iteration()
         self.passed.passes(end)
-        self.pace.epoch()
+        self.time.epoch_end()
 
 
 def test_the_cost_between_epochs_is_not_spread_over_iterations():
     drive = Drive()
     drive.epoch(10, 1.0, end=50.0, loading=1000.0)  # what comes before the first batch comes once
-    assert drive.pace.left(0, 0) == 0.0
-    assert drive.pace.left(5, 0) == 5.0  # the last epoch is cut by max_iters: no validation follows
-    assert drive.pace.left(20, 2) == 20.0 + 100.0
-    drive.epoch(10, 1.0, end=50.0, loading=6.0)
-    drive.epoch(10, 1.0, end=50.0, loading=6.0)
-    assert drive.pace.left(10, 1) == 10.0 + (56.0 + 50.0) / 2  # of the two recent turns, one not yet over
+    assert drive.time.estimate(0, 0) == 0.0
+    assert drive.time.estimate(5, 0) == 5.0  # the last epoch is cut by max_iters: no validation follows
+    assert drive.time.estimate(20, 2) == 20.0 + 100.0
+    drive.epoch(10, 1.0, end=30.0)
+    drive.epoch(10, 1.0, end=20.0)
+    assert drive.time.estimate(10, 1) == 10.0 + (30.0 + 20.0) / 2  # of the newer two ends
+
+
+def test_a_wait_for_the_first_batch_of_every_epoch_counts():
+    drive = Drive()
+    for _ in range(4):
+        drive.epoch(10, 1.0, loading=6.0)
+    assert drive.time.estimate(20, 2) == pytest.approx(2 * 16.0)
 
 
 def test_a_slow_first_epoch_is_forgotten():
     drive = Drive()
     drive.epoch(10, 5.0, end=100.0)  # cold caches
-    assert drive.pace.left(30, 3) == 150.0 + 300.0
+    assert drive.time.estimate(30, 3) == 150.0 + 300.0
     drive.epoch(10, 1.0, end=10.0)
-    assert drive.pace.left(20, 2) == 20.0 + 20.0
+    assert drive.time.estimate(20, 2) == 20.0 + 20.0
+
+
+def test_at_most_the_last_thousand_iterations_count():
+    drive = Drive()
+    for seconds in range(3000):
+        drive.epoch(1, seconds)
+    assert drive.time.estimate(1, 0) == sum(range(2500, 3000)) / 500
 
 
 def test_nothing_is_known_before_the_first_iteration_of_a_process():
     drive = Drive()
-    drive.passed.passes(60.0)
-    assert drive.pace.left(100, 5) is None
-    drive.pace.batch()
+    assert drive.time.estimate(100, 5) is None
     drive.passed.passes(2.0)
-    drive.pace.iteration()
-    assert drive.pace.left(100, 5) == 200.0  # a turn has not been seen
+    drive.time.iteration()
+    assert drive.time.estimate(100, 5) == 200.0  # the end of an epoch has not been seen
 
 
 def test_a_run_that_resumes_behind_an_epochs_last_iteration_knows_its_validation_first():
     drive = Drive()
     drive.passed.passes(30.0)
-    drive.pace.epoch()
-    assert drive.pace.left(10, 1) is None
-    assert drive.pace.left(0, 1) == 30.0
+    drive.time.epoch_end()
+    assert drive.time.estimate(10, 1) is None
+    assert drive.time.estimate(0, 1) == 30.0
 
 
 def lines_of(monkeypatch, step_seconds, end_seconds, resume_at=0, stream=None, **length):
