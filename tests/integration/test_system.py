@@ -18,9 +18,8 @@ from torch import nn
 
 from hjepa_engine import TrainEvents, create_trainer
 from hjepa_engine.handlers import GpuStats, OptimizerStep, ProgressBar, StepTiming, Throughput
-from hjepa_engine.handlers import gpu_stats as gpu_stats_module
-from hjepa_engine.handlers.gpu_stats import Gpu, visible_gpus
 from hjepa_engine.handlers.step_timing import CudaClock
+from hjepa_engine.metrics.system import Gpu, visible_gpus
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.utils.eta import TimeRemaining
 
@@ -197,8 +196,8 @@ def test_one_process_speaks_for_all_visible_gpus_and_one_of_several_for_its_own(
         return [(found.number, found.uuid, found.memory()) for found in visible_gpus(torch.device(device))]
 
     assert seen("cuda") == [(n, f"uuid-{n}", (10 + n, 20 + n)) for n in range(3)]
-    monkeypatch.setattr(gpu_stats_module.idist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(gpu_stats_module.idist, "get_rank", lambda: 3)  # the second process of the second machine
+    monkeypatch.setattr(idist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(idist, "get_rank", lambda: 3)  # the second process of the second machine
     assert seen("cuda:1") == [(3, "uuid-1", (11, 21))]
     assert seen("cpu") == []
 
