@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -15,9 +13,8 @@ from torch import Tensor
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.loggers.base import Writer, check_names, to_float
+from hjepa_engine.loggers.group import WriterGroup
 from hjepa_engine.loggers.media import Histogram, Image, JsonValue, Media, Text
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsLogger:
@@ -35,10 +32,7 @@ class MetricsLogger:
     """
 
     def __init__(self, writers: Sequence[Writer]) -> None:
-        self.writers = list(writers)
-        self._opened: list[Writer] = []
-        self._off: list[Writer] = []
-        self._states: dict[str, Any] = {}
+        self._writers = WriterGroup(writers)
         self._seen = 0
         self._closed = False
         self._engine: StepEngine | None = None
@@ -93,20 +87,16 @@ class MetricsLogger:
     def close(self) -> None:
         """Flush and close every writer; nothing can be logged any more."""
         self._closed = True
-        self._close_all()
+        self._writers.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What was logged already, and how each writer goes on."""
-        return {"seen": self._seen, "writers": dict(self._now_states())}
+        return {"seen": self._seen, "writers": self._writers.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; no writer is opened before there is something to write."""
-        states = dict(state_dict["writers"])
-        # In a run that is put back to an earlier checkpoint, writers go on from there; W&B has nothing to put back.
-        staying = [writer for writer in self._opened if writer.state_dict() == states.get(self._key(writer))]
-        self._opened = [writer for writer in self._opened if writer not in staying]
-        self._close_all()
-        self._seen, self._states, self._opened = state_dict["seen"], states, staying
+        self._seen = state_dict["seen"]
+        self._writers.load_state_dict(state_dict["writers"])
 
     def _log(self, metrics: dict[str, float], media: dict[str, Media], step: int | None) -> None:
         if self._closed:
@@ -119,41 +109,5 @@ class MetricsLogger:
 
     def _send(self, metrics: dict[str, float], media: dict[str, Media], step: int, epoch: int) -> None:
         check_names([*metrics, *media])
-        if self._closed or not (metrics or media):
-            return
-        for writer in self.writers:
-            if writer not in self._off and writer not in self._opened:
-                state = self._states.get(self._key(writer))
-                if self._guarded(writer, partial(writer.open, state)):
-                    self._opened.append(writer)
-        for writer in list(self._opened):
-            if metrics:
-                self._guarded(writer, partial(writer.write, metrics, step, epoch))
-            if media and writer in self._opened:
-                self._guarded(writer, partial(writer.write_media, media, step, epoch))
-
-    def _guarded(self, writer: Writer, action: Callable[[], None]) -> bool:
-        try:
-            action()
-        except Exception as error:  # whatever a service's client raises
-            name, reason = type(writer).__name__, " ".join(str(error).split()) or type(error).__name__
-            logger.warning("%s failed and is off from now on: %s", name, reason)
-            self._states = self._now_states()
-            self._opened = [other for other in self._opened if other is not writer]
-            self._off.append(writer)
-            return False
-        return True
-
-    def _close_all(self) -> None:
-        for writer in list(self._opened):
-            self._guarded(writer, writer.close)
-        self._states, self._opened = self._now_states(), []
-
-    def _now_states(self) -> dict[str, Any]:
-        """How each writer goes on: one that was never opened, as it would have."""
-        return self._states | {self._key(writer): writer.state_dict() for writer in self._opened}
-
-    def _key(self, writer: Writer) -> str:
-        alike = [other for other in self.writers if type(other) is type(writer)]
-        number = next(i for i, other in enumerate(alike, start=1) if other is writer)
-        return type(writer).__name__ if number == 1 else f"{type(writer).__name__} {number}"
+        if not self._closed:
+            self._writers.write(metrics, media, step, epoch)
