@@ -625,7 +625,7 @@ def test_the_failure_of_a_logger_is_not_the_runs(place, caplog):
         run.run()
         run.handlers["logger"].close()
     assert same_bits(run.weights, alone)
-    (warning,) = [record for record in caplog.records if record.name == "hjepa_engine.handlers.metrics_logger"]
+    (warning,) = [record for record in caplog.records if record.name == "hjepa_engine.loggers.group"]
     assert "is off from now on: no" in warning.getMessage()
     assert "\n" not in warning.getMessage()
     assert len(good.records) >= 3 * 2

@@ -129,9 +129,13 @@ def session(folder, state=None):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
+    import wandb
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wandb_writer, "PATIENCE", 100.0)  # the machine may be busy
-        return log_everything(tmp_path_factory.mktemp("logged"))
+        folder = log_everything(tmp_path_factory.mktemp("logged"))
+    wandb.teardown()  # as at the process's exit: waits until all is written
+    return folder
 
 
 def log_everything(folder):
