@@ -168,7 +168,7 @@ def build_loader(
 def shutdown_workers(*loaders: DataLoader[Any]) -> None:
     """Shut down idle loader workers now: left to the garbage collector, torch takes up to 5 s for each."""
     for loader in loaders:
-        loader._iterator = None
+        loader._iterator = None  # no public way ends the workers of a loader that lives on
 
 
 def translate_worker_error(error: BaseException) -> DataError | None:

@@ -91,6 +91,7 @@ class ContextEncoder(nn.Module):
     ) -> list[Tensor]:
         """Patch tokens (B, K, D) at each of ``depths``, shares of the blocks in (0, 1]; 1.0 is after the last norm."""
         prefix = self.vit.num_prefix_tokens
+        # timm has no public way to stop between positions and blocks, where masked tokens are dropped.
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))
         if patch_idx is not None:
             tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], patch_idx)], dim=1)

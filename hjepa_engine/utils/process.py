@@ -12,7 +12,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: Call a function when the process begins to exit. ``atexit`` alone comes later, when threads have been waited for.
+#: Call a function when the process begins to exit. The public ``atexit`` comes later, when threads have been waited for.
 before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
 
 

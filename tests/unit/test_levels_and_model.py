@@ -274,6 +274,8 @@ def test_vision_transformers_of_timm_work_by_name(name, patch):
     assert encoder(pictures, torch.tensor([[0, 4], [1, 8]])).shape == (2, 2, 24)
     target = TargetEncoder.copy_of(encoder)
     assert torch.equal(target(pictures), encoder.eval()(pictures))
+    expected = encoder.vit.forward_features(pictures)[:, encoder.vit.num_prefix_tokens :]
+    assert torch.allclose(target(pictures), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
