@@ -61,7 +61,7 @@ LIBRARIES = {
     "torch": "build checkpoint data engine evaluator export handlers levels loggers losses masking metrics models optim "
     "recipes run state steps types utils visualization",
     "torchvision": "data",
-    "tqdm": "handlers run",
+    "tqdm": "utils",
     "wandb": "loggers",
     "yaml": "config",
 }
