@@ -12,11 +12,11 @@ from hjepa_engine.events import TrainEvents
 
 
 class EarlyStopping:
-    """End the run once a metric has not improved for ``patience`` validations in a row.
+    """End the run when a metric has not improved for ``patience`` validations in a row.
 
-    A value that is not finite is no improvement. Every rank sees the same averaged value, so that all leave together.
+    A value that is not finite is not an improvement. Every rank has the same averaged value, so all ranks stop together.
 
-    Listens to: ``TrainEvents.VALIDATION_COMPLETED``; ``STARTED``, for a resumed run that had been ended already.
+    Listens to: ``TrainEvents.VALIDATION_COMPLETED``; ``STARTED``, for a resumed run that was already stopped.
     Reads: ``engine.state.metrics[metric]``.
     Writes: terminates the engine.
 
@@ -47,7 +47,7 @@ class EarlyStopping:
         value = engine.state.metrics.get(self.metric)
         if value is None:
             known = ", ".join(sorted(engine.state.metrics)) or "none"
-            raise ValueError(f"early stopping needs the metric {self.metric!r}, known: {known}")
+            raise ValueError(f"early stopping needs the metric {self.metric!r}, logged metrics: {known}")
         score = -value if self.mode == "min" else value
         if math.isfinite(score) and score > self.best + self.min_delta:
             self.best, self.bad = score, 0
@@ -56,12 +56,12 @@ class EarlyStopping:
         self.end(engine)
 
     def end(self, engine: StepEngine) -> None:
-        """End the run if patience is at its end."""
+        """End the run if patience has run out."""
         if self.bad >= self.patience:
             engine.terminate()
 
     def state_dict(self) -> dict[str, float]:
-        """Best score and number of validations since."""
+        """Best score, and number of validations since."""
         return {"best": self.best, "bad": self.bad}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""How parameters and their gradients are distributed."""
+"""Histograms of parameters and gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Watch = Literal["gradients", "parameters", "all"]
 class ParameterHistograms:
     """Histograms of every trainable parameter, of its gradient, or of both, on rank 0.
 
-    Gradients are those of the whole accumulation window and of all ranks, unscaled and before clipping; parameters are those
-    after the step. The device is waited for once per set, when it is read.
+    Gradients are those of the whole accumulation window, averaged over ranks, unscaled and before clipping; parameters are
+    those after the step. Reading a set of histograms synchronizes with the device once.
 
     Listens to: ``TrainEvents.GRADIENTS_READY``, ``LOG_INTERVAL_COMPLETED``.
-    Reads: ``engine.modules``, in which a parameter that two of them share counts once.
+    Reads: ``engine.modules``; a parameter shared by two of them counts once.
     Writes: ``engine.state.media["gradients/<module>.<parameter>"]`` and ``["parameters/<module>.<parameter>"]``.
 
     Args:
@@ -45,7 +45,7 @@ class ParameterHistograms:
         """Attach to the trainer.
 
         Raises:
-            ValueError: ``every`` is no multiple of its ``log_frequency``.
+            ValueError: ``every`` is not a multiple of the trainer's ``log_frequency``.
         """
         if self.every % engine.log_frequency:
             raise ValueError(f"every must be a multiple of log_frequency ({engine.log_frequency}), got {self.every}")
@@ -54,7 +54,7 @@ class ParameterHistograms:
             engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.write)
 
     def measure_gradients(self, engine: Trainer) -> None:
-        """Measure, if the coming step is one to be watched: they are gone when the window is complete."""
+        """Compute gradient histograms now, if the next step is due: gradients are gone when the window is complete."""
         step = engine.state.optimizer_step + 1
         self._due = step if step % self.every == 0 else 0
         if self._due and self.watch != "parameters":
@@ -62,7 +62,7 @@ class ParameterHistograms:
             self._gradients = {f"gradients/{name}": Histogram.measure(g) for name, g in gradients if g is not None}
 
     def write(self, engine: Trainer) -> None:
-        """Write the set, if the step that it is of was made: it may have been skipped."""
+        """Write the histograms, unless their optimizer step was skipped."""
         if engine.state.optimizer_step != self._due or not self._due:
             return
         measured = self._gradients
@@ -73,7 +73,7 @@ class ParameterHistograms:
 
 
 def trainable(engine: Trainer) -> Iterator[tuple[str, Parameter]]:
-    """Trainable parameters of all modules by name, without what distribution puts around a module."""
+    """Trainable parameters of all modules by name, without DDP's prefix."""
     seen = set()
     for module_name, module in engine.modules.items():
         for name, parameter in unwrap(module).named_parameters():

@@ -1,4 +1,4 @@
-"""The target encoder's exponential moving average."""
+"""Exponential moving average (EMA) of the target encoder."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hjepa_engine.types import unwrap
 
 
 class TargetEncoderEMA:
-    """Move the target encoder towards the context encoder after every optimizer step.
+    """Update the target encoder as a moving average of the context encoder after every optimizer step.
 
     target = momentum * target + (1 - momentum) * context, for parameters and floating-point buffers; other buffers are
-    copied. ``param_groups[0]["momentum"]`` is what a ``ParamScheduler`` drives. Ranks hold equal weights, so that they
-    agree without talking.
+    copied. A ``ParamScheduler`` may set ``param_groups[0]["momentum"]``. All ranks have equal weights, so the update needs
+    no communication.
 
     Listens to: ``TrainEvents.OPTIMIZER_STEPPED``.
     Writes: ``engine.state.metrics["train/ema_momentum"]`` at the end of a log interval.
 
     Args:
-        context_encoder: the trained encoder.
+        context_encoder: the encoder that is trained.
         target_encoder: its copy, without gradients.
-        momentum: share of the target that an update keeps, in [0, 1]; 1.0 leaves it as it is.
+        momentum: fraction of the target kept by an update, in [0, 1]; with 1.0 the target never changes.
     """
 
     def __init__(self, context_encoder: nn.Module, target_encoder: nn.Module, momentum: float = 0.996) -> None:

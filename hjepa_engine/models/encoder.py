@@ -1,4 +1,4 @@
-"""Context and target encoder: a timm vision transformer that can see a part of the patches."""
+"""Context and target encoder: a timm vision transformer that can run on a subset of the patches."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.positions import sincos_2d
 from hjepa_engine.utils.imports import block_import
 
-with block_import("wandb"):  # which timm imports wherever it is installed
+with block_import("wandb"):  # timm imports it if it is installed
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
 
 class ContextEncoder(nn.Module):
-    """A vision transformer over the visible patches; masked patches are dropped, not zeroed.
+    """A vision transformer that runs on the visible patches only; masked patches are dropped, not zeroed.
 
     Args:
         name: any of timm's vision transformers (``timm.list_models("vit_*")``).
         img_size: H = W of the images, in pixels.
         in_chans: C of the images.
-        pos_embed: ``sincos``: fixed 2-D sine-cosine positions (I-JEPA); ``learned``: as timm initializes them.
+        pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained, initialized by timm.
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
-        **overrides: arguments of timm's ``VisionTransformer`` that differ from the named model's (``patch_size``,
+        **overrides: arguments of timm's ``VisionTransformer`` that replace those of the named model (``patch_size``,
             ``embed_dim``, ``depth``, ``num_heads``, ``drop_path_rate``, ``init_values`` (layer scale), ...).
 
     Raises:
-        ValueError: the name is unknown or no plain vision transformer, or the sizes do not fit together.
+        ValueError: the name is unknown or not a plain vision transformer, or the sizes are incompatible.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         if name not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(name, timm.list_models("vit_*"), 3)) or "see timm.list_models()"
-            raise ValueError(f"unknown encoder {name!r}, near: {near}")
+            raise ValueError(f"unknown encoder {name!r}, similar names: {near}")
         tokens = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0}
         arguments = {"img_size": img_size, "in_chans": in_chans, **tokens, **overrides}
         try:
@@ -79,7 +79,7 @@ class ContextEncoder(nn.Module):
 
         Args:
             images: (B, C, H, W), normalized.
-            patch_idx: (B, K), the patches to see; all N of them by default.
+            patch_idx: (B, K), the visible patches; None: all N.
 
         Returns:
             (B, K, D), in the order of ``patch_idx``.
@@ -89,9 +89,9 @@ class ContextEncoder(nn.Module):
     def features(
         self, images: Tensor, patch_idx: Tensor | None = None, depths: Sequence[float] = (1.0,)
     ) -> list[Tensor]:
-        """Patch tokens (B, K, D) at each of ``depths``, shares of the blocks in (0, 1]; 1.0 is after the last norm."""
+        """Patch tokens (B, K, D) after each of ``depths``, fractions of the blocks in (0, 1]; 1.0 includes the last norm."""
         prefix = self.vit.num_prefix_tokens
-        # timm has no public way to stop between positions and blocks, where masked tokens are dropped.
+        # Masked tokens are dropped between position embeddings and blocks; timm has no public method for that.
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))
         if patch_idx is not None:
             tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], patch_idx)], dim=1)
@@ -107,22 +107,22 @@ class ContextEncoder(nn.Module):
         return [(last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()]
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are no weights: positions and prefix tokens."""
+        """Names of parameters without weight decay: position embeddings and prefix tokens."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
 
 class TargetEncoder(ContextEncoder):
-    """The context encoder's exact copy: float32, no gradients, always in evaluation mode, moved only by its EMA."""
+    """An exact copy of the context encoder: float32, no gradients, always in eval mode, updated only by EMA."""
 
     @classmethod
     def copy_of(cls, encoder: ContextEncoder) -> TargetEncoder:
-        """A target encoder that equals ``encoder`` bit for bit."""
+        """Copy ``encoder`` bit for bit."""
         target = copy.deepcopy(encoder)
         target.__class__ = cls
         target.requires_grad_(False).eval()
         return target  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> TargetEncoder:
-        """Stay in evaluation mode: a target with drop path would be a noisy one."""
+        """Stay in eval mode: drop path would make the targets noisy."""
         super().train(False)
         return self

@@ -1,4 +1,4 @@
-"""Predictor: the target features of hidden patches, at every level, from the context's tokens."""
+"""Predictor of target features of masked patches, at every level, from context tokens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from hjepa_engine.models.positions import sincos_1d
 
 
 class Predictor(nn.Module):
-    """A narrow vision transformer that answers one query per target cell and level.
+    """A narrow vision transformer with one query token per target cell and level.
 
-    A query is mask token + level embedding + position of the cell's center. The queries of one target block attend
-    to each other and to the context; blocks are predicted independently (I-JEPA, arXiv:2301.08243). A level with
-    ``pool: image`` has one query per image, placed at the middle of the grid, in a sequence of its own.
+    A query is mask token + level embedding + position embedding of the cell's center. The queries of one target block
+    attend to each other and to the context; blocks are predicted independently (I-JEPA, arXiv:2301.08243). A level with
+    ``pool: image`` has one query per image, at the center of the grid, in a separate sequence.
 
     Args:
         grid: (H, W), the patch grid.
         embed_dim: D of the encoder.
-        levels: the hierarchy, finest first.
-        width: of the predictor's tokens, a multiple of 4 and of ``num_heads``.
-        depth: number of blocks that all levels share.
+        levels: levels of the hierarchy, finest first.
+        width: dimension of the predictor's tokens, a multiple of 4 and of ``num_heads``.
+        depth: number of blocks shared by all levels.
         num_heads: attention heads.
         mlp_ratio: hidden width of a block's MLP, as a multiple of ``width``.
-        level_depth: number of blocks that each level has of its own, after the shared ones.
+        level_depth: number of additional blocks per level, after the shared ones.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
 
@@ -49,7 +49,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         if not levels:
-            raise ValueError("levels must name at least one level, got none")
+            raise ValueError("levels must not be empty")
         if width % 4 or width % num_heads:
             raise ValueError(f"width must be a multiple of 4 and of num_heads={num_heads}, got {width}")
         self.grid, self.levels, self.activation_checkpointing = grid, tuple(levels), activation_checkpointing
@@ -58,7 +58,7 @@ class Predictor(nn.Module):
             return nn.ModuleList(Block(width, num_heads, mlp_ratio, qkv_bias=True) for _ in range(number))
 
         self.embed = nn.Linear(embed_dim, width)
-        # One-dimensional, so that no weight decay pulls them to zero.
+        # One-dimensional, so that weight decay does not apply.
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.level_embed = nn.ParameterList(torch.zeros(width) for _ in levels)
         self.blocks, self.norm = blocks(depth), nn.LayerNorm(width)
@@ -70,7 +70,7 @@ class Predictor(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        # A cell's center lies on a patch or half-way between two: tables in half-patch steps cover every level.
+        # Centers of cells are on a patch or half-way between two: tables in steps of half a patch serve all levels.
         for name, length in zip(("row_table", "column_table"), grid, strict=True):
             table = sincos_1d(torch.arange(2 * length - 1) / 2, width // 2)
             self.register_buffer(name, table, persistent=False)
@@ -82,11 +82,11 @@ class Predictor(nn.Module):
         """Predict every level's targets.
 
         Args:
-            context: (B, K, D), the context encoder's tokens of ``masks.context_idx``.
-            masks: what is context and what is to be predicted.
+            context: (B, K, D), context encoder tokens at ``masks.context_idx``.
+            masks: indices of context and target patches.
 
         Returns:
-            For each level (B, M, cells, D); for a level with ``pool: image`` (B, 1, 1, D).
+            One tensor per level: (B, M, cells, D), or (B, 1, 1, D) for ``pool: image``.
         """
         rows, columns = masks.context_idx // self.grid[1], masks.context_idx % self.grid[1]
         tokens = self.embed(context) + self._positions(2 * rows, 2 * columns)
@@ -95,26 +95,26 @@ class Predictor(nn.Module):
         predictions: dict[int, Tensor] = {}
         if cells:
             queries = [self._cell_queries(number, masks) for number in cells]
-            predictions.update(zip(cells, self._answer(tokens, queries, cells), strict=True))
+            predictions.update(zip(cells, self._predict(tokens, queries, cells), strict=True))
         if image:
             middle = torch.cat([self.row_table[self.grid[0] - 1], self.column_table[self.grid[1] - 1]])
             queries = [self._queries(number, middle).expand(len(tokens), 1, 1, -1) for number in image]
-            predictions.update(zip(image, self._answer(tokens, queries, image), strict=True))
+            predictions.update(zip(image, self._predict(tokens, queries, image), strict=True))
         return [predictions[number] for number in range(len(self.levels))]
 
-    def _answer(self, context: Tensor, queries: list[Tensor], numbers: list[int]) -> list[Tensor]:
-        """Run queries (B, M, cells, P) of the levels ``numbers``, one sequence per block, behind the context (B, K, P)."""
+    def _predict(self, context: Tensor, queries: list[Tensor], numbers: list[int]) -> list[Tensor]:
+        """Run queries (B, M, cells, P) of levels ``numbers`` after the context (B, K, P), one sequence per block."""
         batch, blocks = queries[0].shape[:2]
         length = context.shape[1]
         sequence = torch.cat([context.repeat_interleave(blocks, dim=0), torch.cat(queries, dim=2).flatten(0, 1)], dim=1)
         sequence = self._run(self.blocks, sequence)
-        shared_context, *answers = sequence.split([length, *(query.shape[2] for query in queries)], dim=1)
+        shared_context, *outputs_by_level = sequence.split([length, *(query.shape[2] for query in queries)], dim=1)
         outputs = []
-        for number, answer in zip(numbers, answers, strict=True):
+        for number, tokens in zip(numbers, outputs_by_level, strict=True):
             if len(self.level_blocks[number]):  # type: ignore[arg-type]
-                own = self._run(self.level_blocks[number], torch.cat([shared_context, answer], dim=1))
-                answer = own[:, length:]
-            outputs.append(self.heads[number](self.norm(answer)).unflatten(0, (batch, blocks)))
+                own = self._run(self.level_blocks[number], torch.cat([shared_context, tokens], dim=1))
+                tokens = own[:, length:]
+            outputs.append(self.heads[number](self.norm(tokens)).unflatten(0, (batch, blocks)))
         return outputs
 
     def _run(self, blocks: nn.Module, tokens: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Predictor(nn.Module):
         return self.mask_token + self.level_embed[number] + positions
 
     def _positions(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sine-cosine positions (..., P) of doubled coordinates that broadcast to (...)."""
+        """Sine-cosine position embeddings (..., P) of coordinates in half patches, which broadcast to (...)."""
         down, across = self.row_table[rows], self.column_table[columns]
         shape = torch.broadcast_shapes(rows.shape, columns.shape)
         return torch.cat([down.expand(*shape, -1), across.expand(*shape, -1)], dim=-1)

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features, trained by the same engine, optimizer step, schedule and averages as pretraining."""
+"""Linear heads on frozen features, trained with the same engine and handlers as pretraining."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 
 def standardized(train: Labeled, val: Labeled) -> tuple[Labeled, Labeled]:
-    """Both with the mean 0 and standard deviation 1 that the training features have then (as MAE, arXiv:2111.06377)."""
+    """Standardize both by the mean and standard deviation of the training features (as in MAE, arXiv:2111.06377)."""
     (features, labels), (val_features, val_labels) = train, val
     mean, std = features.mean(dim=0), features.std(dim=0)
-    # A feature that is constant in the training images (the border of digits) would blow up in others.
+    # Dividing by the tiny std of a constant training feature (the border of digits) would blow up other images.
     std = torch.where(std < 1e-4 * std.max(), 1.0, std)
     return ((features - mean) / std, labels), ((val_features - mean) / std, val_labels)
 
@@ -45,19 +45,19 @@ def train_head(
     writers: Sequence[Writer] = (),
     bar: str | None = None,
 ) -> float:
-    """Train a linear head; its accuracy on ``val`` after the last epoch, from 0 to 1.
+    """Train a linear head; returns its accuracy on ``val`` after the last epoch, from 0 to 1.
 
-    Equal arguments give an equal head; no random number is drawn from the outside's generators.
+    The result depends only on the arguments; the global random generators are left as they were.
 
     Args:
-        train: standardized features to learn from.
-        val: standardized features to judge on.
-        num_classes: that labels may have.
+        train: standardized training features and labels.
+        val: standardized validation features and labels.
+        num_classes: number of classes.
         settings: epochs, batch size, learning rate and weight decay.
-        seed: names weights and order.
-        device: to train on.
-        writers: of its losses and accuracies.
-        bar: name of a progress bar; None: show none.
+        seed: seed of the initial weights and the order.
+        device: device to train on.
+        writers: writers of losses and accuracies.
+        bar: name of the progress bar; None: no bar.
     """
     batches = FeatureBatches(*train, min(settings.batch_size, len(train[0])), seed)
     with preserve_rng_state():

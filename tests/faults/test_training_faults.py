@@ -246,7 +246,7 @@ def test_damaged_images_within_bounds_are_counted_through_a_resume_and_beyond_th
     assert command(**FOLDER, run_dir="whole", data__max_damaged=0.1)[0] == 0
     whole = ending_of("whole")
     assert whole["ranks"][0]["handlers"]["DamagedImages"] == {"read": 128, "damaged": 4}
-    named = [line for line in warnings_of(caplog) if "damaged image replaced" in line]
+    named = [line for line in warnings_of(caplog) if "unreadable image replaced" in line]
     assert len(named) == 2 and all(sum(f"{image:03d}.png" in line for line in named) == 1 for image in (5, 40))
     for stop in (3, 8, 11):
         shutil.rmtree("run", ignore_errors=True)
@@ -259,7 +259,8 @@ def test_damaged_images_within_bounds_are_counted_through_a_resume_and_beyond_th
     code, _, err = command(**FOLDER, data__max_damaged=0.01)
     assert code == 3
     assert re.match(
-        r"[34] of 104 images are damaged, data.max_damaged allows a share of 0.01; one is ", err.splitlines()[-1]
+        r"[34] of 104 images could not be read, more than data.max_damaged 0.01 allows; one of them: ",
+        err.splitlines()[-1],
     )
     # The bound may change, and the run goes on.
     code, out, _ = command(**FOLDER, data__max_damaged=0.1)

@@ -395,7 +395,7 @@ def test_early_stopping_refuses_what_it_cannot_do():
         EarlyStopping(0)
     with pytest.raises(ValueError, match="mode must be min or max, got 'least'"):
         EarlyStopping(1, mode="least")
-    with pytest.raises(ValueError, match=r"early stopping needs the metric 'probe/knn', known: val/loss"):
+    with pytest.raises(ValueError, match=r"early stopping needs the metric 'probe/knn', logged metrics: val/loss"):
         stopping_run([1.0], patience=1, metric="probe/knn")
 
 
@@ -531,9 +531,9 @@ def images_run(damaged, max_share):
 def test_damaged_images_are_counted_and_named_once(caplog):
     trainer, handler = images_run([["a.jpg: truncated"], [], ["a.jpg: truncated", "b.jpg: empty"]], 0.05)
     assert trainer.state.metrics == {"data/damaged": 3.0}
-    assert [r.getMessage() for r in caplog.records if "damaged image" in r.message] == [
-        "damaged image replaced by another: a.jpg: truncated",
-        "damaged image replaced by another: b.jpg: empty",
+    assert [r.getMessage() for r in caplog.records if "unreadable image" in r.message] == [
+        "unreadable image replaced by another one: a.jpg: truncated",
+        "unreadable image replaced by another one: b.jpg: empty",
     ]
     restored = DamagedImages()
     restored.load_state_dict(handler.state_dict())
@@ -542,7 +542,7 @@ def test_damaged_images_are_counted_and_named_once(caplog):
 
 def test_too_many_damaged_images_end_the_run():
     with pytest.raises(
-        DataError, match=r"3 of 150 images are damaged, data.max_damaged allows a share of 0.01; one is a"
+        DataError, match=r"3 of 150 images could not be read, more than data.max_damaged 0.01 allows; one of them: a"
     ):
         images_run([["a", "b"], ["c"], []], 0.01)
     images_run([["a", "b"], []], 0.02)  # 2 of 100 are allowed

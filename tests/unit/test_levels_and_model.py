@@ -124,7 +124,7 @@ def test_queries_are_mask_token_plus_level_embedding_plus_centre():
     modules = moved(build_modules(config(levels)))
     predictor = modules["predictor"]
     seen = []
-    predictor._answer = lambda tokens, queries, numbers: (
+    predictor._predict = lambda tokens, queries, numbers: (
         seen.append(queries) or [queries[n] for n, _ in enumerate(numbers)]
     )
     # A 2 x 3 block with its corner in row 3, column 1 of the 6 x 6 grid.
@@ -301,7 +301,7 @@ def test_prefix_tokens_attend_but_only_patch_tokens_come_out(name, overrides, pr
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("vit_tiny_patch16_24", "near: vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_24", "similar names: vit_tiny_patch16_224"),
         ("nonsense", "timm.list_models"),
         ("resnet18", "must be a timm VisionTransformer"),
         ("swin_tiny_patch4_window7_224", "must be a timm VisionTransformer"),
