@@ -13,6 +13,7 @@ from torch import Tensor
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
+from hjepa_engine.metrics.names import COLLAPSE_KEYS, collapse_metric
 
 
 class BatchCollapse:
@@ -78,8 +79,8 @@ class BatchCollapse:
             return
         for name, statistics in self._statistics.items():
             summary = statistics.reduced().summary()
-            for key in ("std", "norm", "rank", "rank_share"):
-                engine.state.metrics[f"collapse/batch_{name}_{key}"] = summary[key]
+            for key in COLLAPSE_KEYS:
+                engine.state.metrics[collapse_metric(name, key, batch=True)] = summary[key]
         self._statistics, self._taken, self.due = {}, {}, engine.state.optimizer_step + self.every
 
     def _wanted(self, name: str) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -13,20 +13,16 @@ from torch import Tensor
 
 from hjepa_engine.data.views import random_views
 from hjepa_engine.engine import Trainer
-from hjepa_engine.evaluator import Evaluator
+from hjepa_engine.evaluator import Evaluator, for_each_output
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.loggers.media import JsonValue
 from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req
+from hjepa_engine.metrics.names import COLLAPSE_KEYS, LIDAR, SPECTRUM, collapse_metric
+from hjepa_engine.types import Batch, Outputs
 from hjepa_engine.utils.eta import total_iterations
 
 #: Maximum number of singular values in a logged spectrum.
 _POINTS = 64
-
-
-class Images(Protocol):
-    """Batches with ``images`` (B, C, H, W), the same on every pass."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
 class CollapseMonitor:
@@ -98,28 +94,26 @@ class CollapseMonitor:
         """Take a reading. Collective."""
         found: dict[str, FeatureStatistics] = {}
 
-        def add(evaluator: Evaluator) -> None:
-            for name, features in evaluator.state.output.items():
+        def add(output: Outputs, batch: Batch) -> None:
+            for name, features in output.items():
                 if name not in found:
-                    found[name] = FeatureStatistics(features.shape[-1], features.shape[1], evaluator.amp_dtype)
+                    found[name] = FeatureStatistics(features.shape[-1], features.shape[1], self.evaluator.amp_dtype)
                 found[name].add(features)
 
-        with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, add):
-            self.evaluator.run(self.images)
+        for_each_output(self.evaluator, self.images, add)
         for name, statistics in found.items():
             self._write(engine, name, statistics.reduced())
         if self.lidar_views:
             self._read_lidar(engine)
-        self.evaluator.state.output = self.evaluator.state.batch = None  # memory that the next training step needs
 
     def _write(self, engine: Trainer, name: str, statistics: FeatureStatistics) -> None:
-        encoder, is_level, level = name.partition("_level_")
+        encoder, _, level = name.partition("_level_")
         values = statistics.singular_values()
         found = statistics.summary(values) | ({"alpha_req": alpha_req(values)} if self.alpha_req else {})
-        for key in ("std", "norm", "rank", "rank_share") if is_level else found:
-            engine.state.metrics[f"collapse/{encoder}_{key}{is_level}{level}"] = found[key]
-        if not is_level:
-            engine.state.media[f"collapse/{encoder}_spectrum"] = JsonValue(thinned(values))
+        for key in COLLAPSE_KEYS if level else found:
+            engine.state.metrics[collapse_metric(encoder, key, level or None)] = found[key]
+        if not level:
+            engine.state.media[collapse_metric(encoder, SPECTRUM)] = JsonValue(thinned(values))
 
     def _read_lidar(self, engine: Trainer) -> None:
         found: dict[str, ViewStatistics] = {}
@@ -129,13 +123,17 @@ class CollapseMonitor:
             for image in batch["images"]:  # one by one, keyed by index: the same views on any rank
                 of_images.append(torch.cat(random_views(image[None], self.lidar_views, self.seed, number)))
                 number += idist.get_world_size()
-            views = torch.stack(of_images, dim=1)
-            outputs = [self.evaluator.run([{"images": view}]).output for view in views]
+            outputs = self._outputs([{"images": view} for view in torch.stack(of_images, dim=1)])
             for name in [name for name in outputs[0] if "_level_" not in name]:
                 means = torch.stack([output[name].float().mean(dim=1) for output in outputs])
                 found.setdefault(name, ViewStatistics(means.shape[-1], self.evaluator.amp_dtype)).add(means)
         for name, statistics in found.items():
-            engine.state.metrics[f"collapse/{name}_lidar"] = statistics.lidar()
+            engine.state.metrics[collapse_metric(name, LIDAR)] = statistics.lidar()
+
+    def _outputs(self, batches: list[Batch]) -> list[Outputs]:
+        outputs: list[Outputs] = []
+        for_each_output(self.evaluator, batches, lambda output, batch: outputs.append(output))
+        return outputs
 
     def state_dict(self) -> dict[str, int]:
         """The optimizer step of the next reading."""

@@ -10,7 +10,8 @@ import torch
 from ignite.engine import Events
 
 from hjepa_engine.engine import Trainer
-from hjepa_engine.evaluator import Evaluator
+from hjepa_engine.evaluator import Evaluator, labeled_features
+from hjepa_engine.metrics.names import PROBE
 from hjepa_engine.types import Labeled
 from hjepa_engine.utils.eta import total_iterations
 
@@ -71,21 +72,10 @@ class OnlineProbe:
 
     def probe(self, engine: Trainer) -> None:
         """Probe now. Collective."""
-        train, val = self._features(self.train), self._features(self.val)
+        train, val = (labeled_features(self.evaluator, images) for images in (self.train, self.val))
         values = torch.tensor([classify(train, val) for classify in self.classifiers.values()], dtype=torch.float64)
         # GPUs may round differently, and handlers that act on an accuracy must act on all ranks alike.
         shared: Any = idist.broadcast(values.to(self.evaluator.device), src=0)
         engine.state.metrics.update(
-            {f"probe/{name}": x for name, x in zip(self.classifiers, shared.tolist(), strict=True)}
+            {f"{PROBE}{name}": x for name, x in zip(self.classifiers, shared.tolist(), strict=True)}
         )
-
-    def _features(self, images: Iterable[dict[str, Any]]) -> Labeled:
-        read: list[Labeled] = []
-
-        def keep(evaluator: Evaluator) -> None:
-            read.append((evaluator.state.output["features"], evaluator.state.batch["labels"]))
-
-        with self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep):
-            self.evaluator.run(images)
-        self.evaluator.state.output = self.evaluator.state.batch = None  # memory that the next training step needs
-        return torch.cat([features for features, _ in read]), torch.cat([labels for _, labels in read])

@@ -13,12 +13,12 @@ from hjepa_engine.config.schema import Level
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.masking import Masks
+from hjepa_engine.metrics.names import spectrum_encoder
 from hjepa_engine.utils.eta import total_iterations
 from hjepa_engine.visualization import figures
 from hjepa_engine.visualization.drawing import save
 from hjepa_engine.visualization.figure_data import (
     Spectrum,
-    encoder_of,
     patch_colors,
     read_spectra,
     similarities,
@@ -125,9 +125,9 @@ class Pictures:
     def _spectrum(self, state: Any) -> Figure | None:
         spectra = read_spectra(self.folder / "metrics.jsonl", before=state.optimizer_step)
         for name, item in state.media.items():
-            if name.startswith("collapse/") and name.endswith("_spectrum"):
+            if (encoder := spectrum_encoder(name)) is not None:
                 newest = Spectrum(state.optimizer_step, item.value["rank"], item.value["share"])
-                spectra.setdefault(encoder_of(name), []).append(newest)
+                spectra.setdefault(encoder, []).append(newest)
         return figures.draw_spectra(spectra) if spectra else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.state import Metrics
-from hjepa_engine.types import Batch, Outputs, Step
+from hjepa_engine.types import Batch, Labeled, Outputs, Step
 
 
 class Evaluator(StepEngine):
@@ -56,3 +56,35 @@ def create_evaluator(
     evaluator.add_event_handler(Events.STARTED, evaluator._enter)
     evaluator.add_event_handler(Events.COMPLETED, evaluator._leave)
     return evaluator
+
+
+def for_each_output(evaluator: Evaluator, data: Iterable[Batch], read: Callable[[Outputs, Batch], None]) -> None:
+    """Run over ``data`` and hand each output and its batch to ``read``; the evaluator keeps neither."""
+
+    def hand_over(engine: Evaluator) -> None:
+        read(engine.state.output, engine.state.batch)
+
+    with evaluator.add_event_handler(Events.ITERATION_COMPLETED, hand_over):
+        evaluator.run(data)
+    evaluator.state.output = evaluator.state.batch = None  # memory that the next training step needs
+
+
+def labeled_features(
+    evaluator: Evaluator, data: Iterable[Batch], name: str = "features", device: torch.device | None = None
+) -> Labeled:
+    """One output of a whole data set, (samples, ...), and its labels, (samples,).
+
+    Args:
+        evaluator: runs a step with such an output, like :func:`~hjepa_engine.steps.feature_step`.
+        data: batches with ``labels`` (B,).
+        name: of the output, (B, ...).
+        device: where both are gathered; the evaluator's own by default.
+    """
+    features, labels = [], []
+
+    def read(output: Outputs, batch: Batch) -> None:
+        features.append(output[name].to(device))
+        labels.append(batch["labels"].to(device))
+
+    for_each_output(evaluator, data, read)
+    return torch.cat(features), torch.cat(labels)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hjepa_engine.config.schema import Level
 from hjepa_engine.levels import cell_centers
 from hjepa_engine.masking import Masks
+from hjepa_engine.metrics.names import SPECTRUM, spectrum_encoder
 
 FloatArray = NDArray[np.float64]
 
@@ -151,7 +152,7 @@ def read_spectra(path: Path, before: int | None = None) -> dict[str, list[Spectr
     except FileNotFoundError:
         lines = []
     for line in lines:
-        if "_spectrum" not in line:
+        if SPECTRUM not in line:
             continue  # the file of a long run has many lines, and parsing is slow
         try:
             record = json.loads(line)
@@ -159,16 +160,7 @@ def read_spectra(path: Path, before: int | None = None) -> dict[str, list[Spectr
             continue  # a last line that is being written
         if before is None or record["step"] < before:
             for name, value in record.items():
-                if name.startswith("collapse/") and name.endswith("_spectrum"):
+                if (encoder := spectrum_encoder(name)) is not None:
                     spectrum = Spectrum(record["step"], value["rank"], value["share"])
-                    found.setdefault(encoder_of(name), {})[record["step"]] = spectrum
+                    found.setdefault(encoder, {})[record["step"]] = spectrum
     return {encoder: [steps[step] for step in sorted(steps)] for encoder, steps in found.items()}
-
-
-def encoder_of(name: str) -> str:
-    """The encoder whose spectrum ``name`` is.
-
-    >>> encoder_of("collapse/target_spectrum")
-    'target'
-    """
-    return name.removeprefix("collapse/").removesuffix("_spectrum")
