@@ -32,19 +32,6 @@ class Record(NamedTuple):
         return self.iteration, self.ends_epoch
 
 
-def is_better(value: float | None, other: float | None, mode: Mode) -> bool:
-    """Whether ``value`` is strictly better than ``other``; what is missing or not finite is worse than anything.
-
-    >>> is_better(0.3, 0.5, "min"), is_better(float("nan"), 0.5, "min"), is_better(0.3, None, "max")
-    (True, False, True)
-    """
-    if value is None or not math.isfinite(value):
-        return False
-    if other is None or not math.isfinite(other):
-        return True
-    return value < other if mode == "min" else value > other
-
-
 def latest(records: Sequence[Record]) -> Record | None:
     """The newest checkpoint."""
     return max(records, key=lambda record: record.order, default=None)

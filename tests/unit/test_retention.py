@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hjepa_engine.checkpoint import folder as checkpoint_folder
 from hjepa_engine.checkpoint import storage
 from hjepa_engine.checkpoint.folder import INDEX, list_checkpoints, load_newest
-from hjepa_engine.checkpoint.retention import Record, RetentionPolicy, best, is_better, latest
+from hjepa_engine.checkpoint.retention import Record, RetentionPolicy, best, latest
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.writer import CheckpointWriter, describe_record
 from hjepa_engine.utils import files
@@ -85,7 +85,8 @@ def test_a_score_that_is_no_number_never_wins(records, mode):
     foremost = best(records, mode)
     finite = [record for record in records if record.score is not None and math.isfinite(record.score)]
     assert (foremost is None) == (not finite)
-    assert foremost is None or not any(is_better(record.score, foremost.score, mode) for record in records)
+    scores = [record.score for record in finite]
+    assert foremost is None or foremost.score == (min if mode == "min" else max)(scores)
     kept = RetentionPolicy(keep_best_n=2, mode=mode)(records)
     for record in records:
         if record not in finite:
