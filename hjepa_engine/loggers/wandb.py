@@ -9,7 +9,7 @@ import netrc
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any, Literal
@@ -26,34 +26,17 @@ MAX_WAITING = 10_000
 
 
 class WandbWriter:
-    """Write to a run of Weights & Biases, offline where there is no account.
-
-    Nothing waits for W&B longer than 10 s.
+    """Write to a run of Weights & Biases, offline where there is no account; nothing waits for it longer than 10 s.
 
     Args:
         folder: of the run's files.
-        config: the run's configuration.
-        project: W&B project.
-        name: W&B run name.
-        entity: W&B user or team; None: the account's own.
-        tags: of the run.
         mode: ``auto``: ``online`` where an API key is found (``WANDB_API_KEY`` or ``~/.netrc``), else ``offline``. The
             environment variable ``WANDB_MODE`` goes before it.
+        **options: arguments of ``wandb.init``: ``project``, ``name``, ``entity``, ``tags``, ``config``, ...
     """
 
-    def __init__(
-        self,
-        *,
-        folder: Path,
-        config: Mapping[str, Any],
-        project: str,
-        name: str,
-        entity: str | None = None,
-        tags: Sequence[str] = (),
-        mode: Literal["auto", "online", "offline"] = "auto",
-    ) -> None:
-        self.folder, self.mode = folder, mode
-        self._options = {"project": project, "name": name, "entity": entity, "tags": [*tags], "config": {**config}}
+    def __init__(self, *, folder: Path, mode: Literal["auto", "online", "offline"] = "auto", **options: Any) -> None:
+        self.folder, self.mode, self.options = folder, mode, options
         self._id: str | None = None
         self._run: Any = None
         self._error: Exception | None = None
@@ -65,19 +48,15 @@ class WandbWriter:
 
         self._id = (state or {}).get("id") or secrets.token_hex(4)
         self.folder.mkdir(parents=True, exist_ok=True)
-        mode = self.mode if self.mode != "auto" else "online" if _has_api_key() else "offline"
-        options: dict[str, Any] = {
-            **self._options,
-            "dir": str(self.folder),
-            "id": self._id,
-            "resume": "allow",
-            "mode": os.environ.get("WANDB_MODE", mode),
-            "settings": wandb.Settings(init_timeout=0.8 * PATIENCE, silent=True, console="off"),
-        }
+        mode: Any = self.mode if self.mode != "auto" else "online" if _has_api_key() else "offline"
+        mode = os.environ.get("WANDB_MODE", mode)
+        settings = wandb.Settings(init_timeout=0.8 * PATIENCE, silent=True, console="off")
 
         def start() -> None:
             wandb.setup(wandb.Settings(silent=True))  # init() alone says that it is logged in
-            self._run = wandb.init(**options)
+            self._run = wandb.init(
+                **self.options, dir=str(self.folder), id=self._id, resume="allow", mode=mode, settings=settings
+            )
             # Records carry their step, so that none is dropped for arriving after a later one.
             self._run.define_metric("*", step_metric="step")
 
