@@ -1,4 +1,4 @@
-"""Stop requests: signals and a time limit end the run at the next save point, with everything saved."""
+"""Stop requests: signals and a time limit end the run at its next checkpoint, with everything saved."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Preemption:
     """End the run on SIGTERM, SIGUSR1, SIGINT or after a time limit: finish the step, save, raise ``Preempted``.
 
-    An accumulation window is completed first. A second SIGINT raises ``ForceQuit`` at once. All ranks leave at the
-    same iteration, whichever of them was asked. The signals are given back when the run ends or is interrupted; after
-    another error, call :meth:`close`.
+    An accumulation window is completed first. A second SIGINT raises ``ForceQuit`` at once. All ranks stop at the
+    same iteration, whichever of them was asked. The former signal handlers are restored when the run ends or is preempted;
+    after another error, call :meth:`close`.
 
     Listens to: ``STARTED``, ``TrainEvents.CHECKPOINT_READY``, ``COMPLETED``.
     Reads: ``engine.state.checkpoint``, for the message.
     Fires: ``TrainEvents.PREEMPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
 
     Args:
-        time_limit: minutes from the making of this handler until the run is ended; None: no limit.
+        time_limit: minutes from the construction of this handler until the run is ended; None: no limit.
     """
 
     def __init__(self, time_limit: float | None = None) -> None:
@@ -43,7 +43,7 @@ class Preemption:
         self._is_interrupted = False
         self._began = time.monotonic()
         self._trainer: Trainer | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -57,27 +57,27 @@ class Preemption:
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.check_evaluation)
 
     def listen(self) -> None:
-        """Take the signals over; only a program's main thread can."""
+        """Install the signal handlers; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
         self.close()
         for name in SIGNALS:
-            self._former[name] = signal.signal(name, self._hear)
+            self._previous[name] = signal.signal(name, self._on_signal)
 
     def close(self) -> None:
-        """Give the signals back."""
-        while self._former:
-            name, former = self._former.popitem()
+        """Restore the former signal handlers."""
+        while self._previous:
+            name, former = self._previous.popitem()
             signal.signal(name, former)
 
     def finish(self, engine: Trainer) -> None:
-        """Give the signals back; end the run if one has come after its last save point: much may still be to follow."""
+        """Restore the signal handlers; end the run if it was asked to stop after its last checkpoint: a probe may follow."""
         self.close()
         if any_rank(self.reason is not None):
-            self._leave()
+            self._stop()
 
     def request(self, reason: str) -> None:
-        """Ask the run to end at its next save point.
+        """Ask the run to end at its next checkpoint.
 
         Args:
             reason: what the message begins with.
@@ -85,7 +85,7 @@ class Preemption:
         self.reason = self.reason or reason
 
     def check_evaluation(self) -> None:
-        """End the run if it was asked to and its state is whole: not where an evaluation runs in mid-iteration."""
+        """End the run if it was asked to and nothing is half done: not where an evaluation runs within an iteration."""
         assert self._trainer is not None
         if self._trainer.state.epoch_open:
             self.check()
@@ -95,9 +95,9 @@ class Preemption:
         if self.time_limit is not None and time.monotonic() - self._began >= 60 * self.time_limit:
             self.request(f"time limit of {self.time_limit:g} minutes")
         if any_rank(self.reason is not None):
-            self._leave()
+            self._stop()
 
-    def _leave(self) -> NoReturn:
+    def _stop(self) -> NoReturn:
         assert self._trainer is not None
         self._trainer.fire_event(TrainEvents.PREEMPTED)
         reason, self.reason = self.reason or "another process was asked to stop", None
@@ -106,7 +106,7 @@ class Preemption:
         saved = f"saved {state.checkpoint}; " if getattr(state, "checkpoint", None) else ""
         raise Preempted(f"{reason} at step {state.optimizer_step}: {saved}run the same command again to go on")
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         was_interrupted, self._is_interrupted = self._is_interrupted, self._is_interrupted or number == signal.SIGINT
         if was_interrupted and number == signal.SIGINT:

@@ -1,1 +1,1 @@
-"""Where metrics and media are written to."""
+"""Writers of metrics and media: JSON lines, TensorBoard, Weights & Biases."""

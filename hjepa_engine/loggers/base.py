@@ -1,4 +1,4 @@
-"""Where metrics are written to: a file of JSON lines, TensorBoard, Weights & Biases."""
+"""What a writer is: the protocol that JSON lines, TensorBoard and Weights & Biases follow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 WriterState = Mapping[str, Any]
 
-#: What every record has besides what is logged.
+#: What every record has besides the values that are logged.
 RESERVED = ("step", "epoch", "time")
 
 
@@ -34,7 +34,7 @@ def to_float(name: str, value: Any) -> float:
     """A metric as a float.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it cannot be one.
     """
     try:
         return float(value)

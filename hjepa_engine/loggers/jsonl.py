@@ -26,7 +26,7 @@ class JsonlWriter:
     """One JSON object a line: ``step``, ``epoch``, ``time`` (seconds since 1970), then the metrics by name.
 
     JSON has no NaN or infinity: such a value is ``null``. A resumed run cuts off what was written after its checkpoint, so
-    that no record is there twice. What a full disk does not take is kept and written later; but for images, which are lost.
+    that no record is there twice. Records that a full disk does not take are kept and written later; images are lost.
 
     Args:
         path: the file; its folder must exist.
@@ -41,10 +41,10 @@ class JsonlWriter:
         """Open the file, cut to the length that it had at the checkpoint; empty for a new run."""
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         self._size, self._pending = (0, b"") if state is None else (state["bytes"], state["pending"].encode())
-        there = os.fstat(self._descriptor).st_size
-        if there < self._size:
-            logger.warning("%s has lost its end: %d bytes instead of %d", self.path, there, self._size)
-            self._size = there
+        size = os.fstat(self._descriptor).st_size
+        if size < self._size:
+            logger.warning("%s has lost its end: %d bytes instead of %d", self.path, size, self._size)
+            self._size = size
         os.ftruncate(self._descriptor, self._size)
         os.lseek(self._descriptor, 0, os.SEEK_END)
 
@@ -69,8 +69,8 @@ class JsonlWriter:
             return {"counts": item.counts, "edges": item.edges, "non_finite": item.non_finite}
         return item.text if isinstance(item, Text) else item.value
 
-    def _save(self, place: str, image: Image) -> str | None:
-        path, png = self.path.parent / place, io.BytesIO()
+    def _save(self, name: str, image: Image) -> str | None:
+        path, png = self.path.parent / name, io.BytesIO()
         PIL.Image.fromarray(image.pixels).save(png, "png")
         try:
             path.parent.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ class JsonlWriter:
             self._warned_of_images = True
             return None
         self._warned_of_images = False
-        return place
+        return name
 
     def _add(self, values: Mapping[str, Any], step: int, epoch: int) -> None:
         record = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-#: Bins that a histogram has at most: those that W&B takes.
-MOST_BINS = 512
+#: Bins that a histogram has at most, which is what W&B takes.
+MAX_BINS = 512
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Image:
 
     Args:
         pixels: (height, width, 3), uint8.
-        path: of a file that holds it already, if one does.
+        path: of a file that holds the picture already; None: there is none.
     """
 
     pixels: NDArray[np.uint8]
@@ -77,9 +77,9 @@ class Histogram:
     non_finite: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.counts) <= MOST_BINS or len(self.edges) != len(self.counts) + 1:
+        if not 1 <= len(self.counts) <= MAX_BINS or len(self.edges) != len(self.counts) + 1:
             raise ValueError(
-                f"a histogram must have 1 to {MOST_BINS} counts and one edge more, "
+                f"a histogram must have 1 to {MAX_BINS} counts and one edge more, "
                 f"got {len(self.counts)} and {len(self.edges)} edges"
             )
         if not all(map(math.isfinite, self.edges)) or any(low >= high for low, high in pairwise(self.edges)):
@@ -103,8 +103,8 @@ class Histogram:
         Raises:
             ValueError: too many bins, or numbers that are not real.
         """
-        if not 1 <= bins <= MOST_BINS:
-            raise ValueError(f"bins must be from 1 to {MOST_BINS}, got {bins}")
+        if not 1 <= bins <= MAX_BINS:
+            raise ValueError(f"bins must be from 1 to {MAX_BINS}, got {bins}")
         tensor = torch.as_tensor(values).reshape(-1)
         if tensor.is_complex():
             raise ValueError(f"a histogram must be of real numbers, got {tensor.dtype}")
@@ -139,20 +139,20 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Text:
-    """A text."""
+    """A string, shown as text."""
 
     text: str
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise TypeError(f"a text must be a str, got {type(self.text).__name__}")
+            raise TypeError(f"a text must be a string, got {type(self.text).__name__}")
         # Half a surrogate pair has no bytes to be written as.
         object.__setattr__(self, "text", self.text.encode("utf-8", "replace").decode())
 
 
 @dataclass(frozen=True)
 class JsonValue:
-    """Any object that JSON can hold: lists, dicts, numbers, texts, None; tensors and arrays become lists.
+    """Any object that JSON can hold: lists, dicts, numbers, strings, None; tensors and arrays become lists.
 
     ``value`` is a copy. NaN and infinities in it are None, which JSON has.
 
@@ -173,7 +173,7 @@ class JsonValue:
 def _as_list(value: Any) -> Any:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is none of dict, list, number, text, None, tensor")
+    raise TypeError(f"{type(value).__name__} is none of dict, list, number, string, None, tensor")
 
 
 Media = Image | Histogram | Text | JsonValue

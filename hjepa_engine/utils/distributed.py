@@ -1,4 +1,4 @@
-"""What several processes do together."""
+"""Collective operations of all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and paths that are what they seem."""
+"""Files that are whole or absent, folders, free names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_file(path: Path, fill: Callable[[Callable[[Any], None]], None]) -> tup
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a power loss."""
+    """Sync a folder, so that the names in it survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The process: what happens before it exits, and standard streams that may break without ending a run."""
+"""The process: calls before it exits, and standard streams that may break without ending a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ before_exit: Callable[[Callable[[], None]], Any] = getattr(threading, "_register
 
 
 class BrokenPipeSafeStream:
-    """A text stream whose failure is named once, and from then on written to nowhere.
+    """A text stream that warns once when it cannot be written to, and from then on discards what is written.
 
     Args:
         stream: the real one.
@@ -49,16 +49,18 @@ class BrokenPipeSafeStream:
         if self._failed:
             return
         self._failed = True
-        _to_nowhere(self._stream)
+        _discard(self._stream)
         reason = getattr(error, "strerror", None) or error
         logger.warning("%s cannot be written to: %s; the run goes on without it", self._name, reason)
 
 
 def make_streams_safe() -> None:
-    """Let no failure of standard output or error, closed ones included, reach those who print."""
+    """Let no failure of standard output or error, also of closed ones, raise where something is printed."""
     for number, name, text in ((1, "stdout", "standard output"), (2, "stderr", "standard error")):
         stream = getattr(sys, name)
-        if stream is None:  # closed when the process began: a file opened later would get its number, and its texts
+        if (
+            stream is None
+        ):  # closed when the process began: a file opened later would get its number, and what is printed
             stream = open(os.devnull, "w", encoding="utf-8")
             try:
                 os.fstat(number)
@@ -68,11 +70,11 @@ def make_streams_safe() -> None:
             setattr(sys, name, BrokenPipeSafeStream(stream, text))
 
 
-def _to_nowhere(stream: Any) -> None:
-    """Let what is still in the stream's buffers, and what other code writes to its descriptor, vanish."""
+def _discard(stream: Any) -> None:
+    """Discard what is still in the stream's buffers, and what other code writes to its descriptor."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-    except (OSError, ValueError):  # it is no file
+    except (OSError, ValueError):  # not backed by a file
         return

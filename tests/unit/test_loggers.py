@@ -335,10 +335,10 @@ REFUSED = [
         lambda log: log.log_histogram("x", torch.ones(3) * 1j),
         "a histogram must be of real numbers, got torch.complex64",
     ),
-    (lambda log: log.log_text("x", b"bytes"), "a text must be a str, got bytes"),
+    (lambda log: log.log_text("x", b"bytes"), "a text must be a string, got bytes"),
     (
         lambda log: log.log_object("x", {"a": {1, 2}}),
-        "an object must be what JSON can hold: set is none of dict, list, number, text, None, tensor",
+        "an object must be what JSON can hold: set is none of dict, list, number, string, None, tensor",
     ),
 ]
 
