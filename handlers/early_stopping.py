@@ -28,7 +28,7 @@ class EarlyStopping:
     """
 
     def __init__(
-        self, patience: int, metric: str = "val/loss", mode: Literal["min", "max"] = "min", min_delta: float = 0.0
+        self, patience: int, *, metric: str = "val/loss", mode: Literal["min", "max"] = "min", min_delta: float = 0.0
     ) -> None:
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")

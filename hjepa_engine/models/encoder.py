@@ -40,6 +40,7 @@ class ContextEncoder(nn.Module):
         self,
         name: str,
         img_size: int,
+        *,
         in_chans: int = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
         activation_checkpointing: bool = False,

@@ -182,7 +182,7 @@ def test_a_reading_on_batches_is_of_the_tokens_of_the_iterations_from_when_it_is
 def encoders(change=lambda vit: None, amp=None):
     """A monitor of a pair of real encoders, both changed, and the features that it is going to see."""
     torch.manual_seed(0)
-    context = ContextEncoder("vit_tiny_patch16_224", 48, 1, patch_size=8, embed_dim=32, depth=4, num_heads=4)
+    context = ContextEncoder("vit_tiny_patch16_224", 48, in_chans=1, patch_size=8, embed_dim=32, depth=4, num_heads=4)
     with torch.no_grad():
         change(context.vit)
     modules = nn.ModuleDict({"context": context, "target": TargetEncoder.copy_of(context)})
