@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
@@ -453,6 +454,18 @@ def test_fake_images_of_training_and_validation_differ():
     assert train.images[0][0].size == (8, 8)
     assert train.images[0][0].tobytes() != val.images[0][0].tobytes()
     assert train.images[0][0].tobytes() == open_split(config, "probe").images[0][0].tobytes()
+
+
+def test_fake_images_are_those_of_torchvision_and_draw_from_no_global_generator():
+    ours = open_split(DataConfig(dataset="fake", fake_size=5, image_size=8), "val").images
+    theirs = FakeData(5, (3, 8, 8), 10, random_offset=5)
+    before = torch.get_rng_state()
+    found = [ours[index] for index in range(5)]
+    assert torch.equal(torch.get_rng_state(), before)
+    wanted = [theirs[index] for index in range(5)]
+    assert [(image.mode, image.tobytes(), label) for image, label in found] == [
+        (image.mode, image.tobytes(), label) for image, label in wanted
+    ]
 
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "imagenet"])
