@@ -12,34 +12,24 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from helpers import NOISE, is_time, options
 
-from hjepa_engine.checkpoint.folder import list_checkpoints
-from hjepa_engine.checkpoint.serialization import flatten
-from hjepa_engine.checkpoint.storage import Checkpoint, read_state
 from hjepa_engine.recipes import pretrain  # noqa: F401  (what children need)
 from hjepa_engine.run.cli import run_command
 
 PRETRAIN = "hjepa_engine.recipes.pretrain:main"
-
-
-@cache
-def shared_server() -> ForkServer:
-    """The server of this test session, ended with it."""
-    server = ForkServer()
-    atexit.register(server.close)
-    return server
+PROGRAM = "forkserver:program"
 
 
 class Child:
@@ -83,6 +73,11 @@ class Child:
         return self.stderr.read_text()
 
     @property
+    def printed(self) -> str:
+        """What it wrote to standard output."""
+        return self.stderr.with_suffix(".out").read_text()
+
+    @property
     def last_line(self) -> str:
         """Its last line on standard error."""
         return self.said.splitlines()[-1]
@@ -114,17 +109,26 @@ class ForkServer:
         self.sessions: set[int] = set()
         assert self._answer() == "ready"
 
-    def start(self, arguments: Sequence[str], stderr: Path, body: str = PRETRAIN) -> Child:
+    def start(self, arguments: Sequence[str], stderr: Path, body: str = PRETRAIN, folder: Path | None = None) -> Child:
         """Start ``run_command(body, arguments)`` in a child.
 
         Args:
             arguments: of the command line.
             stderr: see :class:`Child`.
-            body: ``module:function``; modules of this folder can be imported too.
+            body: ``module:function``; modules of the tests' folders can be imported too.
+            folder: the working directory, whose modules can be imported then; this process's one by default.
         """
-        pid = self.ask(body=body, arguments=list(arguments), stderr=str(stderr))
+        place = str(folder or Path.cwd())
+        pid = self.ask(body=body, arguments=list(arguments), stderr=str(stderr), folder=place)
         self.sessions.add(pid)
         return Child(self, pid, stderr)
+
+    def call(self, *arguments: Any, folder: Path, body: str = PRETRAIN) -> tuple[str, str, int]:
+        """Let a child do its work in ``folder``: what it wrote to standard output and standard error, and its exit code."""
+        with tempfile.TemporaryDirectory() as place:
+            child = self.start([*map(str, arguments)], Path(place) / "stderr", body, folder)
+            code = child.wait(120)
+            return child.printed, child.said, code
 
     def ask(self, **request: Any) -> Any:
         """Send a request and return the answer."""
@@ -152,107 +156,6 @@ class ForkServer:
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
-
-
-class Witness:
-    """A handler that writes what it sees to ``path``, a JSON object a line.
-
-    Each has ``iteration`` and ``what``: ``began``, ``trained`` (an iteration is complete) or ``validated``; the first one
-    of a process has ``strays`` too, temporary files in the run folder once all of the run has started.
-
-    Args:
-        path: appended to.
-        run_dir: of the run.
-        pause: seconds that every iteration takes longer.
-    """
-
-    def __init__(self, path: str, run_dir: str, pause: float = 0.0) -> None:
-        self.run_dir, self.pause = Path(run_dir), pause
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-
-    def attach(self, engine: Any) -> None:
-        """Attach to the trainer, last of all handlers."""
-        from ignite.engine import Events
-
-        from hjepa_engine import TrainEvents
-
-        for event, what in (
-            (Events.STARTED, "began"),
-            (TrainEvents.ITERATION_FINALIZED, "trained"),
-            (Events.EPOCH_COMPLETED, "validated"),
-        ):
-            engine.add_event_handler(event, self.write, what)
-        engine.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(self.pause))
-
-    def write(self, engine: Any, what: str) -> None:
-        """Write a line."""
-        record = {"what": what, "iteration": engine.state.iteration}
-        if what == "began":
-            record["strays"] = strays_in(self.run_dir)
-        os.write(self._descriptor, (json.dumps(record) + "\n").encode())
-
-
-def strays_in(run: Path) -> list[str]:
-    """Hidden files and folders, at any depth, that a finished or just started run has no use for."""
-    return [path.name for path in run.rglob(".*") if path.name != ".lock"]
-
-
-#: Seconds, with validation, three epochs of five iterations, and a save after every fourth step.
-TINY_RUN = {
-    **NOISE,
-    "training.epochs": 3,
-    "checkpoint.save_every_steps": 4,
-    "probe.enabled": "false",
-    "logging.tensorboard.enabled": "false",
-}
-
-
-def command(run: Path, pause: float = 0.0, **changes: Any) -> list[str]:
-    """Options of a tiny run in folder ``run``, witnessed beside it; ``data__num_workers=2`` sets ``data.num_workers``."""
-    arguments = {"path": str(run.with_suffix(".jsonl")), "run_dir": str(run), "pause": pause}
-    witness = {"class_path": "forkserver.Witness", "init_args": arguments}
-    named = {key.replace("__", "."): value for key, value in changes.items()}
-    return options({**TINY_RUN, "run_dir": run, "handlers": json.dumps([witness]), **named})
-
-
-def witnessed(run: Path, what: str = "") -> list[dict[str, Any]]:
-    """What the witness has seen, or the part of it that is ``what``."""
-    path = run.with_suffix(".jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [record for line in lines if (record := json.loads(line))["what"] == what or not what]
-
-
-def checkpoints_of(run: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Checkpoints of a run that can be loaded, newest first, and what is wrong with others; changes nothing."""
-    problems: list[str] = []
-    loadable = []
-    for checkpoint in list_checkpoints(run / "checkpoints", lambda path, error: problems.append(f"{path}: {error}")):
-        try:
-            read_state(checkpoint)
-            loadable.append(checkpoint)
-        except (ValueError, OSError) as error:
-            problems.append(f"{checkpoint.path}: {error}")
-    return loadable, problems
-
-
-def outcome(run: Path) -> tuple[Any, dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """What a run leaves and time has no part in: structure and tensors of its last checkpoint, all of them, and its log."""
-    text, tensors = flatten(read_state(list_checkpoints(run / "checkpoints")[0]))
-    structure = json.loads(text)
-    values = structure["engine"]["metrics"]["values"]
-    structure["engine"]["metrics"]["values"] = {name: values[name] for name in values if not is_time(name)}
-    structure["handlers"]["MetricsLogger"]["writers"]["JsonlWriter"].pop("bytes")  # as long as its numbers are
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    log = [{name: line[name] for name in line if not is_time(name)} for line in lines]
-    assert len(tensors) > 150 and len(log) > 3  # modules, target encoder and optimizer; or nothing is compared
-    return structure, tensors, log
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two outcomes have the same bits."""
-    (structure, tensors, log), (other_structure, other_tensors, other_log) = one, other
-    equal = tensors.keys() == other_tensors.keys() and all(torch.equal(tensors[k], other_tensors[k]) for k in tensors)
-    return equal and structure == other_structure and log == other_log
 
 
 def poll_until(condition: Callable[[], Any], timeout: float) -> Any:
@@ -299,10 +202,18 @@ def serve() -> None:
     os._exit(0)
 
 
-def _live(body: str, arguments: list[str], stderr: str) -> NoReturn:
+def program(argv: list[str]) -> None:
+    """A child's body: what ``python FILE ...`` does with ``argv``."""
+    sys.argv[:] = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _live(body: str, arguments: list[str], stderr: str, folder: str) -> NoReturn:
     """A child's life."""
     os.setsid()
     _redirect(Path(stderr))
+    os.chdir(folder)
+    sys.path.insert(0, folder)
     sys.argv[:] = ["pretrain.py", *arguments]
     module, name = body.split(":")
     _end_with(lambda: run_command(getattr(importlib.import_module(module), name), arguments))

@@ -6,11 +6,12 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +74,19 @@ def is_time(name: str) -> bool:
     """Whether a logged value tells of clock or machine: such values differ between runs that are equal."""
     timed = name in ("time", "train/images_per_s", "train/data_wait") or name.endswith("_ms")
     return timed or name.startswith("system/")
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The records in a run's ``metrics.jsonl``, without the values that tell of clock or machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
+
+
+def mostly_slow(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Parameters of a test: all of ``cases``, those that are not among ``quick`` marked as slow."""
+    marks = [() if case in quick else pytest.mark.slow for case in cases]
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(values, marks, strict=True)]
 
 
 def options(values: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import NOISE, is_time, options
+from helpers import NOISE, is_time, logged, options
 from ignite.engine import Events
 
 from hjepa_engine import TrainEvents, load_config
@@ -21,6 +21,8 @@ from hjepa_engine.recipes import pretrain
 #: Everything that draws random numbers or keeps a state; 3 epochs of 5 iterations.
 RICH = {
     **NOISE,
+    "data.batch_size": 4,
+    "data.fake_size": 20,
     "model.depth": 2,
     "model.drop_path": 0.3,
     "data.random_affine": 0.5,
@@ -36,6 +38,18 @@ RICH = {
     "probe.enabled": "false",
 }
 ITERATIONS = 15
+#: 3 epochs of 7 iterations: processes agree upon a stop after iterations 10 and 20, inside an epoch.
+TWO = {**RICH, "logging.log_frequency": 4, "data.fake_size": 28, "data.random_affine": 0, "data.color_jitter": 0}
+#: What differs between one and two processes is left out.
+ALIKE = {
+    **TWO,
+    "model.drop_path": 0,
+    "loss.sigreg_weight": 0,
+    "loss.variance_weight": 0,
+    "training.optimizer": "sgd",
+    "training.lr": 0.1,
+    "training.level_lrs": None,
+}
 
 
 class OnlineProbe:
@@ -133,8 +147,7 @@ def outcome(run, with_generators=True):
     if not with_generators:
         del state["ranks"][0]["random"]
     structure, tensors = flatten(state)
-    lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
-    records = [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
+    records = logged(run.folder.path)
     foremost = best([checkpoint.record for checkpoint in list_checkpoints(run.folder.checkpoint_path)])
     place = foremost and (foremost.iteration, foremost.score)
     return json.loads(structure), {name: tensor.clone() for name, tensor in tensors.items()}, records, place

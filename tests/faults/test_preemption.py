@@ -10,19 +10,10 @@ from itertools import count, product
 from pathlib import Path
 
 import pytest
-from forkserver import (
-    PRETRAIN,
-    checkpoints_of,
-    command,
-    is_same,
-    outcome,
-    poll_until,
-    shared_server,
-    strays_in,
-    witnessed,
-)
+from forkserver import PRETRAIN, poll_until
 from helpers import tiny_config
 from ignite.engine import Events
+from witness import checkpoints_of, command, is_same, outcome, strays_in, witnessed
 
 from hjepa_engine.errors import Preempted
 from hjepa_engine.handlers import preemption
@@ -31,11 +22,6 @@ from hjepa_engine.recipes.common import run as run_recipe
 
 ITERATIONS = 15
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
-
-
-@pytest.fixture(scope="module")
-def server():
-    return shared_server()
 
 
 @pytest.fixture(scope="module")

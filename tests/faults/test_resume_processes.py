@@ -1,57 +1,13 @@
 """Several processes stop and go on as one does."""
 
-import os
-import socket
-import traceback
-
 import ignite.distributed as idist
 import pytest
-import torch
 from helpers import largest_difference, same_bits
 from ignite.engine import Events
-from resuming import RICH, ask_at, outcome, train
+from processes import in_processes
+from resuming import ALIKE, TWO, ask_at, outcome, train
 
-from hjepa_engine.build import process_group
 from hjepa_engine.types import unwrap
-
-#: 3 epochs of 7 iterations: processes agree upon a stop after iterations 10 and 20, inside an epoch.
-TWO = {**RICH, "logging.log_frequency": 4, "data.fake_size": 56, "data.random_affine": 0, "data.color_jitter": 0}
-#: What differs between one and two processes is left out.
-ALIKE = {
-    **TWO,
-    "model.drop_path": 0,
-    "loss.sigreg_weight": 0,
-    "loss.variance_weight": 0,
-    "training.optimizer": "sgd",
-    "training.lr": 0.1,
-    "training.level_lrs": None,
-}
-
-
-def in_processes(number, folder, body):
-    """Run ``body()`` in so many processes of one group; what each returns, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(number):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                with process_group("cpu"):
-                    torch.save(body(), folder / f"rank{rank}.pt")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * number
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(number)]
 
 
 def ask_on_one(run, iteration):

@@ -1,7 +1,6 @@
 """Loggers and screens that fail do not touch the run: its bits, its exit code, its time."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -13,8 +12,8 @@ import types
 from pathlib import Path
 
 import pytest
-from forkserver import ForkServer, poll_until
-from helpers import NOISE, ROOT, bytes_of, is_time, options
+from forkserver import poll_until
+from helpers import NOISE, ROOT, bytes_of, logged, options
 from ignite.engine import Events
 
 from hjepa_engine.checkpoint.folder import load_newest
@@ -34,9 +33,7 @@ def final(folder):
     """The bits of all tensors in a run's last checkpoint, by name, and its records, but for what is a time."""
     _, state = load_newest(folder / "checkpoints")
     _, tensors = flatten({"modules": state["modules"], "optimizer": state["handlers"]["OptimizerStep"]})
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    records = [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
-    return {name: bytes_of(tensor) for name, tensor in tensors.items()}, records
+    return {name: bytes_of(tensor) for name, tensor in tensors.items()}, logged(folder)
 
 
 def command(folder, **changes):
@@ -262,13 +259,6 @@ def _onto(descriptor, argv):
     for name in argv.pop().split("+"):
         os.dup2(descriptor, {"stdout": 1, "stderr": 2}[name])
     pretrain.main(argv)
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("body", ["full", "gone"])

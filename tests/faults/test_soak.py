@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forkserver import command, living, shared_server
+from forkserver import ForkServer, living
 from helpers import linear_trainer, rows
+from witness import command
 
 from hjepa_engine import TrainEvents, load_config
 from hjepa_engine.checkpoint.writer import CheckpointWriter
@@ -91,9 +92,11 @@ def soak_recipe(argv: list[str]) -> None:
     run.fit()
 
 
-def measure(folder: Path, body: str, *arguments: str, warm: int) -> tuple[int, dict[str, set[int]], int]:
+def measure(
+    server: ForkServer, folder: Path, body: str, *arguments: str, warm: int
+) -> tuple[int, dict[str, set[int]], int]:
     """Run a body; growth of the memory from iteration ``warm`` on, the values that counts took on, the most on disk."""
-    child = shared_server().start([str(folder), *arguments], folder / "err", f"{__name__}:{body}")
+    child = server.start([str(folder), *arguments], folder / "err", f"{__name__}:{body}")
     assert child.wait(3000) == 0, child.said
     samples = [json.loads(line) for line in (folder / "meter").read_text().splitlines()]
     after = [sample for sample in samples if sample["iteration"] >= warm]
@@ -111,8 +114,8 @@ def largest_checkpoint(folder: Path) -> int:
     ("steps", "warm", "limit"),
     [(1000, 300, 0.3e6), pytest.param(20_000, 4000, 1e6, marks=pytest.mark.slow)],
 )
-def test_nothing_grows_over_hundreds_of_saves(tmp_path, steps, warm, limit):
-    growth, counts, disk = measure(tmp_path, "soak_linear", str(steps), warm=warm)
+def test_nothing_grows_over_hundreds_of_saves(server, tmp_path, steps, warm, limit):
+    growth, counts, disk = measure(server, tmp_path, "soak_linear", str(steps), warm=warm)
     assert growth <= limit
     assert {name: len(values) for name, values in counts.items()} == {"descriptors": 1, "threads": 1, "processes": 1}
     kept = 3  # the newest two and the best
@@ -122,11 +125,11 @@ def test_nothing_grows_over_hundreds_of_saves(tmp_path, steps, warm, limit):
 
 
 @pytest.mark.slow
-def test_nothing_grows_in_the_recipe_with_loader_processes(tmp_path):
+def test_nothing_grows_in_the_recipe_with_loader_processes(server, tmp_path):
     run = tmp_path / "run"
     changes = {"data__num_workers": 2, "data__fake_size": 400, "checkpoint__save_every_steps": SAVE_EVERY}
     arguments = command(run, training__epochs=40, **changes)
-    growth, counts, disk = measure(tmp_path, "soak_recipe", *arguments, warm=600)
+    growth, counts, disk = measure(server, tmp_path, "soak_recipe", *arguments, warm=600)
     assert growth <= 1e6
     assert {name: len(counts[name]) for name in ("threads", "processes")} == {"threads": 1, "processes": 1}
     # Each of the two tensors of a batch on its way has one: two processes, two batches each.

@@ -8,22 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forkserver import (
-    TINY_RUN,
-    ForkServer,
-    checkpoints_of,
-    command,
-    is_same,
-    outcome,
-    shared_server,
-    strays_in,
-    witnessed,
-)
-
-
-@pytest.fixture(scope="module")
-def server():
-    return shared_server()
+from forkserver import ForkServer
+from witness import TINY_RUN, checkpoints_of, command, is_same, outcome, strays_in, witnessed
 
 
 @dataclass

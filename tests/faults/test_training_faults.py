@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forkserver import ForkServer
-from helpers import NOISE, ROOT, is_time, options, same_state, weights_of
+from helpers import NOISE, ROOT, logged, options, same_state, weights_of
 from ignite.engine import Events
 from PIL import Image
 
@@ -73,9 +72,7 @@ def status(folder="run"):
 
 
 def records(folder="run"):
-    """All records, but for what is a time."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
+    return logged(Path(folder))
 
 
 def ending_of(folder="run"):
@@ -284,25 +281,22 @@ class KillWorker:
             worker.join()
 
 
-def test_a_loader_process_that_is_killed_ends_the_run_in_words_and_the_same_command_goes_on(tmp_path, command):
+def test_a_loader_process_that_is_killed_ends_the_run_in_words_and_the_same_command_goes_on(tmp_path, server, command):
     changes = {"checkpoint__save_every_steps": 3, "training__epochs": 3}
     values = {key.replace("__", "."): value for key, value in changes.items()} | {"data.num_workers": 2}
     handlers = own("KillWorker", cured=tmp_path / "cured")
     words = ["--config", str(tmp_path / "empty.yaml")]
     words += options({**RUN, **values, "run_dir": tmp_path / "run", "handlers": handlers})
-    server = ForkServer()
-    try:
-        child = server.start(words, tmp_path / "stderr")
-        assert child.wait() == 3, child.said
-        assert "DataLoader worker" in child.last_line and "run the same command again" in child.last_line
-        assert "Traceback" not in child.said
-        assert server.orphans(10) == []
-        Path("cured").touch()
-        assert server.start(words, tmp_path / "stderr").wait() == 0
-        # What the loader had read ahead was still trained on.
-        assert int(re.search(r"resumed step (\d+) ", (tmp_path / "stderr.out").read_text())[1]) >= 6
-    finally:
-        server.close()
+    child = server.start(words, tmp_path / "stderr")
+    assert child.wait() == 3, child.said
+    assert "DataLoader worker" in child.last_line and "run the same command again" in child.last_line
+    assert "Traceback" not in child.said
+    assert server.orphans(10) == []
+    Path("cured").touch()
+    child = server.start(words, tmp_path / "stderr")
+    assert child.wait() == 0
+    # What the loader had read ahead was still trained on.
+    assert int(re.search(r"resumed step (\d+) ", child.printed)[1]) >= 6
     assert command(run_dir="plain", **changes)[0] == 0
     assert same_state(ending_of(), ending_of("plain"))
 

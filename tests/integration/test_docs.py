@@ -1,13 +1,13 @@
 """Documentation is true: its pages are current and its programs run."""
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forkserver import PRETRAIN, PROGRAM
+from torch.distributed.run import get_args_parser
 
 from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
 
@@ -25,13 +25,16 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
-def run(folder: Path, *words: str) -> str:
-    command = [sys.executable, *words]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(server):
+    """Run a program, or the recipe, in a folder whose modules it can import; what it prints."""
+
+    def run(folder: Path, *words: str, body: str = PROGRAM) -> str:
+        printed, said, code = server.call(*words, folder=folder, body=body)
+        assert code == 0, said
+        return printed
+
+    return run
 
 
 def test_the_configuration_page_is_what_the_dataclasses_say():
@@ -49,12 +52,12 @@ def handler_files(tmp_path):
     return tmp_path
 
 
-def test_the_handler_of_the_documentation_runs_when_attached_from_yaml(handler_files):
-    run(handler_files, str(ROOT / "recipes" / "pretrain.py"), "--config", "my_run.yaml", *TINY)
+def test_the_handler_of_the_documentation_runs_when_attached_from_yaml(run, handler_files):
+    run(handler_files, "--config", "my_run.yaml", *TINY, body=PRETRAIN)
     assert "train/similarity" in (handler_files / "runs" / "my_run" / "metrics.jsonl").read_text()
 
 
-def test_the_handler_of_the_documentation_runs_when_attached_from_python(handler_files):
+def test_the_handler_of_the_documentation_runs_when_attached_from_python(run, handler_files):
     text = (handler_files / "my_run.yaml").read_text()
     (handler_files / "my_run.yaml").write_text(text[text.index("logging:") :])
     program = (handler_files / "train.py").read_text()
@@ -63,13 +66,13 @@ def test_the_handler_of_the_documentation_runs_when_attached_from_python(handler
     assert "train/similarity" in (handler_files / "runs" / "my_run" / "metrics.jsonl").read_text()
 
 
-def test_the_step_of_the_documentation_runs(tmp_path):
+def test_the_step_of_the_documentation_runs(run, tmp_path):
     (program,) = blocks("docs/steps.md", "python")
     (tmp_path / "program.py").write_text(program + "\nprint(trainer.state.metrics)\n")
     assert "train/worst" in run(tmp_path, "program.py")
 
 
-def test_the_readme_example_runs(tmp_path):
+def test_the_readme_example_runs(run, tmp_path):
     (program,) = blocks("README.md", "python")
     (tmp_path / "program.py").write_text(program)
     assert "torch.Size([1, 16, 64])" in run(ROOT, str(tmp_path / "program.py"))
@@ -101,6 +104,6 @@ def test_the_job_script_of_the_documentation_is_valid_and_its_options_exist():
     page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     script = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if "#SBATCH" in block)
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    known = run(ROOT, "-m", "torch.distributed.run", "--help")
+    known = get_args_parser().format_help()
     launch = script.split("torchrun")[1].split("recipes/")[0]
     assert all(option in known for option in re.findall(r"--[a-z_-]+", launch))

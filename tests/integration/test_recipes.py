@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +22,7 @@ from helpers import (
     weights_of,
 )
 from ignite.engine import Events
+from processes import free_port, in_processes
 
 from hjepa_engine import TrainEvents, create_trainer, dump_config, load_config, load_encoder
 from hjepa_engine.errors import GuardStop
@@ -253,10 +253,11 @@ def test_a_run_ends_with_its_folder_and_the_probes_table(finished):
     assert "Traceback" not in err
 
 
-def test_the_same_command_again_changes_nothing(finished):
+def test_the_same_command_again_changes_nothing(finished, command, monkeypatch):
     folder, _, first, _ = finished
+    monkeypatch.chdir(folder)
     before = snapshot(folder)
-    out, _, code = call(ROOT / "recipes" / "pretrain.py", "--config", "tiny.yaml", cwd=folder)
+    out, _, code = command(pretrain, "--config", "tiny.yaml")
     assert code == 0
     assert "run folder: run (was finished already)" in out
     assert out.splitlines()[-3:] == first.splitlines()[-3:]
@@ -276,11 +277,10 @@ def test_another_configuration_does_not_touch_a_finished_run(finished, command, 
     assert snapshot(folder) == before
 
 
-def test_the_probe_command_prints_the_accuracies_of_the_run(finished):
+def test_the_probe_command_prints_the_accuracies_of_the_run(finished, command, monkeypatch):
     folder = finished[0]
-    out, err, code = call(
-        ROOT / "recipes" / "linear_probe.py", "--run", "run", "--logging.progress_bar", "false", cwd=folder
-    )
+    monkeypatch.chdir(folder)
+    out, err, code = command(linear_probe, "--run", "run", "--logging.progress_bar", "false")
     assert code == 0, err
     results = json.loads((folder / "run" / "linear_probe.json").read_text())["accuracy"]
     (folder / "run" / "linear_probe.json").unlink()  # other tests compare the folder
@@ -326,9 +326,9 @@ def test_a_folder_without_an_encoder_is_exit_code_4(command, tmp_path):
 # --- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_is_exit_code_5(parts, tmp_path):
+def test_a_loss_that_is_no_number_is_exit_code_5(command, parts, tmp_path):
     write_config(tmp_path / "c.yaml", loss__type=f"{parts}.nan_loss")
-    _, err, code = call(ROOT / "recipes" / "pretrain.py", "--config", "c.yaml", cwd=tmp_path, modules=tmp_path)
+    _, err, code = command(pretrain, "--config", "c.yaml")
     assert code == 5
     assert err.splitlines()[-1].startswith(
         "non-finite loss at optimizer step 0; the weights are those of the last good"
@@ -540,21 +540,14 @@ def test_early_stopping_ends_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_with_workers_ends(parts, tmp_path, fails):
+def test_a_run_with_workers_ends(server, parts, tmp_path, fails):
     handlers = [{"class_path": f"{parts}.Bomb"}] if fails else []
     write_config(tmp_path / "c.yaml", handlers=handlers, data__num_workers=2)
-    recipe = ROOT / "recipes" / "pretrain.py"
-    _, err, code = call(recipe, "--config", "c.yaml", cwd=tmp_path, modules=tmp_path, timeout=90)
+    _, err, code = server.call("--config", "c.yaml", folder=tmp_path)
     assert code == (1 if fails else 0), err
 
 
 # --- Several processes --------------------------------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
@@ -574,12 +567,14 @@ def test_two_processes_equal_one(parts, command, tmp_path, accumulation_steps):
             training__epochs=4,
         )
         if processes == 1:
-            _, err, code = command(pretrain, "--config", config)
-        else:
+            assert command(pretrain, "--config", config)[2] == 0
+        elif accumulation_steps == 1:  # as a user starts them
             torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
             recipe = ROOT / "recipes" / "pretrain.py"
             _, err, code = call(*torchrun, recipe, "--config", config, cwd=tmp_path, modules=tmp_path)
-        assert code == 0, err
+            assert code == 0, err
+        else:
+            in_processes(2, tmp_path, lambda path=config: build(load_config(path)).fit())
         seen[processes] = [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
     (alone,), (first, second) = seen[1], seen[2]
     assert alone["steps"] == first["steps"] == second["steps"] == (20 if accumulation_steps == 1 else 12)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import LinearModel, Terminal, linear_trainer, rows, tiny_config
 from ignite.engine import Events
-from test_resume_processes import in_processes
+from processes import in_processes
 from torch import nn
 
 from hjepa_engine import TrainEvents, create_trainer

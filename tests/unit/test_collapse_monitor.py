@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from resuming import RICH, assert_same, outcome, train
+from processes import in_processes
+from resuming import ALIKE, RICH, assert_same, outcome, train
 from test_collapse import lidar_by_loops, reference
-from test_resume_processes import ALIKE, in_processes
 from torch import nn
 
 from hjepa_engine import create_evaluator, create_trainer, load_config
@@ -29,6 +29,8 @@ from hjepa_engine.steps import feature_map_step
 #: 3 epochs of 5 iterations; 144 patches, so that a few batches of eight have the 2304 tokens of a reading.
 MEASURED = {
     **RICH,
+    "data.batch_size": 8,
+    "data.fake_size": 40,
     "data.image_size": 48,
     "model.num_hierarchies": None,
     "model.levels": "[{pool: 1}, {pool: 3, depth: 0.5}, {pool: image}]",
@@ -369,6 +371,8 @@ def test_modes_are_as_before_after_a_reading_and_no_generator_was_drawn_from():
 #: 2 epochs of 7 iterations, the last two not trained; readings at 0, 4, 7, 12.
 PARTED = {
     **ALIKE,
+    "data.batch_size": 8,
+    "data.fake_size": 56,
     **{key: MEASURED[key] for key in MEASURED if key.startswith(("collapse.", "data.image_size"))},
     "training.max_iters": 12,
 }

@@ -9,7 +9,7 @@ import weakref
 import pytest
 from helpers import NOISE, is_time, linear_trainer, options, rows
 from ignite.engine import Events
-from test_resume_processes import in_processes
+from processes import in_processes
 
 from hjepa_engine import TrainEvents, handlers, load_config
 from hjepa_engine.checkpoint.folder import list_checkpoints

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import NOISE, TINY, options, same_bits, weights_of
 from ignite.engine import Events
+from processes import in_processes
 from resuming import RICH, outcome, train
 from sklearn.neighbors import KNeighborsClassifier
-from test_resume_processes import in_processes
 from torch import nn
 
 from hjepa_engine import TrainEvents, create_evaluator, create_trainer, load_config, load_encoder

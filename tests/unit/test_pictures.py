@@ -3,7 +3,6 @@
 import doctest
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -512,11 +511,10 @@ def test_a_preview_that_cannot_be_written_is_one_line(tmp_path):
         main([*options(NOISE), f"--run_dir={tmp_path / 'run'}", "--preview"])
 
 
-def test_the_command_previews_with_exit_code_0(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *options(NOISE), "--run_dir=run", "--preview"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.endswith("drawn: run/preview/schedules.png and run/preview/masks.png\n")
+def test_the_command_previews_with_exit_code_0(server, tmp_path):
+    printed, said, code = server.call(*options(NOISE), "--run_dir=run", "--preview", folder=tmp_path)
+    assert (code, said) == (0, "")
+    assert printed.endswith("drawn: run/preview/schedules.png and run/preview/masks.png\n")
 
 
 def test_the_example_of_the_documentation_runs():
