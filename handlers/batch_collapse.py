@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import ignite.distributed as idist
@@ -12,8 +14,15 @@ from torch import Tensor
 
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.levels import as_tokens
 from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
 from hjepa_engine.metrics.names import COLLAPSE_KEYS, collapse_metric
+from hjepa_engine.types import Outputs
+
+logger = logging.getLogger(__name__)
+
+#: What is measured of H-JEPA's step.
+OUTPUTS = {"context": "context_tokens", "target": "target_tokens"}
 
 
 class BatchCollapse:
@@ -24,20 +33,24 @@ class BatchCollapse:
     If one batch has more, a subset is taken, which does not depend on the number of ranks.
 
     Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
-    Reads: ``engine.state.output["context_tokens"]`` (B, K, D) and ``["target_tokens"]`` (B, N, D);
-    ``engine.state.batch["masks"].context_idx`` (B, K).
-    Writes: ``engine.state.metrics["collapse/batch_<context or target>_<std, norm, rank or rank_share>"]``.
+    Reads: of ``engine.state.output``, tokens (B, N, D) or features (B, D) by the names in ``outputs``; ``<name>_idx``
+    (B, K) if it is there, the patches of ``<name>_tokens`` (B, K, D) that are some of an image's.
+    Writes: ``engine.state.metrics["collapse/batch_<name>_<std, norm, rank or rank_share>"]``.
 
     Args:
         every: optimizer steps between readings.
+        outputs: names of the step's outputs, by their name in the metrics. What the step does not return is named in one
+            warning and left out.
+        num_patches: N, patches of an image; None: as many as the largest of the outputs has.
     """
 
     per_rank = True  # each rank collects different samples
 
-    def __init__(self, every: int = 200) -> None:
+    def __init__(self, every: int = 200, outputs: Mapping[str, str] = OUTPUTS, num_patches: int | None = None) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.every, self.due = every, 0
+        self.every, self.due, self.outputs, self.num_patches = every, 0, dict(outputs), num_patches
+        self._warned = False
         self._statistics: dict[str, FeatureStatistics] = {}
         self._taken: dict[str, int] = {}  # over all ranks
 
@@ -57,20 +70,33 @@ class BatchCollapse:
         state = engine.state
         if state.optimizer_step < self.due:
             return
-        target, context = state.output["target_tokens"], state.output["context_tokens"]
-        places = torch.arange(target.shape[1], device=target.device).expand(target.shape[:2])
-        for name, tokens, place_idx in (
-            ("target", target, places),
-            ("context", context, state.batch["masks"].context_idx),
-        ):
+        if missing := [name for name in self.outputs.values() if name not in state.output]:
+            self._warn(missing, state.output)
+        found = {
+            name: as_tokens(state.output[output]) for name, output in self.outputs.items() if output in state.output
+        }
+        num_patches = self.num_patches or max((tokens.shape[1] for tokens in found.values()), default=1)
+        for name, tokens in found.items():
+            place_idx = state.output.get(f"{name}_idx")
+            if place_idx is None:
+                place_idx = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
             if name not in self._statistics:
-                self._statistics[name] = FeatureStatistics(tokens.shape[-1], target.shape[1], engine.amp_dtype)
+                self._statistics[name] = FeatureStatistics(tokens.shape[-1], num_patches, engine.amp_dtype)
             wanted = self._wanted(name)
             if wanted > 0:
                 stride = stride_of(tokens.shape[0] * idist.get_world_size(), tokens.shape[1], wanted)
                 self._statistics[name].add(*spread(tokens, place_idx, stride, idist.get_rank()))
                 taken = -(-idist.get_world_size() * place_idx.numel() // stride)
                 self._taken[name] = self._taken.get(name, 0) + taken
+
+    def _warn(self, missing: list[str], output: Outputs) -> None:
+        if not self._warned and idist.get_rank() == 0:
+            logger.warning(
+                "no collapse metrics of training batches for %s: the step returns %s; collapse.outputs takes other names",
+                ", ".join(missing),
+                ", ".join(output),
+            )
+        self._warned = True
 
     def report(self, engine: Trainer) -> None:
         """Write the metrics once there are enough samples. Collective."""

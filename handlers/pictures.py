@@ -43,7 +43,7 @@ class Pictures:
     cannot be drawn or written is named in one warning; nothing of the training depends on it.
 
     Listens to: ``TrainEvents.METRICS_READY``.
-    Reads: ``engine.state.batch["images"]`` (B, C, H, W) and ``["masks"]``; ``engine.state.output["target_tokens"]``
+    Reads: ``engine.state.batch["images"]`` (B, C, H, W) and ``["masks"]``; ``engine.state.output[tokens]``
     (B, N, D), ``["predictions"]`` and ``["targets"]``, lists over levels of (B, M, cells, D); spectra in
     ``engine.state.media`` and in ``metrics.jsonl``.
     Writes: ``<folder>/figures/<name>_<optimizer step>.png``, and the same to ``engine.state.media["figures/<name>"]``.
@@ -55,6 +55,7 @@ class Pictures:
         stats: mean and standard deviation of each channel that images were normalized with.
         every: epochs between figures; None: only when the run ends.
         images: number of images in a figure.
+        tokens: name of the step's output whose principal components are drawn.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class Pictures:
         stats: tuple[Sequence[float], Sequence[float]],
         every: int | None = None,
         images: int = 4,
+        tokens: str = "target_tokens",
     ) -> None:
         if images < 1 or (every is not None and every < 1):
             raise ValueError(f"images and every must be at least 1, got {images} and {every}")
         self.folder, self.levels, self.grid, self.stats = folder, tuple(levels), grid, stats
-        self.every, self.images = every, images
+        self.every, self.images, self.tokens = every, images, tokens
         self._warned = False
 
     def attach(self, engine: Trainer) -> None:
@@ -100,8 +102,10 @@ class Pictures:
                     state.media[f"figures/{name}"] = save(figure, path)
             except Exception as error:  # a full disk, a batch or a step of another kind: the run is worth more
                 if not self._warned:
-                    reason = " ".join(str(error).split()) or "no reason given"
-                    logger.warning("no picture of %s: %s: %s", name, type(error).__name__, reason)
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
+                    if isinstance(error, KeyError):
+                        reason = f"neither the batch nor the step's output has {error}"
+                    logger.warning("no picture of %s: %s", name, reason)
                 self._warned = True
 
     def _masks(self, state: Any) -> Figure:
@@ -110,7 +114,7 @@ class Pictures:
 
     def _features(self, state: Any) -> Figure:
         pixels = to_pixels(state.batch["images"][: self.images], self.stats)
-        tokens = state.output["target_tokens"][: max(MAX_IMAGES, self.images)]
+        tokens = state.output[self.tokens][: max(MAX_IMAGES, self.images)]
         return figures.draw_features(pixels, patch_colors(tokens), self.grid)
 
     def _similarity(self, state: Any) -> Figure:

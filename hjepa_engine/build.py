@@ -26,11 +26,13 @@ from hjepa_engine.loggers.tensorboard import TensorBoardWriter
 from hjepa_engine.loggers.wandb import WandbWriter
 from hjepa_engine.losses import LOSSES
 from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.models import build_modules
 from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import SCHEDULES, CosineScheduler, EMAScheduler, HierarchicalScheduler, Schedule
 from hjepa_engine.steps import hjepa_step
 from hjepa_engine.types import LossFunction, Step
 from hjepa_engine.utils.imports import import_object
+from hjepa_engine.utils.rng import derive_seed
 
 
 class Schedules(NamedTuple):
@@ -131,7 +133,18 @@ def build_loss(name: str) -> LossFunction:
 
 
 def build_step(config: Config) -> Step:
-    """The pretraining step with the configured loss and regularizers."""
+    """The step that ``step`` names, or H-JEPA's with the configured loss and regularizers.
+
+    Raises:
+        ConfigError: it cannot be imported or refuses its arguments.
+    """
+    if config.step is not None:
+        made = _import("step", config.step.class_path)
+        with _arguments_of("step.init_args"):
+            if isinstance(made, type):
+                return made(**config.step.init_args)
+            inspect.signature(made).bind(None, None, **config.step.init_args)
+            return partial(made, **config.step.init_args)
     loss = config.loss
     weights = {"variance": loss.variance_weight, "covariance": loss.covariance_weight, "sigreg": loss.sigreg_weight}
     regularizers = {name: weight for name, weight in weights.items() if weight > 0}
@@ -191,18 +204,61 @@ def build_handlers(config: Config) -> list[Any]:
     """
     built = []
     for number, spec in enumerate(config.handlers):
-        try:
-            cls = import_object(spec.class_path)
-        except ValueError as error:
-            raise ConfigError(f"handlers[{number}].class_path: {error}") from error
+        cls = _import(f"handlers[{number}]", spec.class_path)
         if not callable(getattr(cls, "attach", None)):
             raise ConfigError(f"handlers[{number}].class_path: {spec.class_path} must have a method attach(engine)")
-        try:
+        with _arguments_of(f"handlers[{number}].init_args"):
             inspect.signature(cls).bind(**spec.init_args)
             built.append(cls(**spec.init_args))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"handlers[{number}].init_args: {error}") from error
     return built
+
+
+def build_model(config: Config, make: Callable[..., nn.ModuleDict] | None = None) -> nn.ModuleDict:
+    """The modules of a run, initialized from ``config.seed``.
+
+    Args:
+        config: of the run.
+        make: from the configuration to the modules; by default what ``model.class_path`` names (called with
+            ``model.init_args``, and with ``config`` where it takes that), or H-JEPA's.
+
+    Raises:
+        ConfigError: the modules cannot be made, or are not an ``nn.ModuleDict``.
+    """
+    model, given = config.model, make
+    if make is None and model.class_path is None:
+        return build_modules(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        if make is not None:
+            modules = make(config)
+        else:
+            make = _import("model", str(model.class_path))
+            with _arguments_of("model.init_args"):
+                takes_config = "config" in inspect.signature(make).parameters
+                modules = make(**model.init_args, **({"config": config} if takes_config else {}))
+    if not isinstance(modules, nn.ModuleDict):
+        name = model.class_path if given is None else getattr(given, "__name__", "modules")
+        raise ConfigError(f"model.class_path: {name} must return an nn.ModuleDict, got {type(modules).__name__}")
+    return modules
+
+
+def _import(key: str, class_path: str) -> Callable[..., Any]:
+    try:
+        found = import_object(class_path)
+    except ValueError as error:
+        raise ConfigError(f"{key}.class_path: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}.class_path: {class_path} must be a function or a class, got {type(found).__name__}")
+    return found
+
+
+@contextmanager
+def _arguments_of(key: str) -> Iterator[None]:
+    """Turn what wrong arguments raise into a line about ``key``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{key}: {error}") from error
 
 
 def build_writers(config: Config, folder: Path, log_folder: Path) -> list[Writer]:

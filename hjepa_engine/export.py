@@ -16,7 +16,7 @@ from torch import nn
 from hjepa_engine.checkpoint.folder import find_checkpoint, load_one
 from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import ExportError
-from hjepa_engine.models import encoder_arguments
+from hjepa_engine.models import encoder_arguments, encoder_name
 from hjepa_engine.models.encoder import TargetEncoder
 from hjepa_engine.types import unwrap
 
@@ -46,13 +46,15 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error
 
 
-def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEncoder:
+def load_encoder(run_dir: str | Path, checkpoint: str | None = None, encoder: nn.Module | None = None) -> Any:
     """Load the target encoder of a run, in eval mode: normalized images (B, C, H, W) to patch tokens (B, N, D).
 
     Args:
         run_dir: a run folder, or the ``encoder`` folder in it.
         checkpoint: ``latest``, ``best`` or a checkpoint's name; works while the run is training. None: the encoder that
             the finished run exported.
+        encoder: where the run trained a model of your own: an encoder of the same shape to load the weights into. No file
+            says how to build it.
 
     Raises:
         ExportError: there is no exported encoder, or its files are invalid or do not match.
@@ -60,33 +62,11 @@ def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEn
     """
     folder = Path(run_dir)
     if checkpoint is not None:
-        found, state = load_one(find_checkpoint(folder, checkpoint).path)
-        encoder = TargetEncoder(**encoder_arguments(config_from(found.config)))
-        try:
-            encoder.load_state_dict(state["modules"]["target_encoder"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ExportError(
-                f"{found.path} has no target encoder that matches its configuration: {str(error).splitlines()[0]}"
-            ) from error
-        return encoder.requires_grad_(False).eval()
+        return _from_checkpoint(folder, checkpoint, encoder).requires_grad_(False).eval()
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"
     try:
-        for path in (folder / DESCRIPTION, folder / WEIGHTS):
-            if not path.is_file():  # opening a pipe would block
-                raise FileNotFoundError(errno.ENOENT, "no file", str(path))
-        if (folder / DESCRIPTION).stat().st_size > 2**20:
-            raise ValueError(f"{DESCRIPTION} is larger than 1 MB")
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if loads := description["encoder"].keys() & _LOADING_ARGUMENTS:
-            raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
-        weights = load_file(folder / WEIGHTS)
-        with torch.device("meta"):  # the file may ask for any size: compare shapes before memory is allocated
-            wanted = TargetEncoder(**{**description["encoder"], "pos_embed": "learned"}).state_dict()
-        if {name: item.shape for name, item in wanted.items()} != {name: item.shape for name, item in weights.items()}:
-            raise ValueError(f"the tensors in {WEIGHTS} do not match the encoder in {DESCRIPTION}")
-        encoder = TargetEncoder(**description["encoder"])
-        encoder.load_state_dict(weights)
+        return _from_export(folder, encoder).requires_grad_(False).eval()
     except FileNotFoundError as error:
         raise ExportError(
             f"{run_dir} has no exported encoder: {error.filename or error} is missing; before the run ends, load it from a "
@@ -95,4 +75,44 @@ def load_encoder(run_dir: str | Path, checkpoint: str | None = None) -> TargetEn
     except Exception as error:  # timm, torch and safetensors raise all kinds of errors on invalid contents
         what = (str(error).splitlines() or [repr(error)])[0]
         raise ExportError(f"the encoder in {folder} cannot be loaded: {what}") from error
-    return encoder.requires_grad_(False).eval()
+
+
+def _from_checkpoint(folder: Path, checkpoint: str, encoder: nn.Module | None) -> nn.Module:
+    found, state = load_one(find_checkpoint(folder, checkpoint).path)
+    try:
+        config = config_from(found.config)
+        name = encoder_name(config, state["modules"])
+        if encoder is None and config.model.class_path is not None:
+            raise KeyError(
+                f"the model is {config.model.class_path}: pass load_encoder an encoder to load the weights into"
+            )
+        encoder = encoder or TargetEncoder(**encoder_arguments(config))
+        encoder.load_state_dict(state["modules"][name])
+    except (KeyError, TypeError, RuntimeError) as error:
+        what = (str(error.args[0] if error.args else error).splitlines() or [""])[0]
+        raise ExportError(f"{found.path} has no encoder that matches its configuration: {what}") from error
+    return encoder
+
+
+def _from_export(folder: Path, encoder: nn.Module | None) -> nn.Module:
+    for path in (folder / DESCRIPTION, folder / WEIGHTS):
+        if not path.is_file():  # opening a pipe would block
+            raise FileNotFoundError(errno.ENOENT, "no file", str(path))
+    if (folder / DESCRIPTION).stat().st_size > 2**20:
+        raise ValueError(f"{DESCRIPTION} is larger than 1 MB")
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if encoder is None and "encoder" not in description:
+        raise ValueError(
+            f"it is {description['module']!r} of a model of your own: pass load_encoder an encoder to load the weights into"
+        )
+    weights = load_file(folder / WEIGHTS)
+    if encoder is None:
+        if loads := description["encoder"].keys() & _LOADING_ARGUMENTS:
+            raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
+        with torch.device("meta"):  # the file may ask for any size: compare shapes before memory is allocated
+            wanted = TargetEncoder(**{**description["encoder"], "pos_embed": "learned"}).state_dict()
+        if {name: item.shape for name, item in wanted.items()} != {name: item.shape for name, item in weights.items()}:
+            raise ValueError(f"the tensors in {WEIGHTS} do not match the encoder in {DESCRIPTION}")
+        encoder = TargetEncoder(**description["encoder"])
+    encoder.load_state_dict(weights)
+    return encoder

@@ -12,6 +12,17 @@ from hjepa_engine.config.schema import Level
 from hjepa_engine.masking import Masks
 
 
+def as_tokens(features: Tensor) -> Tensor:
+    """Features of an encoder, tokens (B, N, D) or one vector an image (B, D), as tokens (B, N or 1, D).
+
+    Raises:
+        ValueError: they have another number of dimensions.
+    """
+    if features.ndim not in (2, 3):
+        raise ValueError(f"an encoder must return (B, N, D) or (B, D), got {tuple(features.shape)}")
+    return features[:, None] if features.ndim == 2 else features
+
+
 def take_tokens(tokens: Tensor, idx: Tensor) -> Tensor:
     """Select tokens (B, N, D) at ``idx`` (B, ...): (B, ..., D)."""
     flat = idx.flatten(1)

@@ -126,9 +126,10 @@ def ask_at(run, iteration):
     run.trainer.add_event_handler(TrainEvents.LOSS_READY, ask)
 
 
-def train(folder, values, handlers=(), stop=None, ask=ask_at, reason="asked"):
-    """Build a run and train it, with handlers of its own, until it ends or ``ask(run, stop)`` stops it."""
-    run = pretrain.build(load_config(None, options({**values, "run_dir": str(folder)})))
+def train(folder, values, handlers=(), stop=None, ask=ask_at, reason="asked", **parts):
+    """Build a run and train it, with handlers (and a step and modules) of its own, until it ends or ``ask(run, stop)``
+    stops it."""
+    run = pretrain.build(load_config(None, options({**values, "run_dir": str(folder)})), **parts)
     for handler in handlers:
         handler().attach(run.trainer)
     if stop is not None:

@@ -69,6 +69,12 @@ class CollapseConfig:
     """Images of the fixed set; by default as many as have max(2 D, 2048) features at every level, at least 128."""
     batch_every: int = limited(200, least=1)
     """Optimizer steps between readings on training batches, which need no forward pass of their own."""
+    modules: dict[str, str] | None = None
+    """Encoders that are measured on the fixed images, by their name in the metrics; by default ``context`` and ``target``:
+    ``context_encoder`` and ``target_encoder``, where these modules are there, else ``target``: ``model.encoder``."""
+    outputs: dict[str, str] = field(default_factory=lambda: {"context": "context_tokens", "target": "target_tokens"})
+    """Outputs of the step, tokens (B, N, D) or features (B, D), that are measured on training batches, by their name in the
+    metrics."""
     alpha_req: bool = False
     """Measure alpha-ReQ too."""
     lidar_views: int = limited(0, least=0)

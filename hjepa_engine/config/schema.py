@@ -130,6 +130,15 @@ class ModelConfig:
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
     layer_scale: float | None = limited(None, above=0)
     """Initial value of layer scale; none by default."""
+    class_path: str | None = None
+    """Dotted path of a function or class that makes an ``nn.ModuleDict`` of your own instead of H-JEPA's modules; it is
+    called with ``init_args``, and with ``config`` where it takes that. Of the keys beside it, only ``encoder`` and ``ema``
+    count then, and what the function reads."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments."""
+    encoder: str | None = None
+    """Name of the module that is probed, measured and exported; by default the first there is of ``target_encoder``,
+    ``encoder`` and ``context_encoder``."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     num_hierarchies: int | None = limited(None, least=1, most=16)
@@ -283,6 +292,16 @@ class HandlerConfig:
 
 
 @dataclass
+class StepConfig:
+    """A step of your own."""
+
+    class_path: str
+    """Dotted path of a step, a function (modules, batch, ...), or of a class whose instances are steps."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function, or those of the class."""
+
+
+@dataclass
 class Config:
     """A run. Every value can be given in a YAML file (``--config``) and on the command line (``--training.lr 3e-4``)."""
 
@@ -298,6 +317,8 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     online_probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    step: StepConfig | None = None
+    """A step of your own instead of H-JEPA's, ``class_path`` and ``init_args``: docs/steps.md."""
     handlers: list[HandlerConfig] = field(default_factory=list)
     """Handlers of your own, attached after the others: ``class_path`` and ``init_args`` each."""
     run_dir: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,24 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "activation_checkpointing": model.activation_checkpointing,
         **{name: value for name, value in overrides.items() if value is not None},
     }
+
+
+def encoder_name(config: Config, modules: Iterable[str]) -> str | None:
+    """Name of the module that is probed, measured and exported; None where there is no encoder.
+
+    Args:
+        config: of the run; ``model.encoder`` may give the name.
+        modules: the names there are.
+
+    Raises:
+        ConfigError: ``model.encoder`` is none of them.
+    """
+    known, name = list(modules), config.model.encoder
+    if name is None:
+        return next((name for name in ("target_encoder", "encoder", "context_encoder") if name in known), None)
+    if name not in known:
+        raise ConfigError(f"model.encoder must be one of the modules {', '.join(known)}, got {name!r}")
+    return name
 
 
 def build_modules(config: Config) -> nn.ModuleDict:
@@ -69,4 +88,4 @@ def build_modules(config: Config) -> nn.ModuleDict:
         )
 
 
-__all__ = ["ContextEncoder", "Predictor", "TargetEncoder", "build_modules", "encoder_arguments"]
+__all__ = ["ContextEncoder", "Predictor", "TargetEncoder", "build_modules", "encoder_arguments", "encoder_name"]

@@ -47,6 +47,15 @@ class ContextEncoder(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        #: What builds an equal encoder: for the export.
+        self.arguments = {
+            "name": name,
+            "img_size": img_size,
+            "in_chans": in_chans,
+            "pos_embed": pos_embed,
+            "activation_checkpointing": activation_checkpointing,
+            **overrides,
+        }
         if name not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(name, timm.list_models("vit_*"), 3)) or "see timm.list_models()"
             raise ValueError(f"unknown encoder {name!r}, similar names: {near}")

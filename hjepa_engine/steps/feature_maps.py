@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from hjepa_engine.config.schema import Level
-from hjepa_engine.levels import pool_sliding
+from hjepa_engine.levels import as_tokens, pool_sliding
 from hjepa_engine.types import Batch, Outputs, unwrap
 
 
-def feature_map_step(modules: nn.ModuleDict, batch: Batch, levels: Sequence[Level]) -> Outputs:
+def feature_map_step(modules: nn.ModuleDict, batch: Batch, levels: Sequence[Level] = ()) -> Outputs:
     """Compute features of whole images, without gradients.
 
     Args:
-        modules: encoders by name, each with ``grid`` and ``features(images, depths=...)``.
+        modules: encoders by name, from images to tokens (B, N, D) or features (B, D); where there are levels, with ``grid``
+            and ``features(images, depths=...)``.
         batch: ``images`` (B, C, H, W), normalized.
-        levels: levels of the hierarchy.
+        levels: levels of the hierarchy; may be empty.
 
     Returns:
         ``<name>`` (B, N, D), the tokens of each encoder, and ``<name>_level_<l>`` (B, cells, D), its features at the level's
@@ -29,6 +30,9 @@ def feature_map_step(modules: nn.ModuleDict, batch: Batch, levels: Sequence[Leve
     with torch.no_grad():
         for name, module in modules.items():
             encoder = unwrap(module)
+            if not levels:
+                outputs[name] = as_tokens(encoder(batch["images"]))
+                continue
             features = dict(zip(depths, encoder.features(batch["images"], depths=depths), strict=True))
             outputs[name] = features[1.0]
             for number, level in enumerate(levels):

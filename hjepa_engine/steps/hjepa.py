@@ -33,7 +33,8 @@ def hjepa_step(
 
     Returns:
         ``loss`` (), ``loss_level_{l}`` () and, for each regularizer, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
-        and ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, one (B, M, cells, D) per level.
+        and their patches ``context_idx`` (B, K); ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, one
+        (B, M, cells, D) per level.
     """
     images, masks = batch["images"], batch["masks"]
     levels = unwrap(modules["predictor"]).levels
@@ -57,6 +58,7 @@ def hjepa_step(
         **outputs,
         "loss": loss,
         "context_tokens": context,
+        "context_idx": masks.context_idx,
         "target_tokens": features[1.0],
         "predictions": predictions,
         "targets": targets,

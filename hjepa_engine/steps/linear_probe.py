@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hjepa_engine.levels import as_tokens
 from hjepa_engine.types import Batch, Outputs
 
 
@@ -15,7 +16,7 @@ def feature_step(modules: nn.ModuleDict, batch: Batch, features: Literal["mean",
     """Compute the features that a probe is trained on.
 
     Args:
-        modules: ``encoder``, from images to tokens (B, N, D); without one, features are the pixels.
+        modules: ``encoder``, from images to tokens (B, N, D) or features (B, D); without one, features are the pixels.
         batch: ``images`` (B, C, H, W), normalized.
         features: ``mean`` averages the patch tokens, ``concat`` concatenates them.
 
@@ -25,7 +26,7 @@ def feature_step(modules: nn.ModuleDict, batch: Batch, features: Literal["mean",
     if "encoder" not in modules:
         return {"features": batch["images"].flatten(1)}
     with torch.no_grad():
-        tokens = modules["encoder"](batch["images"])
+        tokens = as_tokens(modules["encoder"](batch["images"]))
     return {"features": (tokens.mean(dim=1) if features == "mean" else tokens.flatten(1)).float()}
 
 

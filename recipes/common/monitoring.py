@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any
 
 import ignite.distributed as idist
+import torch
 from torch import nn
 
 from hjepa_engine import Config, create_evaluator
-from hjepa_engine.config.schema import Level, resolve_levels
+from hjepa_engine.config.schema import Level
 from hjepa_engine.data import DatasetSplit, FixedImageSubset, open_split
 from hjepa_engine.data.datasets import DATASETS_WITH_PROBE_SPLIT
 from hjepa_engine.engine import Trainer
+from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
     BatchCollapse,
     CollapseGuard,
@@ -30,6 +32,7 @@ from hjepa_engine.handlers import (
 from hjepa_engine.levels import num_disjoint_cells
 from hjepa_engine.metrics.collapse import images_needed
 from hjepa_engine.metrics.knn import knn_accuracy
+from hjepa_engine.models import encoder_name
 from hjepa_engine.recipes.common.heads import standardized, train_head
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.steps import feature_map_step, feature_step
@@ -52,25 +55,76 @@ def build_monitors(
         preemption: ends long probes when the run is asked to stop.
     """
     monitors: list[Any] = [StepTiming()]
+    encoder = encoder_name(config, trainer.modules)
     if config.logging.system_metrics:
         monitors.append(GpuStats())
     if config.collapse.enabled:
-        monitors += [_collapse_monitor(config, trainer, train), BatchCollapse(config.collapse.batch_every)]
+        monitors += _collapse_monitors(config, trainer, train)
     if config.guard.rules:
         monitors.append(CollapseGuard(config.guard.rules))
-    if (epochs := config.online_probe.every) is not None:
-        monitors.append(_online_probe(config, trainer, epochs, train, val, preemption))
+    if config.online_probe.every is not None:
+        if encoder is None:
+            _say_missing("no online probe", trainer.modules, "model.encoder")
+        else:
+            monitors.append(_online_probe(config, trainer, encoder, train, val, preemption))
     if config.logging.watch != "none":
         monitors.append(ParameterHistograms(config.logging.watch, config.logging.watch_frequency))
-    if config.pictures.enabled:
-        monitors.append(_pictures(config, trainer, train))
+    if config.pictures.enabled and encoder is not None:
+        monitors += _pictures(config, trainer, encoder, train)
     return monitors
 
 
-def _collapse_monitor(config: Config, trainer: Trainer, train: DatasetSplit) -> CollapseMonitor:
-    options, levels = config.collapse, resolve_levels(config)
-    encoders = nn.ModuleDict({name: unwrap(trainer.modules[f"{name}_encoder"]) for name in ("context", "target")})
-    needed = images_of_levels(encoders["target"], levels)
+def _say_missing(what: str, modules: nn.ModuleDict, key: str) -> None:
+    if idist.get_rank() == 0:
+        logger.warning("%s: none of the modules %s is an encoder; %s names one", what, ", ".join(modules), key)
+
+
+def _measured(config: Config, modules: nn.ModuleDict) -> dict[str, str]:
+    """Names of the encoders whose collapse is measured, by their name in the metrics.
+
+    Raises:
+        ConfigError: ``collapse.modules`` names one that is not there.
+    """
+    names = config.collapse.modules
+    if names is None:
+        names = {name: f"{name}_encoder" for name in ("context", "target") if f"{name}_encoder" in modules}
+        encoder = encoder_name(config, modules)
+        return names or ({} if encoder is None else {"target": encoder})
+    for name in names.values():
+        if name not in modules:
+            raise ConfigError(f"collapse.modules must name modules ({', '.join(modules)}), got {name!r}")
+    return names
+
+
+def levels_of(modules: nn.ModuleDict) -> tuple[Level, ...]:
+    """The levels that the predictor predicts; none where there is no such predictor."""
+    return tuple(getattr(unwrap(modules["predictor"]), "levels", ())) if "predictor" in modules else ()
+
+
+def _token_shape(config: Config, trainer: Trainer, name: str) -> tuple[int, int]:
+    """Number and width of the tokens that an encoder makes of an image: (N, D)."""
+    encoder, data = unwrap(trainer.modules[name]), config.data
+    if hasattr(encoder, "grid") and hasattr(encoder, "embed_dim"):
+        return encoder.grid[0] * encoder.grid[1], encoder.embed_dim
+    image = {"images": torch.zeros(1, data.in_chans, data.image_size, data.image_size)}
+    evaluator = create_evaluator(feature_map_step, nn.ModuleDict({name: encoder}), trainer.device)
+    tokens: torch.Tensor = evaluator.run([image]).output[name]
+    return tokens.shape[1], tokens.shape[2]
+
+
+def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit) -> list[Any]:
+    options, names = config.collapse, _measured(config, trainer.modules)
+    if not names:
+        _say_missing("collapse is not measured", trainer.modules, "model.encoder")
+        return []
+    encoders = nn.ModuleDict({name: unwrap(trainer.modules[module]) for name, module in names.items()})
+    has_levels = all(hasattr(encoder, "features") and hasattr(encoder, "grid") for encoder in encoders.values())
+    levels = levels_of(trainer.modules) if has_levels else ()
+    shapes = [_token_shape(config, trainer, module) for module in names.values()]
+    num_patches = max(shape[0] for shape in shapes)
+    needed = max(images_needed(dim, number) for number, dim in shapes)
+    if levels:
+        needed = max(needed, *(images_of_levels(encoder, levels) for encoder in encoders.values()))
     count = options.images or needed
     if count < needed and idist.get_rank() == 0:
         logger.warning(
@@ -80,15 +134,18 @@ def _collapse_monitor(config: Config, trainer: Trainer, train: DatasetSplit) -> 
     evaluator = create_evaluator(partial(feature_map_step, levels=levels), encoders, trainer.device, trainer.amp_dtype)
     every = options.every or max(1, 50 * count // (config.data.batch_size * config.training.accumulation_steps))
     epoch_ends = config.checkpoint.metric.startswith("collapse/")
-    return CollapseMonitor(evaluator, images, every, options.alpha_req, options.lidar_views, config.seed, epoch_ends)
+    return [
+        CollapseMonitor(evaluator, images, every, options.alpha_req, options.lidar_views, config.seed, epoch_ends),
+        BatchCollapse(options.batch_every, options.outputs, num_patches),
+    ]
 
 
 def _online_probe(
-    config: Config, trainer: Trainer, every: int, train: DatasetSplit, val: DatasetSplit, preemption: Preemption
+    config: Config, trainer: Trainer, name: str, train: DatasetSplit, val: DatasetSplit, preemption: Preemption
 ) -> OnlineProbe:
     options, data, seed = config.online_probe, config.data, config.seed
     labeled = open_split(data, "probe", seed) if data.dataset in DATASETS_WITH_PROBE_SPLIT else train
-    encoder = nn.ModuleDict({"encoder": unwrap(trainer.modules["target_encoder"])})
+    encoder = nn.ModuleDict({"encoder": unwrap(trainer.modules[name])})
     evaluator = create_evaluator(feature_step, encoder, trainer.device, trainer.amp_dtype)
     preemption.watch(evaluator)
 
@@ -107,12 +164,19 @@ def _online_probe(
         data, labeled, options.train_images, seed=derive_seed(seed, "probe images", "train")
     )
     val_images = FixedImageSubset(data, val, options.val_images, seed=derive_seed(seed, "probe images", "val"))
-    return OnlineProbe(evaluator, train_images, val_images, classifiers, every)
+    assert options.every is not None
+    return OnlineProbe(evaluator, train_images, val_images, classifiers, options.every)
 
 
-def _pictures(config: Config, trainer: Trainer, train: DatasetSplit) -> Pictures:
-    options, grid = config.pictures, unwrap(trainer.modules["target_encoder"]).grid
-    return Pictures(RunFolder(config).path, resolve_levels(config), grid, train.stats, options.every, options.images)
+def _pictures(config: Config, trainer: Trainer, name: str, train: DatasetSplit) -> list[Pictures]:
+    options, grid = config.pictures, getattr(unwrap(trainer.modules[name]), "grid", None)
+    if grid is None:
+        if idist.get_rank() == 0:
+            logger.warning("no pictures: the module %s has no grid, (H, W) in patches", name)
+        return []
+    levels, tokens = levels_of(trainer.modules), config.collapse.outputs.get("target", "target_tokens")
+    folder = RunFolder(config).path
+    return [Pictures(folder, levels, grid, train.stats, options.every, options.images, tokens)]
 
 
 def images_of_levels(encoder: Any, levels: tuple[Level, ...]) -> int:

@@ -10,11 +10,12 @@ import ignite.distributed as idist
 import torch
 
 from hjepa_engine import Config
-from hjepa_engine.build import Schedules, build_masks, build_schedules, process_group, steps_per_epoch
-from hjepa_engine.config.schema import Level, resolve_levels
+from hjepa_engine.build import Schedules, build_schedules, process_group, steps_per_epoch
+from hjepa_engine.config.schema import Level
 from hjepa_engine.errors import ConfigError
+from hjepa_engine.handlers import MaskSampler
 from hjepa_engine.masking import MultiBlockMasks
-from hjepa_engine.types import unwrap
+from hjepa_engine.recipes.common.monitoring import levels_of
 from hjepa_engine.visualization import figures
 from hjepa_engine.visualization.drawing import save
 from hjepa_engine.visualization.figure_data import to_pixels
@@ -44,22 +45,26 @@ def _preview(config: Config, run: Any) -> None:
     per_epoch = steps_per_epoch(len(run.data), accumulation)
     epochs, rest = divmod(run.iterations, len(run.data))
     steps = epochs * per_epoch + math.ceil(rest / accumulation)
-    schedules, levels = build_schedules(config, per_epoch), resolve_levels(config)
-    masks = build_masks(config, unwrap(run.modules["target_encoder"]).grid)
+    schedules, levels = build_schedules(config, per_epoch), levels_of(run.modules)
+    masks = next((handler.masks for handler in run.handlers if isinstance(handler, MaskSampler)), None)
     print(f"{run.describe()}\n{steps} steps, {per_epoch} in an epoch\n")
     print("\n".join(table_of(config, schedules, steps, per_epoch)) + "\n")
-    print("\n".join(tokens_of(masks, levels, config.seed, steps)) + "\n")
+    if masks is not None:
+        print("\n".join(tokens_of(masks, levels, config.seed, steps)) + "\n")
     folder = run.folder.path / "preview"
     keys = next(iter(run.data.batch_sampler))[: config.pictures.images]
     images = torch.stack([run.data.dataset[key]["image"] for key in keys])
     pixels = to_pixels(images, run.data.dataset.split.stats)
     try:
         save(figures.draw_schedules(lines_of(config, schedules), steps, per_epoch), folder / "schedules.png")
-        drawn = figures.draw_masks(pixels, masks.sample(len(images), config.seed), masks.grid, levels)
-        save(drawn, folder / "masks.png")
+        names = ["schedules.png"]
+        if masks is not None:
+            drawn = figures.draw_masks(pixels, masks.sample(len(images), config.seed), masks.grid, levels)
+            save(drawn, folder / "masks.png")
+            names.append("masks.png")
     except OSError as error:
         raise ConfigError(f"run_dir {run.folder.path} cannot be written to: {error.strerror}") from error
-    print(f"drawn: {folder / 'schedules.png'} and {folder / 'masks.png'}")
+    print(f"drawn: {' and '.join(str(folder / name) for name in names)}")
 
 
 def lines_of(config: Config, schedules: Schedules) -> dict[str, dict[str, Callable[[int], float]]]:

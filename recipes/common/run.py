@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import ignite.distributed as idist
 import torch
 from torch import nn
 
 from hjepa_engine import Config
+from hjepa_engine.build import build_model, process_group
 from hjepa_engine.data import shutdown_workers
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, MetricsLogger, Preemption
-from hjepa_engine.recipes.linear_probe import as_metrics, evaluate_encoder
+from hjepa_engine.recipes.common.probe import as_metrics, describe, evaluate_encoders
 from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.run.lifecycle import record_outcome, start_run
 from hjepa_engine.run.rollback import train_with_rollbacks
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
+
+logger = logging.getLogger(__name__)
+Kind = TypeVar("Kind")
 
 
 @dataclass
@@ -27,17 +36,35 @@ class Run:
 
     config: Config
     trainer: Trainer
-    data: torch.utils.data.DataLoader[dict[str, object]]
-    val_data: torch.utils.data.DataLoader[dict[str, object]]
-    logger: MetricsLogger
+    data: torch.utils.data.DataLoader[dict[str, Any]]
+    val_data: torch.utils.data.DataLoader[dict[str, Any]]
     folder: RunFolder
-    checkpointer: Checkpointer
-    preemption: Preemption
+    handlers: list[Any]
+    """All that are attached, in that order."""
+    encoder: str | None = None
+    """Name of the module that the linear probe reads; None: there is no probe."""
+    initial_encoder: nn.Module | None = field(default=None, repr=False)
+    """The encoder before training, for the probe's baseline; None: built again from the configuration."""
 
     @property
     def modules(self) -> nn.ModuleDict:
-        """``context_encoder``, ``target_encoder`` and ``predictor``."""
+        """What the step works on, by name."""
         return self.trainer.modules
+
+    @property
+    def logger(self) -> MetricsLogger:
+        """Takes metrics and media of your own."""
+        return self.handler(MetricsLogger)
+
+    @property
+    def checkpointer(self) -> Checkpointer:
+        """Saves the run."""
+        return self.handler(Checkpointer)
+
+    @property
+    def preemption(self) -> Preemption:
+        """Stops and saves the run when it is asked to."""
+        return self.handler(Preemption)
 
     @property
     def iterations(self) -> int:
@@ -45,18 +72,39 @@ class Run:
         training = self.config.training
         return min(training.max_iters or sys.maxsize, training.epochs * len(self.data))
 
+    def handler(self, cls: type[Kind]) -> Kind:
+        """The first attached handler of a class.
+
+        Raises:
+            LookupError: there is none.
+        """
+        for handler in self.handlers:
+            if isinstance(handler, cls):
+                return handler
+        raise LookupError(f"no {cls.__name__} is attached")
+
+    def remember_initial_encoder(self) -> None:
+        """Keep a copy of the encoder as it is now: modules that were passed in cannot be built again."""
+        if self.encoder is not None:
+            self.initial_encoder = copy.deepcopy(unwrap(self.modules[self.encoder])).cpu()
+
     def describe(self) -> str:
         """One line: data, encoder, levels, device, length."""
-        encoder, data = unwrap(self.modules["target_encoder"]), self.config.data
-        parameters = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+        data, trainer = self.config.data, self.trainer
+        model = unwrap(self.modules[self.encoder]) if self.encoder is not None else self.modules
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        parts = [f"{'encoder' if self.encoder else 'modules'} of {parameters:.2f} M parameters"]
+        if grid := getattr(model, "grid", None):
+            parts.append(f" on {grid[0]} x {grid[1]} patches")
+        if "predictor" in self.modules and hasattr(unwrap(self.modules["predictor"]), "levels"):
+            parts.append(f", {len(unwrap(self.modules['predictor']).levels)} levels")
         return (
-            f"{data.dataset} in batches of {data.batch_size}; encoder of {parameters:.2f} M parameters on "
-            f"{encoder.grid[0]} x {encoder.grid[1]} patches, {len(unwrap(self.modules['predictor']).levels)} levels; "
-            f"{self.trainer.device}, {self.trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
+            f"{data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
+            f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
         )
 
     def fit(self) -> dict[str, float]:
-        """Train from the newest checkpoint on; then, where ``probe.enabled``, judge the encoder with the linear probe.
+        """Train from the newest checkpoint on; then, where ``probe.enabled``, measure the encoder with the linear probe.
 
         A run that is asked to stop is saved and raises ``Preempted``.
         """
@@ -68,7 +116,7 @@ class Run:
                 write_report_on_exit(self.folder),
                 record_outcome(self.folder, self.trainer, writer, self.iterations) as results,
             ):
-                results |= self._train_and_judge()
+                results |= self._train_and_probe()
             return results
         finally:
             self.logger.close()
@@ -76,26 +124,58 @@ class Run:
             shutdown_workers(self.data, self.val_data)
             self.folder.unlock()
 
-    def _train_and_judge(self) -> dict[str, float]:
-        config = self.config
+    def _train_and_probe(self) -> dict[str, float]:
         train_with_rollbacks(
             self._train,
             lambda: self.checkpointer.save_rolled_back(self.trainer),
             self.trainer,
             self.checkpointer.writer,
-            config.guard,
+            self.config.guard,
             self.folder,
         )
         results: dict[str, float] = {}
-        if config.probe.enabled:
-            results = evaluate_encoder(
-                config, self.modules["target_encoder"], self.folder.path, config.logging.progress_bar
-            )
+        if self.config.probe.enabled:
+            results = self._probe()
             self.logger.log_metrics(as_metrics(results))
         self.checkpointer.close()
         return results
+
+    def _probe(self) -> dict[str, float]:
+        if self.encoder is None:
+            if idist.get_rank() == 0:
+                names = ", ".join(self.modules)
+                logger.warning(
+                    "no linear probe: none of the modules %s is an encoder, model.encoder may name one", names
+                )
+            return {}
+        encoders = {
+            "trained": self.modules[self.encoder],
+            "random": self.initial_encoder or build_model(self.config)[self.encoder],
+            "pixels": None,
+        }
+        return evaluate_encoders(self.config, encoders, self.folder.path, self.config.logging.progress_bar)
 
     def _train(self) -> None:
         limit = self.config.training.max_iters
         shutdown_workers(self.data)  # a rollback has left them in the middle of an epoch
         self.trainer.run(self.data, self.config.training.epochs if limit is None else None, limit and self.iterations)
+
+
+def run_to_end(config: Config, build: Callable[[], Run]) -> None:
+    """Train the run unless it is finished already, in all processes; print where it is and what the probe found."""
+    with process_group(config.device):
+        folder = RunFolder(config)
+        finished = folder.finished_results()
+        idist.barrier()  # rank 0 is about to write there
+        results = finished
+        if finished is None:
+            run = build()
+            if idist.get_rank() == 0:
+                print(run.describe(), flush=True)
+            results = run.fit()
+        if idist.get_rank() == 0:
+            print(f"\nrun folder: {folder.path}" + ("" if finished is None else " (was finished already)"))
+            if (folder.path / "report.html").exists():
+                print(f"report:     {folder.path / 'report.html'}")
+            if results:
+                print(describe(results, config))

@@ -18,6 +18,7 @@ from witness import checkpoints_of, command, is_same, outcome, strays_in, witnes
 from hjepa_engine.errors import Preempted
 from hjepa_engine.handlers import preemption
 from hjepa_engine.recipes import pretrain
+from hjepa_engine.recipes.common import build as build_recipe
 from hjepa_engine.recipes.common import run as run_recipe
 
 ITERATIONS = 15
@@ -118,7 +119,7 @@ def test_none_of_100_signals_costs_a_step_or_a_bit(server, tmp_path, whole):
 def signal_itself(argv: list[str]) -> None:
     """A child's body: a run that gets the signal ``argv[1]`` as it enters ``argv[0]``, a name of the recipe."""
     place, name, *argv = argv
-    recipe = pretrain if hasattr(pretrain, place) else run_recipe
+    recipe = next(module for module in (pretrain, run_recipe, build_recipe) if hasattr(module, place))
     original = getattr(recipe, place)
 
     def hit(*_):
@@ -169,7 +170,7 @@ def test_a_signal_while_the_encoder_is_exported_is_not_forgotten(server, tmp_pat
     assert (run / "encoder" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("place", ["read_config", "build", "start_run", "evaluate_encoder"])
+@pytest.mark.parametrize("place", ["read_config", "build", "start_run", "evaluate_encoders"])
 def test_a_signal_before_and_after_training_loses_nothing(server, tmp_path, whole, place):
     run = tmp_path / "run"
     child = start(server, run)
@@ -177,17 +178,17 @@ def test_a_signal_before_and_after_training_loses_nothing(server, tmp_path, whol
     os.kill(child.pid, USR1)
     assert child.wait() == 75
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.safetensors")}
-    probe = {"probe__enabled": str(place == "evaluate_encoder").lower(), "probe__epochs": 1}
+    probe = {"probe__enabled": str(place == "evaluate_encoders").lower(), "probe__epochs": 1}
     for name, code in ((TERM, 75), (USR1, 75), (INT, 130)):
         child = hit(server, run, place, name, **probe)
         reason = f"{name.name} outside of training: run the same command again to go on"
         assert (child.code, child.last_line) == (code, "interrupted" if name == INT else reason)
-        if place == "evaluate_encoder":
+        if place == "evaluate_encoders":
             assert (checkpoints_of(run)[0][0].record.iteration, status_of(run)["exit_code"]) == (ITERATIONS, code)
         else:
             assert before == {path: path.read_bytes() for path in (run / "checkpoints").rglob("*.safetensors")}
     complete(server, run, whole, **probe)
-    assert len(status_of(run)["results"]) == (3 if place == "evaluate_encoder" else 0)
+    assert len(status_of(run)["results"]) == (3 if place == "evaluate_encoders" else 0)
 
 
 def slow_disk(argv: list[str]) -> None:

@@ -29,6 +29,7 @@ from hjepa_engine.errors import GuardStop
 from hjepa_engine.handlers import ProgressBar
 from hjepa_engine.recipes import linear_probe, pretrain
 from hjepa_engine.recipes.common import heads
+from hjepa_engine.recipes.common.probe import probe
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.cli import run_command
 from hjepa_engine.steps import linear_probe_step
@@ -304,7 +305,7 @@ def test_the_probe_is_trained_by_the_engine(finished, monkeypatch, tmp_path):
     config = finished[1]
     encoder = load_encoder(finished[0] / "run")
     before = weights_of(encoder)
-    accuracy = linear_probe.probe(config, encoder, "trained", tmp_path)
+    accuracy = probe(config, encoder, "trained", tmp_path)
     assert trainers == [(linear_probe_step, {"head"})]
     assert steps == list(range(1, 4 * 20 + 1))  # 899 features in batches of 256, 20 epochs
     assert accuracy == json.loads((finished[0] / "run" / "status.json").read_text())["results"]["trained"]

@@ -13,14 +13,14 @@ from hjepa_engine.build import build_schedules
 from hjepa_engine.checkpoint.folder import list_checkpoints, load_one
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.recipes import pretrain
-from hjepa_engine.recipes.common import heads
+from hjepa_engine.recipes.common import build, heads
 
 
 @pytest.fixture(autouse=True)
 def evaluators(monkeypatch):
     """The evaluators of the runs that were built, newest last."""
-    made, create = [], pretrain.create_evaluator
-    monkeypatch.setattr(pretrain, "create_evaluator", lambda *args: made.append(create(*args)) or made[-1])
+    made, create = [], build.create_evaluator
+    monkeypatch.setattr(build, "create_evaluator", lambda *args: made.append(create(*args)) or made[-1])
     return made
 
 

@@ -25,7 +25,7 @@ from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.handlers import CollapseMonitor, OnlineProbe
 from hjepa_engine.models import build_modules
-from hjepa_engine.recipes.linear_probe import probe, read_features
+from hjepa_engine.recipes.common.probe import probe, read_features
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.folder import RunFolder
 

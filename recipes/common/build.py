@@ -1,0 +1,194 @@
+"""The parts of a pretraining run, and how they become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hjepa_engine import Config, create_evaluator, create_trainer
+from hjepa_engine.build import (
+    build_handlers,
+    build_masks,
+    build_model,
+    build_policy,
+    build_run_optimizer,
+    build_schedules,
+    build_step,
+    build_writers,
+    choose_amp_dtype,
+    choose_device,
+    distribute,
+    steps_per_epoch,
+)
+from hjepa_engine.config.changes import plain_config
+from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, open_split
+from hjepa_engine.engine import Trainer
+from hjepa_engine.handlers import (
+    Checkpointer,
+    DamagedImages,
+    DataPosition,
+    EarlyStopping,
+    EncoderExport,
+    MaskSampler,
+    MetricAverager,
+    MetricsLogger,
+    NonFiniteGuard,
+    OptimizerStep,
+    ParamSchedule,
+    Preemption,
+    ProgressBar,
+    StepSeed,
+    TargetEncoderEMA,
+    Throughput,
+    Validation,
+)
+from hjepa_engine.models import ContextEncoder, encoder_name
+from hjepa_engine.recipes.common.monitoring import build_monitors
+from hjepa_engine.recipes.common.run import Run
+from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.types import Step, unwrap
+
+#: What ``build`` takes for modules: the modules, or a function that makes them for a configuration.
+Modules = nn.ModuleDict | Callable[[Config], nn.ModuleDict]
+
+
+class Data(NamedTuple):
+    """The two splits of a run, and their loaders."""
+
+    train: DatasetSplit
+    val: DatasetSplit
+    loader: DataLoader[dict[str, Any]]
+    val_loader: DataLoader[dict[str, Any]]
+    sampler: EpochBatchSampler
+    """Order of the training data."""
+
+
+def build_run(
+    config: Config, *, step: Step | None = None, modules: Modules | None = None, handlers: Sequence[Any] = ()
+) -> Run:
+    """See :func:`hjepa_engine.recipes.pretrain.build`."""
+    data, folder = build_data(config), RunFolder(config)
+    trainer = build_trainer(config, step, modules)
+    encoder = encoder_name(config, trainer.modules)
+    attached = [*default_handlers(config, trainer, data, folder), *build_handlers(config), *handlers]
+    trainer.attach(*attached)
+    run = Run(config, trainer, data.loader, data.val_loader, folder, attached, encoder)
+    if modules is not None and config.probe.enabled:
+        run.remember_initial_encoder()
+    return run
+
+
+def build_data(config: Config) -> Data:
+    """Training and validation images, with their loaders."""
+    train, val = (open_split(config.data, split, config.seed) for split in ("train", "val"))
+    loader, sampler = build_loader(config.data, train, config.seed, train=True)
+    val_loader, _ = build_loader(config.data, val, config.seed, train=False)
+    return Data(train, val, loader, val_loader, sampler)
+
+
+def build_trainer(config: Config, step: Step | None = None, modules: Modules | None = None) -> Trainer:
+    """The engine with its step and modules, on their device, and no handler.
+
+    Args:
+        config: of the run.
+        step: the configured one by default.
+        modules: likewise.
+    """
+    device = choose_device(config.device)
+    made = modules if isinstance(modules, nn.ModuleDict) else build_model(config, modules)
+    return create_trainer(
+        step or build_step(config),
+        distribute(made, device),
+        device=device,
+        amp_dtype=choose_amp_dtype(config.training, device),
+        log_frequency=config.logging.log_frequency,
+    )
+
+
+def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFolder) -> list[Any]:
+    """Handlers of a pretraining run, to be attached: training, validation, logs, checkpoints, monitors, export.
+
+    What the modules have no use for is left out: masks and the EMA of a target encoder need ``context_encoder`` and
+    ``target_encoder``.
+
+    Args:
+        config: of the run.
+        trainer: its engine, whose modules are trained.
+        data: of the run.
+        folder: of the run.
+    """
+    preemption = Preemption(config.training.time_limit)
+    evaluator = create_evaluator(trainer.step, trainer.modules, trainer.device, trainer.amp_dtype)
+    preemption.watch(evaluator)
+    for handler in _masks(config, trainer, accumulation_steps=1):
+        handler.attach(evaluator)
+    StepSeed(config.seed).attach(evaluator)
+    MetricAverager(prefix="").attach(evaluator)
+    checkpoint = config.checkpoint
+    return [
+        *_training(config, trainer, data),
+        Validation(evaluator, data.val_loader),
+        MetricsLogger(build_writers(config, folder.path, folder.log_path)),
+        Checkpointer(
+            folder.checkpoint_path,
+            build_policy(config),
+            metric=checkpoint.metric,
+            every_epochs=checkpoint.save_frequency,
+            every_steps=checkpoint.save_every_steps,
+            every_minutes=checkpoint.save_every_minutes,
+            config=plain_config(config),
+            on_saved=lambda path, saved: folder.write_status("running", saved["step"], checkpoint=path),
+        ),
+        preemption,
+        *([EarlyStopping(config.training.early_stopping)] if config.training.early_stopping else []),
+        *([ProgressBar()] if config.logging.progress_bar else []),
+        *_export(config, trainer, data, folder),
+        *build_monitors(config, trainer, data.train, data.val, preemption),
+    ]
+
+
+def _training(config: Config, trainer: Trainer, data: Data) -> list[Any]:
+    """What changes weights, and what it needs."""
+    training, modules = config.training, trainer.modules
+    optimizer = build_run_optimizer(config, modules)
+    schedules = build_schedules(config, steps_per_epoch(len(data.loader), training.accumulation_steps))
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp_dtype == torch.float16)
+    level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
+    handlers = [
+        DataPosition(data.sampler),
+        DamagedImages(config.data.max_damaged),
+        StepSeed(config.seed),
+        *_masks(config, trainer, training.accumulation_steps),
+        OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
+        NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled()),
+        ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
+        ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None, level_lr_metric),
+        ParamSchedule(optimizer, "weight_decay", schedules.weight_decay, itemgetter("decay"), "train/weight_decay"),
+        MetricAverager(),
+        Throughput(),
+    ]
+    if "context_encoder" in modules and "target_encoder" in modules:
+        ema = TargetEncoderEMA(modules["context_encoder"], modules["target_encoder"], config.model.ema.momentum)
+        handlers += [ema, ParamSchedule(ema, "momentum", schedules.momentum)]
+    return handlers
+
+
+def _masks(config: Config, trainer: Trainer, accumulation_steps: int) -> list[MaskSampler]:
+    encoder = unwrap(trainer.modules["context_encoder"]) if "context_encoder" in trainer.modules else None
+    grid = getattr(encoder, "grid", None)
+    return [] if grid is None else [MaskSampler(build_masks(config, grid), config.seed, accumulation_steps)]
+
+
+def _export(config: Config, trainer: Trainer, data: Data, folder: RunFolder) -> list[EncoderExport]:
+    name = encoder_name(config, trainer.modules)
+    if name is None:
+        return []
+    encoder = trainer.modules[name]
+    # Of an encoder of the user's own, weights alone: it is built by code that a file cannot hold.
+    how = {"encoder": unwrap(encoder).arguments} if isinstance(unwrap(encoder), ContextEncoder) else {"module": name}
+    return [EncoderExport(encoder, folder.path / "encoder", {**how, "stats": data.train.stats})]

@@ -1,0 +1,118 @@
+"""A linear probe of frozen encoders, beside a random encoder and raw pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from torch import nn
+
+from hjepa_engine import Config, create_evaluator, load_config, load_encoder
+from hjepa_engine.build import build_model, choose_device
+from hjepa_engine.data import build_loader, open_split, sample_per_class
+from hjepa_engine.engine import StepEngine
+from hjepa_engine.loggers.jsonl import JsonlWriter
+from hjepa_engine.models import encoder_name
+from hjepa_engine.recipes.common.heads import standardized, train_head
+from hjepa_engine.steps import feature_step
+from hjepa_engine.types import Labeled
+
+
+def read_features(config: Config, encoder: nn.Module | None, device: torch.device) -> tuple[Labeled, Labeled, int]:
+    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes."""
+    modules = nn.ModuleDict({} if encoder is None else {"encoder": encoder})
+    evaluator = create_evaluator(partial(feature_step, features=config.probe.features), modules, device)
+    splits: list[Labeled] = []
+    found: list[Labeled] = []
+
+    def keep(engine: StepEngine) -> None:
+        found.append((engine.state.output["features"].cpu(), engine.state.batch["labels"].cpu()))
+
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
+    for split in ("probe", "val"):
+        source = open_split(config.data, split, config.seed)
+        evaluator.run(build_loader(config.data, source, config.seed, train=False, replicate=True)[0])
+        splits.append((torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])))
+        found.clear()
+    (features, labels), val = splits
+    if config.probe.labels_per_class is not None:
+        chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)
+        features, labels = features[chosen], labels[chosen]
+    return *standardized((features, labels), val), source.num_classes
+
+
+def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | None = None, bar: bool = False) -> float:
+    """Train a linear head on frozen features; its accuracy on the validation split after the last epoch, from 0 to 1.
+
+    Args:
+        config: of the run; ``probe`` has the settings.
+        encoder: from images to tokens (B, N, D) or features (B, D); None: read raw pixels.
+        name: of the encoder, for the progress bar and the log.
+        folder: where ``probe_<name>.jsonl`` is written; None: nowhere.
+        bar: whether to show progress.
+    """
+    device = choose_device(config.device)
+    train, val, num_classes = read_features(config, None if encoder is None else encoder.to(device), device)
+    writers = []
+    if folder is not None and idist.get_rank() == 0:
+        writers.append(JsonlWriter(folder / f"probe_{name}.jsonl"))
+    return train_head(
+        train, val, num_classes, config.probe, config.seed, device, writers, f"probe of {name}" if bar else None
+    )
+
+
+def evaluate_encoders(
+    config: Config, encoders: Mapping[str, nn.Module | None], folder: Path | None = None, bar: bool = False
+) -> dict[str, float]:
+    """Accuracy of the probe on each encoder, by its name; see :func:`probe`."""
+    return {name: probe(config, encoder, name, folder, bar) for name, encoder in encoders.items()}
+
+
+def as_metrics(results: dict[str, float]) -> dict[str, float]:
+    """The accuracies as they are logged: ``probe/linear``, ``probe/linear_random``, ``probe/linear_pixels``."""
+    return {f"probe/linear_{name}".removesuffix("_trained"): accuracy for name, accuracy in results.items()}
+
+
+def describe(results: dict[str, float], config: Config) -> str:
+    """The table that recipes print."""
+    labels = config.probe.labels_per_class
+    how = f"{config.probe.features} tokens, {'all labels' if labels is None else f'{labels} labels per class'}"
+    own = config.step is not None or config.model.class_path is not None or config.model.encoder is not None
+    names = {
+        "trained": "trained encoder" if own else "trained target encoder",
+        "random": "random encoder",
+        "pixels": "raw pixels",
+    }
+    return "\n".join([f"linear probe ({how}):", *(f"  {names[n]:24}{100 * results[n]:5.1f} %" for n in results)])
+
+
+def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> tuple[Config, dict[str, float]]:
+    """Probe the encoder of a run folder, and write ``linear_probe.json`` there.
+
+    Args:
+        folder: of the run.
+        checkpoint: see :func:`~hjepa_engine.load_encoder`.
+        overrides: of the run's configuration, as on the command line.
+    """
+    saved, own = folder / "config.yaml", None
+    if saved.is_file() and (before := load_config(saved)).model.class_path is not None:
+        own = _initial_encoder(before)
+    encoder = load_encoder(folder, checkpoint, own)
+    config = load_config(saved, overrides)
+    encoders = {"trained": encoder, "random": _initial_encoder(config), "pixels": None}
+    results = evaluate_encoders(config, encoders, folder, config.logging.progress_bar)
+    record = {"probe": asdict(config.probe), "checkpoint": checkpoint, "accuracy": results}
+    (folder / "linear_probe.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return config, results
+
+
+def _initial_encoder(config: Config) -> nn.Module | None:
+    modules = build_model(config)
+    name = encoder_name(config, modules)
+    return None if name is None else modules[name]
