@@ -10,13 +10,12 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Events
 from torch import nn
 
 from hjepa_engine import Config, create_evaluator, load_config, load_encoder
 from hjepa_engine.build import build_model, choose_device
 from hjepa_engine.data import build_loader, open_split, sample_per_class
-from hjepa_engine.engine import StepEngine
+from hjepa_engine.evaluator import labeled_features
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.models import encoder_name
 from hjepa_engine.recipes.common.heads import standardized, train_head
@@ -29,17 +28,10 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
     modules = nn.ModuleDict({} if encoder is None else {"encoder": encoder})
     evaluator = create_evaluator(partial(feature_step, features=config.probe.features), modules, device)
     splits: list[Labeled] = []
-    found: list[Labeled] = []
-
-    def keep(engine: StepEngine) -> None:
-        found.append((engine.state.output["features"].cpu(), engine.state.batch["labels"].cpu()))
-
-    evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
     for split in ("probe", "val"):
         source = open_split(config.data, split, config.seed)
-        evaluator.run(build_loader(config.data, source, config.seed, train=False, replicate=True)[0])
-        splits.append((torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])))
-        found.clear()
+        data = build_loader(config.data, source, config.seed, train=False, replicate=True)[0]
+        splits.append(labeled_features(evaluator, data, device=torch.device("cpu")))
     (features, labels), val = splits
     if config.probe.labels_per_class is not None:
         chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from PIL import Image
+from torch import nn
 
 from hjepa_engine import Config, dump_config, load_config
 from hjepa_engine.build import build_step, choose_device
@@ -23,7 +24,7 @@ from hjepa_engine.config.loading import list_options, parse_yaml
 from hjepa_engine.config.schema import Level, resolve_levels
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, RunError
-from hjepa_engine.handlers import CollapseMonitor, OnlineProbe
+from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe
 from hjepa_engine.models import build_modules
 from hjepa_engine.recipes.common.probe import probe, read_features
 from hjepa_engine.recipes.pretrain import build
@@ -405,6 +406,30 @@ class Recorder:
         engine.add_event_handler(Events.COMPLETED, lambda: self.seen.append((self.name, engine.state.iteration)))
 
 
+def own_modules(width=3):
+    return nn.ModuleDict({"body": nn.Linear(1, width)})
+
+
+def own_step(modules, batch):
+    return {"loss": modules["body"](batch["images"][:, 0, 0, :1]).square().mean()}
+
+
+def num_parameters(config, tools):
+    return sum(parameter.numel() for parameter in build(config).modules.parameters())
+
+
+def measured_encoders(config, tools):
+    return sorted(build(config).handler(CollapseMonitor).evaluator.modules)
+
+
+def measured_outputs(config, tools):
+    return build(config).handler(BatchCollapse).outputs
+
+
+def module_names(config, tools):
+    return sorted(build(config).modules)
+
+
 def loader(config, split="train"):
     return build_loader(config.data, open_split(config.data, split, config.seed), config.seed, train=True)[0]
 
@@ -724,6 +749,9 @@ EFFECTS = {
     "model.drop_path": Effect("blocks are dropped in training", "0.9", trained),
     "model.layer_scale": Effect("blocks have a scale", "0.1", shapes),
     "model.activation_checkpointing": Effect("less is kept for the backward pass", "true", saved_tensors),
+    "model.class_path": Effect("other modules", f"{ME}.own_modules", module_names, becomes=["body"]),
+    "model.init_args": Effect("wider ones", "{width: 5}", num_parameters, (f"--model.class_path={ME}.own_modules",), 10),
+    "model.encoder": Effect("another one is probed", "predictor", lambda c, t: build(c).encoder, becomes="predictor"),
     "model.num_hierarchies": Effect("fewer heads", "2", shapes),
     "model.levels": Effect("other levels", "[{pool: 1}, {pool: image}]", shapes),
     "model.predictor.width": Effect("wider predictor", "12", shapes),
@@ -812,6 +840,8 @@ EFFECTS = {
     "collapse.batch_every": Effect(
         "two readings", "1", lambda c, t: collapse_of(c, t, "batch_target")[0], LARGE_BATCHES, [2, 4]
     ),
+    "collapse.modules": Effect("one encoder is measured", "{x: context_encoder}", measured_encoders, becomes=["x"]),
+    "collapse.outputs": Effect("another output is", "{x: y}", measured_outputs, becomes={"x": "y"}),
     "collapse.alpha_req": Effect("one more", "true", collapse_of, becomes=([0, 4], ["rank", "alpha_req"])),
     "collapse.lidar_views": Effect("one more", "2", collapse_of, becomes=([0, 4], ["rank", "lidar"])),
     "guard.rules": Effect("one ends the run", f"[{RATE_IS_WRONG}, action: stop}}]", ending, EVERY_STEP, ("GuardStop", 2)),
@@ -834,6 +864,9 @@ EFFECTS = {
     "online_probe.temperature": Effect("other weights", "1e-4", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
     "online_probe.linear_epochs": Effect(
         "no linear head", "0", lambda c, t: sorted(probed_online(c, t)[2]), ONLINE, ["probe/knn"]
+    ),
+    "step": Effect(
+        "another step", f"{{class_path: {ME}.own_step}}", lambda c, t: build(c).trainer.step.func, becomes=own_step
     ),
     "handlers": Effect(
         "one's own class is attached",
