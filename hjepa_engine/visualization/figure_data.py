@@ -22,7 +22,7 @@ FloatArray = NDArray[np.float64]
 
 #: Features that vary by less than this share of their length are drawn in gray, not stretched to full color.
 FLAT = 0.1
-_GREY, _CONTRAST = 0.8, 0.12
+_GRAY, _CONTRAST = 0.8, 0.12
 
 
 def to_pixels(images: Tensor, stats: tuple[Sequence[float], Sequence[float]]) -> FloatArray:
@@ -44,7 +44,7 @@ def dimmed(pixels: FloatArray, patch_idx: Tensor, grid: tuple[int, int]) -> Floa
     height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
     mask = seen.reshape(grid).repeat(height, axis=0).repeat(width, axis=1)
     gray = pixels.mean(axis=-1, keepdims=True)
-    return np.where(mask[..., None], pixels, _GREY + _CONTRAST * (gray - 0.5))
+    return np.where(mask[..., None], pixels, _GRAY + _CONTRAST * (gray - 0.5))
 
 
 class PatchColors(NamedTuple):

@@ -502,7 +502,7 @@ def test_a_held_out_part_with_other_classes_is_refused(tmp_path):
         open_split(DataConfig(dataset="imagefolder", data_path=str(tmp_path)), "val")
 
 
-def test_a_folder_may_mix_grey_transparent_and_color_images(tmp_path):
+def test_a_folder_may_mix_gray_transparent_and_color_images(tmp_path):
     (tmp_path / "all").mkdir()
     for number, mode in enumerate(["L", "RGB", "RGBA", "L", "RGBA"]):
         picture(number, mode, size=(9 + number, 12)).save(tmp_path / "all" / f"{number}.png")

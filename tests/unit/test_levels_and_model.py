@@ -85,7 +85,7 @@ def test_image_level_is_the_mean_of_all_patches_hidden_or_not():
     assert pool_target(features, masks, Level(pool="image")).tolist() == [[[[9.5]]], [[[29.5]]]]
 
 
-def test_centres_of_cells_are_the_mean_places_of_their_patches():
+def test_centers_of_cells_are_the_mean_positions_of_their_patches():
     rows, columns = cell_centers(numbered_masks(), 2, grid_width=5)
     # Rows 1, 2 and 3, doubled: the first two together at 1.5, the last alone at 3. Columns 2, 3 and 4 likewise.
     assert rows.tolist() == [[[3, 6]]]
@@ -93,7 +93,7 @@ def test_centres_of_cells_are_the_mean_places_of_their_patches():
 
 
 @pytest.mark.parametrize("pool", [1, 2, 3, 4])
-def test_centres_and_pooled_positions_agree(pool):
+def test_centers_and_pooled_positions_agree(pool):
     """Pooling each patch's own place gives the center that the query is placed at, in the same order."""
     grid = (7, 9)
     masks = MultiBlockMasks(grid, 2).sample(4, 0, 1)
@@ -119,7 +119,7 @@ def test_positions_are_sines_and_cosines_of_row_then_column():
         assert torch.allclose(table[number], hand_position(number // 3, number % 3, 8), atol=1e-6)
 
 
-def test_queries_are_mask_token_plus_level_embedding_plus_centre():
+def test_queries_are_mask_token_plus_level_embedding_plus_center():
     levels = (Level(), Level(pool=2), Level(pool="image"))
     modules = moved(build_modules(config(levels)))
     predictor = modules["predictor"]

@@ -150,7 +150,7 @@ def test_colors_do_not_flip_from_one_figure_to_the_next():
         assert np.abs(other - reference).mean() < 0.05
 
 
-def test_a_collapsed_encoder_is_grey_and_said_to_be_collapsed():
+def test_a_collapsed_encoder_is_gray_and_said_to_be_collapsed():
     tokens = noise(1, 36, 16) + 1e-3 * noise(8, 36, 16, seed=1)  # differs between places, hardly between images
     found = patch_colors(tokens)
     assert found.variation == pytest.approx(1e-3, rel=0.2) and np.abs(found.colors - 0.5).max() < 0.02
