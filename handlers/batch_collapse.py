@@ -21,7 +21,7 @@ from hjepa_engine.types import Outputs
 
 logger = logging.getLogger(__name__)
 
-#: What is measured of H-JEPA's step.
+#: Outputs of ``hjepa_step`` that are measured, by their name in the metrics.
 OUTPUTS = {"context": "context_tokens", "target": "target_tokens"}
 
 
@@ -33,15 +33,15 @@ class BatchCollapse:
     If one batch has more, a subset is taken, which does not depend on the number of ranks.
 
     Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
-    Reads: of ``engine.state.output``, tokens (B, N, D) or features (B, D) by the names in ``outputs``; ``<name>_idx``
-    (B, K) if it is there, the patches of ``<name>_tokens`` (B, K, D) that are some of an image's.
+    Reads: ``engine.state.output``: tokens (B, N, D) or features (B, D) named in ``outputs``; if present, ``<name>_idx``
+    (B, K), the patches of tokens (B, K, D) that cover only a part of the image.
     Writes: ``engine.state.metrics["collapse/batch_<name>_<std, norm, rank or rank_share>"]``.
 
     Args:
         every: optimizer steps between readings.
-        outputs: names of the step's outputs, by their name in the metrics. What the step does not return is named in one
-            warning and left out.
-        num_patches: N, patches of an image; None: as many as the largest of the outputs has.
+        outputs: names of the step's outputs, by their name in the metrics. Outputs that the step does not return are
+            skipped with one warning.
+        num_patches: N, patches per image; None: that of the largest output.
     """
 
     per_rank = True  # each rank collects different samples
@@ -92,7 +92,7 @@ class BatchCollapse:
     def _warn(self, missing: list[str], output: Outputs) -> None:
         if not self._warned and idist.get_rank() == 0:
             logger.warning(
-                "no collapse metrics of training batches for %s: the step returns %s; collapse.outputs takes other names",
+                "no collapse metrics of training batches for %s: the step returns %s; set collapse.outputs to some of these",
                 ", ".join(missing),
                 ", ".join(output),
             )

@@ -53,8 +53,7 @@ def load_encoder(run_dir: str | Path, checkpoint: str | None = None, encoder: nn
         run_dir: a run folder, or the ``encoder`` folder in it.
         checkpoint: ``latest``, ``best`` or a checkpoint's name; works while the run is training. None: the encoder that
             the finished run exported.
-        encoder: where the run trained a model of your own: an encoder of the same shape to load the weights into. No file
-            says how to build it.
+        encoder: for runs that train a model of your own: an encoder with the same parameters, to load the weights into.
 
     Raises:
         ExportError: there is no exported encoder, or its files are invalid or do not match.

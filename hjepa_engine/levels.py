@@ -13,10 +13,10 @@ from hjepa_engine.masking import Masks
 
 
 def as_tokens(features: Tensor) -> Tensor:
-    """Features of an encoder, tokens (B, N, D) or one vector an image (B, D), as tokens (B, N or 1, D).
+    """Features of an encoder as tokens: (B, N, D) as they are, (B, D) as (B, 1, D).
 
     Raises:
-        ValueError: they have another number of dimensions.
+        ValueError: the features have another number of dimensions.
     """
     if features.ndim not in (2, 3):
         raise ValueError(f"an encoder must return (B, N, D) or (B, D), got {tuple(features.shape)}")

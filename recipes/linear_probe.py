@@ -1,9 +1,9 @@
-"""Measure the frozen encoder of a run with a linear probe, beside a random encoder and raw pixels.
+"""Evaluate the frozen encoder of a run with a linear probe, and compare with a random encoder and raw pixels.
 
     python recipes/linear_probe.py --run RUN_DIR [--checkpoint best] [--probe.features concat ...]
 
-The probe is trained by the same engine, optimizer step, schedule, averages and progress bar as pretraining. Features are
-read once from unaugmented images and standardized (as by MAE's batch norm without affine parameters, arXiv:2111.06377).
+The probe uses the same engine and handlers as pretraining. Features are computed once, from images without augmentation, and
+standardized (like MAE's batch norm without affine parameters, arXiv:2111.06377).
 """
 
 from __future__ import annotations

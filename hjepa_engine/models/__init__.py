@@ -37,14 +37,14 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def encoder_name(config: Config, modules: Iterable[str]) -> str | None:
-    """Name of the module that is probed, measured and exported; None where there is no encoder.
+    """Name of the module that is probed, monitored and exported; None if there is no encoder.
 
     Args:
-        config: of the run; ``model.encoder`` may give the name.
-        modules: the names there are.
+        config: configuration of the run; ``model.encoder`` overrides the default name.
+        modules: names of all modules.
 
     Raises:
-        ConfigError: ``model.encoder`` is none of them.
+        ConfigError: ``model.encoder`` is not one of them.
     """
     known, name = list(modules), config.model.encoder
     if name is None:

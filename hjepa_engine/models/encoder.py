@@ -47,7 +47,7 @@ class ContextEncoder(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
-        #: What builds an equal encoder: for the export.
+        #: Arguments that build the same encoder, for the export.
         self.arguments = {
             "name": name,
             "img_size": img_size,

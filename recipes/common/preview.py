@@ -1,4 +1,4 @@
-"""What a run is going to be, before it begins: ``recipes/pretrain.py --preview``."""
+"""Preview of a run before training: ``recipes/pretrain.py --preview``."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from hjepa_engine.visualization import figures
 from hjepa_engine.visualization.drawing import save
 from hjepa_engine.visualization.figure_data import to_pixels
 
-#: Steps whose masks are looked at, evenly spread over the run.
+#: Number of steps whose masks are sampled, evenly spread over the run.
 _SAMPLES = 64
 
 
 def preview(config: Config, build: Callable[[Config], Any]) -> None:
-    """Print and draw schedules and masks; nothing of a run is made or touched but ``<run_dir>/preview/``.
+    """Print and draw schedules and masks; writes only to ``<run_dir>/preview/``.
 
     Args:
-        config: of the run.
-        build: makes the :class:`~hjepa_engine.recipes.pretrain.Run`, and so refuses whatever the run would refuse.
+        config: configuration of the run.
+        build: builds the :class:`~hjepa_engine.recipes.pretrain.Run`, and so raises the errors that the run would.
 
     Raises:
         ConfigError: the pictures cannot be written.
@@ -68,7 +68,7 @@ def _preview(config: Config, run: Any) -> None:
 
 
 def lines_of(config: Config, schedules: Schedules) -> dict[str, dict[str, Callable[[int], float]]]:
-    """Schedules as :func:`draw_schedules` takes them; levels where they have their own."""
+    """Schedules in the form that :func:`draw_schedules` takes; one learning rate per level if they differ."""
     rates: dict[str, Callable[[int], float]] = {"shared": schedules.lr}
     for level in range(len(config.training.level_lrs or ())):
         rates[f"level {level}"] = lambda step, level=level: schedules.level_lr(step)[level]  # type: ignore[misc]
@@ -80,7 +80,7 @@ def lines_of(config: Config, schedules: Schedules) -> dict[str, dict[str, Callab
 
 
 def table_of(config: Config, schedules: Schedules, steps: int, per_epoch: int) -> list[str]:
-    """Lines of a table: schedules at the run's start, end of the warm-up, quarters and last step.
+    """Lines of a table of schedule values: at the start, the end of the warmup, the quarters and the last step.
 
     Args:
         config: of the run.
@@ -104,7 +104,7 @@ def table_of(config: Config, schedules: Schedules, steps: int, per_epoch: int) -
 
 
 def tokens_of(masks: MultiBlockMasks, levels: tuple[Level, ...], seed: int, steps: int) -> list[str]:
-    """What the context encoder sees and what each level predicts of an image, over the run's masks.
+    """Number of visible and of predicted tokens per image, over the run's masks.
 
     Args:
         masks: the sampler.

@@ -1,4 +1,4 @@
-"""A linear probe of frozen encoders, beside a random encoder and raw pixels."""
+"""Linear probes of frozen encoders, compared with a random encoder and raw pixels."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
 
 
 def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | None = None, bar: bool = False) -> float:
-    """Train a linear head on frozen features; its accuracy on the validation split after the last epoch, from 0 to 1.
+    """Train a linear head on frozen features; returns its validation accuracy after the last epoch, from 0 to 1.
 
     Args:
-        config: of the run; ``probe`` has the settings.
-        encoder: from images to tokens (B, N, D) or features (B, D); None: read raw pixels.
-        name: of the encoder, for the progress bar and the log.
-        folder: where ``probe_<name>.jsonl`` is written; None: nowhere.
-        bar: whether to show progress.
+        config: configuration of the run, with the settings in ``probe``.
+        encoder: from images to tokens (B, N, D) or features (B, D); None: raw pixels.
+        name: name of the encoder, for the progress bar and the log.
+        folder: folder of ``probe_<name>.jsonl``; None: do not write it.
+        bar: show a progress bar.
     """
     device = choose_device(config.device)
     train, val, num_classes = read_features(config, None if encoder is None else encoder.to(device), device)
@@ -62,12 +62,12 @@ def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | N
 def evaluate_encoders(
     config: Config, encoders: Mapping[str, nn.Module | None], folder: Path | None = None, bar: bool = False
 ) -> dict[str, float]:
-    """Accuracy of the probe on each encoder, by its name; see :func:`probe`."""
+    """Probe accuracy of each encoder, by name; see :func:`probe`."""
     return {name: probe(config, encoder, name, folder, bar) for name, encoder in encoders.items()}
 
 
 def as_metrics(results: dict[str, float]) -> dict[str, float]:
-    """The accuracies as they are logged: ``probe/linear``, ``probe/linear_random``, ``probe/linear_pixels``."""
+    """Accuracies by their logged names: ``probe/linear``, ``probe/linear_random``, ``probe/linear_pixels``."""
     return {f"probe/linear_{name}".removesuffix("_trained"): accuracy for name, accuracy in results.items()}
 
 
@@ -88,9 +88,9 @@ def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) ->
     """Probe the encoder of a run folder, and write ``linear_probe.json`` there.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         checkpoint: see :func:`~hjepa_engine.load_encoder`.
-        overrides: of the run's configuration, as on the command line.
+        overrides: command-line overrides of the run's configuration.
     """
     saved, own = folder / "config.yaml", None
     if saved.is_file() and (before := load_config(saved)).model.class_path is not None:
