@@ -67,9 +67,18 @@ def test_the_handler_of_the_documentation_runs_when_attached_from_python(run, ha
 
 
 def test_the_step_of_the_documentation_runs(run, tmp_path):
-    (program,) = blocks("docs/steps.md", "python")
+    program, _ = blocks("docs/steps.md", "python")
     (tmp_path / "program.py").write_text(program + "\nprint(trainer.state.metrics)\n")
     assert "train/worst" in run(tmp_path, "program.py")
+
+
+def test_the_run_with_an_own_step_of_the_documentation_runs(run, tmp_path):
+    _, program = blocks("docs/steps.md", "python")
+    program = program.replace('"recipes/', f'"{ROOT}/recipes/')
+    program = program.replace("overrides = [", 'overrides = ["training.max_iters=3", "probe.epochs=1", ')
+    (tmp_path / "program.py").write_text(program)
+    run(tmp_path, "program.py")
+    assert "collapse/target_rank" in (tmp_path / "runs" / "my_mae" / "metrics.jsonl").read_text()
 
 
 def test_the_readme_example_runs(run, tmp_path):
