@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.checkpoint.retention import RetentionPolicy
-from hjepa_engine.config.loading import dump_config, parse_yaml
+from hjepa_engine.config.loading import dump_config
+from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.config.schema import Config, TrainingConfig, resolve_levels
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.loggers.base import Writer

@@ -5,53 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hjepa_engine.config.loading import config_from, dump_config, parse_yaml
+from hjepa_engine.config.describe import fields_of, is_section
+from hjepa_engine.config.fields import OnResume, on_resume
+from hjepa_engine.config.loading import config_from, dump_config
+from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.config.schema import Config
 
-#: Keys, or sections (with a dot at the end), that may differ when a run goes on: they do not change what a step computes.
-MAY_CHANGE = (
-    "training.epochs",
-    "training.max_iters",
-    "training.early_stopping",
-    "training.time_limit",
-    "data.data_path",
-    "data.download",
-    "data.num_workers",
-    "data.pin_memory",
-    "data.max_damaged",
-    "checkpoint.",
-    "logging.",
-    "collapse.",
-    "guard.",
-    "probe.",
-    "online_probe.",
-    "pictures.",
-    "handlers",
-    "run_dir",
-    "device",
-)
+
+def _keys(*what: OnResume, cls: Any = Config, prefix: str = "") -> tuple[str, ...]:
+    """Keys, and sections with a dot at the end, whose field says one of ``what`` of a difference."""
+    found: list[str] = []
+    for name, field in fields_of(cls).items():
+        dot = "." if is_section(field.annotation) else ""
+        if on_resume(field) in what:
+            found.append(f"{prefix}{name}{dot}")
+        elif dot:
+            found += _keys(*what, cls=field.annotation, prefix=f"{prefix}{name}.")
+    return tuple(found)
 
 
-#: What else may differ when another run's checkpoint is the starting point: schedules and objective are computed anew.
-MAY_CHANGE_ELSEWHERE = (
-    *MAY_CHANGE,
-    "training.lr",
-    "training.min_lr",
-    "training.level_lrs",
-    "training.lr_schedule",
-    "training.warmup_epochs",
-    "training.weight_decay",
-    "training.weight_decay_end",
-    "training.clip_grad",
-    "training.non_finite",
-    "model.ema.",
-    "loss.",
-    "masking.",
-)
-
-
+#: What may differ when a run goes on: it does not change what a step computes.
+MAY_CHANGE = _keys("allow", "extend")
+#: What may differ when another run's checkpoint is the starting point: schedules and objective are computed anew.
+MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, *_keys("elsewhere"))
 #: A finished run goes on if one of these has changed.
-LENGTH_KEYS = ("training.epochs", "training.max_iters", "training.early_stopping", "probe.")
+LENGTH_KEYS = _keys("extend")
 
 
 class Change(NamedTuple):

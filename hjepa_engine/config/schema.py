@@ -1,10 +1,12 @@
-"""The configuration: dataclasses are the single place of every default, range and description."""
+"""The configuration: a key's default, type, range, description and whether it may change stand at its field."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import WithJsonSchema
+
+from hjepa_engine.config.fields import BelowOne, NonNegative, Pair, Positive, Share, section, setting
 from hjepa_engine.config.monitoring import (
     CollapseConfig,
     GuardConfig,
@@ -12,32 +14,27 @@ from hjepa_engine.config.monitoring import (
     OnlineProbeConfig,
     PicturesConfig,
 )
-from hjepa_engine.config.ranges import limit_problems, limited
 from hjepa_engine.config.validation import problems
 from hjepa_engine.errors import ConfigError
 
-Pair = tuple[float, float]
 
-
-@dataclass(frozen=True)
+@section(frozen=True)
 class Level:
     """One level of the hierarchy; level 0 is the finest."""
 
-    pool: int | Literal["image"] = 1
+    pool: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})] | Literal["image"] = 1
     """Side of the square of patches whose mean is one target, at least 1; ``image``: the mean of the whole image."""
-    depth: float = limited(1.0, above=0, most=1)
+    depth: float = setting(1.0, gt=0, le=1)
     """Share of the target encoder's blocks that the features have passed; 1.0 is after the last norm."""
-    weight: float = limited(1.0, least=0)
+    weight: float = setting(1.0, ge=0)
     """Factor of this level's loss."""
 
     def __post_init__(self) -> None:
-        if self.pool != "image" and (isinstance(self.pool, bool) or not isinstance(self.pool, int) or self.pool < 1):
+        if self.pool != "image" and self.pool < 1:
             raise ValueError(f"pool must be a positive integer or 'image', got {self.pool!r}")
-        for problem in limit_problems(self, ""):
-            raise ValueError(problem)
 
 
-@dataclass
+@section()
 class DataConfig:
     """Images, augmentation and loading."""
 
@@ -46,34 +43,34 @@ class DataConfig:
     )
     """``digit_pages``: pages of handwritten digits of one class; ``digits``: single ones, both from scikit-learn, nothing to
     download; ``imagenet``: as ``imagefolder``; ``fake``: noise, for timing."""
-    data_path: str | None = None
+    data_path: str | None = setting(None, on_resume="allow")
     """Where the data set lies or is downloaded to; ``data`` by default. An image folder has ``train/<class>/*`` and
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
-    download: bool = False
+    download: bool = setting(False, on_resume="allow")
     """Fetch CIFAR or STL-10 if it is not there."""
-    image_size: int = limited(224, least=1)
+    image_size: int = setting(224, ge=1)
     """Height and width of the images in pixels; a multiple of the patch size."""
-    batch_size: int = limited(64, least=1)
+    batch_size: int = setting(64, ge=1)
     """Images of a micro-batch over all processes."""
-    num_workers: int = limited(0, least=0)
+    num_workers: int = setting(0, ge=0, on_resume="allow")
     """Loader processes; 0 loads in the main one. Does not change the run."""
-    pin_memory: bool = True
+    pin_memory: bool = setting(True, on_resume="allow")
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
-    val_fraction: float = limited(0.2, above=0, below=1)
+    val_fraction: float = setting(0.2, gt=0, lt=1)
     """Share held out where the data set has no validation split of its own."""
-    crop_scale: Pair = limited((0.3, 1.0), above=0, most=1)
+    crop_scale: Pair[Share] = setting((0.3, 1.0))
     """Smallest and largest area of the random crop, as a share of the image."""
-    crop_ratio: Pair = limited((0.75, 1.333), above=0)
+    crop_ratio: Pair[Positive] = setting((0.75, 1.333))
     """Smallest and largest width / height of the random crop."""
-    horizontal_flip: float = limited(0.0, least=0, most=1)
+    horizontal_flip: float = setting(0.0, ge=0, le=1)
     """Probability of a mirrored image."""
-    color_jitter: float = limited(0.0, least=0, most=1)
+    color_jitter: float = setting(0.0, ge=0, le=1)
     """Strength of random brightness, contrast, saturation and (a quarter of it) hue."""
-    random_affine: float = limited(0.0, least=0, most=1)
+    random_affine: float = setting(0.0, ge=0, le=1)
     """Strength of a random affine map before the crop; at 1: 30 degrees, 20 % shift and scale, 15 degrees shear."""
-    max_damaged: float = limited(0.001, least=0, most=1)
+    max_damaged: float = setting(0.001, ge=0, le=1, on_resume="allow")
     """Share of images that may be unreadable and replaced by others before the run stops."""
-    fake_size: int = limited(1024, least=1)
+    fake_size: int = setting(1024, ge=1)
     """Number of ``fake`` images."""
 
     @property
@@ -82,71 +79,71 @@ class DataConfig:
         return 1 if self.dataset in ("digit_pages", "digits") else 3
 
 
-@dataclass
+@section()
 class PredictorConfig:
     """The predictor, a narrow vision transformer."""
 
-    width: int = limited(384, least=4)
+    width: int = setting(384, ge=4)
     """Width of its tokens, a multiple of 4 and of ``num_heads``."""
-    depth: int = limited(6, least=1)
+    depth: int = setting(6, ge=1)
     """Blocks that all levels share."""
-    num_heads: int = limited(12, least=1)
+    num_heads: int = setting(12, ge=1)
     """Attention heads."""
-    mlp_ratio: float = limited(4.0, above=0)
+    mlp_ratio: float = setting(4.0, gt=0)
     """Hidden width of a block's MLP over ``width``."""
-    level_depth: int = limited(0, least=0)
+    level_depth: int = setting(0, ge=0)
     """Blocks that each level has of its own, after the shared ones."""
 
 
-@dataclass
+@section()
 class EMAConfig:
     """The target encoder's momentum: the share of it that an update keeps."""
 
-    momentum: float = limited(0.996, least=0, most=1)
+    momentum: float = setting(0.996, ge=0, le=1)
     """At the start (after the warm-up)."""
-    momentum_end: float = limited(1.0, least=0, most=1)
+    momentum_end: float = setting(1.0, ge=0, le=1)
     """At the last step; half a cosine leads there."""
-    momentum_warmup_epochs: float = limited(0.0, least=0)
+    momentum_warmup_epochs: float = setting(0.0, ge=0)
     """Epochs in which it rises linearly from 0 to ``momentum``."""
 
 
-@dataclass
+@section()
 class ModelConfig:
     """Encoders, predictor and hierarchy."""
 
     encoder_type: str = "vit_small_patch16_224"
     """Any of timm's vision transformers."""
-    patch_size: int | None = limited(None, least=1)
+    patch_size: int | None = setting(None, ge=1)
     """Side of a patch in pixels; the named encoder's own by default."""
-    embed_dim: int | None = limited(None, least=4)
+    embed_dim: int | None = setting(None, ge=4)
     """Width of the encoder; its own by default."""
-    depth: int | None = limited(None, least=1)
+    depth: int | None = setting(None, ge=1)
     """Blocks of the encoder; its own by default."""
-    num_heads: int | None = limited(None, least=1)
+    num_heads: int | None = setting(None, ge=1)
     """Attention heads of the encoder; its own by default."""
     pos_embed: Literal["sincos", "learned"] = "sincos"
     """Fixed sine-cosine positions, or learned ones."""
-    drop_path: float = limited(0.0, least=0, below=1)
+    drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
-    layer_scale: float | None = limited(None, above=0)
+    layer_scale: float | None = setting(None, gt=0)
     """Initial value of layer scale; none by default."""
     class_path: str | None = None
     """Dotted path of a function or class that makes an ``nn.ModuleDict`` of your own instead of H-JEPA's modules; it is
     called with ``init_args``, and with ``config`` where it takes that. Of the keys beside it, only ``encoder`` and ``ema``
     count then, and what the function reads."""
-    init_args: dict[str, Any] = field(default_factory=dict)
+    init_args: dict[str, Any] = setting(dict)
     """Its arguments."""
     encoder: str | None = None
     """Name of the module that is probed, measured and exported; by default the first there is of ``target_encoder``,
     ``encoder`` and ``context_encoder``."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    num_hierarchies: int | None = limited(None, least=1, most=16)
+    num_hierarchies: int | None = setting(None, ge=1, le=16)
     """Number of levels, which pool 1, 2, 4, ... patches; 3 by default, or as many as there are ``levels``."""
     levels: list[Level] | None = None
     """The levels in detail, finest first, instead of the ones that ``num_hierarchies`` makes."""
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    ema: EMAConfig = field(default_factory=EMAConfig)
+    predictor: PredictorConfig = setting(PredictorConfig)
+    ema: EMAConfig = setting(EMAConfig, on_resume="elsewhere")
 
     @property
     def num_levels(self) -> int:
@@ -154,96 +151,96 @@ class ModelConfig:
         return len(self.levels) if self.levels is not None else self.num_hierarchies or 3
 
 
-@dataclass
+@section()
 class MaskingConfig:
     """Multi-block masks (I-JEPA)."""
 
-    num_masks: int = limited(4, least=1)
+    num_masks: int = setting(4, ge=1)
     """Target blocks per image."""
-    mask_scale: Pair = limited((0.15, 0.2), above=0, most=1)
+    mask_scale: Pair[Share] = setting((0.15, 0.2))
     """Smallest and largest area of a target block, as a share of the patch grid."""
-    aspect_ratio: Pair = limited((0.75, 1.5), above=0)
+    aspect_ratio: Pair[Positive] = setting((0.75, 1.5))
     """Smallest and largest height / width of a target block."""
-    context_scale: Pair = limited((0.85, 1.0), above=0, most=1)
+    context_scale: Pair[Share] = setting((0.85, 1.0))
     """Smallest and largest area of the context block, from which the targets are cut out."""
 
 
-@dataclass
+@section()
 class LossConfig:
     """The objective."""
 
     type: str = "smooth_l1"
     """``smooth_l1``, ``mse``, ``huber``, ``cosine``, or the dotted path of a function (prediction, target) -> loss."""
-    hierarchy_weights: list[float] | None = limited(None, least=0)
+    hierarchy_weights: list[NonNegative] | None = setting(None)
     """One weight per level, finest first; 1 by default. Not together with ``model.levels``, which have their own."""
-    variance_weight: float = limited(0.0, least=0)
+    variance_weight: float = setting(0.0, ge=0)
     """Weight of VICReg's variance term on the mean context token of each image."""
-    covariance_weight: float = limited(0.0, least=0)
+    covariance_weight: float = setting(0.0, ge=0)
     """Weight of VICReg's covariance term on the mean context token of each image."""
-    sigreg_weight: float = limited(0.0, least=0)
+    sigreg_weight: float = setting(0.0, ge=0)
     """Weight of LeJEPA's SIGReg on the mean context token of each image."""
 
 
-@dataclass
+@section()
 class TrainingConfig:
     """Optimizer, schedules and precision."""
 
-    epochs: int = limited(100, least=1)
+    epochs: int = setting(100, ge=1, on_resume="extend")
     """Passes over the data."""
-    max_iters: int | None = limited(None, least=1)
+    max_iters: int | None = setting(None, ge=1, on_resume="extend")
     """End the run after this many micro-batches, inside an epoch if need be; schedules still span all ``epochs``."""
-    warmup_epochs: float = limited(10.0, least=0)
+    warmup_epochs: float = setting(10.0, ge=0, on_resume="elsewhere")
     """Linear warm-up of the learning rate from 0, at most ``epochs``."""
-    lr: float = limited(1e-3, above=0)
+    lr: float = setting(1e-3, gt=0, on_resume="elsewhere")
     """Learning rate at the end of the warm-up."""
-    min_lr: float = limited(1e-6, least=0)
+    min_lr: float = setting(1e-6, ge=0, on_resume="elsewhere")
     """Learning rate at the last step, at most ``lr``."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = setting("cosine", on_resume="elsewhere")
     """How the learning rate gets from ``lr`` to ``min_lr``; ``constant`` stays at ``lr``."""
-    level_lrs: list[float] | None = limited(None, above=0)
+    level_lrs: list[Positive] | None = setting(None, on_resume="elsewhere")
     """Learning rate of each level's own parameters (head, own blocks), finest first; ``lr`` by default."""
-    weight_decay: float = limited(0.05, least=0)
+    weight_decay: float = setting(0.05, ge=0, on_resume="elsewhere")
     """Weight decay at the start; biases and one-dimensional parameters have none."""
-    weight_decay_end: float | None = limited(None, least=0)
+    weight_decay_end: float | None = setting(None, ge=0, on_resume="elsewhere")
     """Weight decay at the last step, half a cosine leads there; ``weight_decay`` by default."""
     optimizer: str = "adamw"
     """``adamw``, ``sgd``, or the dotted path of a ``torch.optim.Optimizer``."""
-    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    optimizer_args: dict[str, Any] = setting(dict)
     """Further arguments of the optimizer."""
-    betas: Pair = limited((0.9, 0.95), least=0, below=1)
+    betas: Pair[BelowOne] = setting((0.9, 0.95))
     """Of Adam and its like; the first one is SGD's momentum."""
-    clip_grad: float | None = limited(None, above=0)
+    clip_grad: float | None = setting(None, gt=0, on_resume="elsewhere")
     """Largest L2 norm of all gradients; null: not clipped."""
-    accumulation_steps: int = limited(1, least=1)
+    accumulation_steps: int = setting(1, ge=1)
     """Micro-batches of an optimizer step."""
     use_amp: bool = False
     """Mixed precision."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     """``auto``: bfloat16 on a CPU and where the GPU has it, else float16 with a gradient scaler."""
-    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite: Literal["stop", "skip"] = setting("stop", on_resume="elsewhere")
     """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
-    early_stopping: int | None = limited(None, least=1)
+    early_stopping: int | None = setting(None, ge=1, on_resume="extend")
     """End the run after this many epochs without a better ``val/loss``; null: never. Such an end has no readings, probes or
     figures of its own, as it is not known beforehand."""
-    time_limit: float | None = limited(None, above=0)
+    time_limit: float | None = setting(None, gt=0, on_resume="allow")
     """Save and leave (exit code 75) after this many minutes; null: no limit."""
 
 
-@dataclass
+@section()
 class CheckpointConfig:
     """When the whole state of a run is saved, which checkpoints stay, and how a run starts."""
 
-    save_frequency: int | None = limited(1, least=1)
+    save_frequency: int | None = setting(1, ge=1)
     """Epochs between saves; null: not by epochs. The end of a run is always saved."""
-    save_every_steps: int | None = limited(None, least=1)
+    save_every_steps: int | None = setting(None, ge=1)
     """Optimizer steps between saves, besides."""
-    save_every_minutes: float | None = limited(15.0, above=0)
+    save_every_minutes: float | None = setting(15.0, gt=0)
     """Minutes between saves, besides."""
-    keep_last_n: int = limited(2, least=2)
+    keep_last_n: int = setting(2, ge=2)
     """Newest checkpoints to keep: one more than needed, should the newest be damaged."""
-    keep_best_n: int = limited(1, least=0)
+    keep_best_n: int = setting(1, ge=0)
     """Checkpoints with the best ``metric`` to keep."""
-    keep_every_epochs: int | None = limited(None, least=1)
+    keep_every_epochs: int | None = setting(None, ge=1)
     """Keep the checkpoint of every N-th epoch for good; null: none."""
     metric: str = "val/loss"
     """Any logged metric; it counts for a checkpoint that is saved when the metric is new."""
@@ -261,7 +258,7 @@ class CheckpointConfig:
     """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default."""
 
 
-@dataclass
+@section()
 class ProbeConfig:
     """The linear probe that judges the frozen encoder."""
 
@@ -269,63 +266,63 @@ class ProbeConfig:
     """Judge the encoder at the end of pretraining."""
     features: Literal["mean", "concat"] = "mean"
     """What the probe reads: the mean of the patch tokens, or all of them side by side."""
-    labels_per_class: int | None = limited(None, least=1)
+    labels_per_class: int | None = setting(None, ge=1)
     """Labeled images of each class to learn from; all by default."""
-    epochs: int = limited(100, least=1)
+    epochs: int = setting(100, ge=1)
     """Passes over the features."""
-    batch_size: int = limited(256, least=1)
+    batch_size: int = setting(256, ge=1)
     """Features of a step."""
-    lr: float = limited(1e-2, above=0)
+    lr: float = setting(1e-2, gt=0)
     """Learning rate at the start; half a cosine leads to 0."""
-    weight_decay: float = limited(1e-2, least=0)
+    weight_decay: float = setting(1e-2, ge=0)
     """Of the linear head (AdamW)."""
 
 
-@dataclass
+@section()
 class HandlerConfig:
     """A handler of your own."""
 
     class_path: str
     """Dotted path of a class with ``attach(engine)``."""
-    init_args: dict[str, Any] = field(default_factory=dict)
+    init_args: dict[str, Any] = setting(dict)
     """Its arguments."""
 
 
-@dataclass
+@section()
 class StepConfig:
     """A step of your own."""
 
     class_path: str
     """Dotted path of a step, a function (modules, batch, ...), or of a class whose instances are steps."""
-    init_args: dict[str, Any] = field(default_factory=dict)
+    init_args: dict[str, Any] = setting(dict)
     """Further arguments of the function, or those of the class."""
 
 
-@dataclass
+@section()
 class Config:
     """A run. Every value can be given in a YAML file (``--config``) and on the command line (``--training.lr 3e-4``)."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    collapse: CollapseConfig = field(default_factory=CollapseConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    online_probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    data: DataConfig = setting(DataConfig)
+    model: ModelConfig = setting(ModelConfig)
+    masking: MaskingConfig = setting(MaskingConfig, on_resume="elsewhere")
+    loss: LossConfig = setting(LossConfig, on_resume="elsewhere")
+    training: TrainingConfig = setting(TrainingConfig)
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, on_resume="allow")
+    logging: LoggingConfig = setting(LoggingConfig, on_resume="allow")
+    collapse: CollapseConfig = setting(CollapseConfig, on_resume="allow")
+    guard: GuardConfig = setting(GuardConfig, on_resume="allow")
+    probe: ProbeConfig = setting(ProbeConfig, on_resume="extend")
+    online_probe: OnlineProbeConfig = setting(OnlineProbeConfig, on_resume="allow")
+    pictures: PicturesConfig = setting(PicturesConfig, on_resume="allow")
     step: StepConfig | None = None
     """A step of your own instead of H-JEPA's, ``class_path`` and ``init_args``: docs/steps.md."""
-    handlers: list[HandlerConfig] = field(default_factory=list)
+    handlers: list[HandlerConfig] = setting(list, on_resume="allow")
     """Handlers of your own, attached after the others: ``class_path`` and ``init_args`` each."""
-    run_dir: str | None = None
+    run_dir: str | None = setting(None, on_resume="allow")
     """The run folder; ``runs/<logging.experiment_name>`` by default."""
-    seed: int = limited(0, least=0)
+    seed: int = setting(0, ge=0)
     """Names all random draws; equal seeds give equal runs."""
-    device: str = "auto"
+    device: str = setting("auto", on_resume="allow")
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``."""
 
     def __post_init__(self) -> None:

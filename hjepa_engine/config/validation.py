@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hjepa_engine.config.ranges import limit_problems
-
 #: Data sets that ``data.download`` fetches.
 DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 
 
 def problems(config: Any) -> Iterator[str]:
     """What is wrong with a :class:`~hjepa_engine.config.schema.Config`, one line each: key, rule, value."""
-    yield from limit_problems(config, "")
     for key in (
         "data.crop_scale",
         "data.crop_ratio",
@@ -65,8 +62,6 @@ def problems(config: Any) -> Iterator[str]:
     if model.embed_dim is not None and model.embed_dim % 4:
         yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
     checkpoint = config.checkpoint
-    if checkpoint.resume == "":
-        yield "checkpoint.resume must be auto, must, never or a path, got ''"
     if checkpoint.init_parts is not None and checkpoint.init_from is None:
         yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"
     yield from metric_problems(config)
@@ -86,7 +81,7 @@ def problems(config: Any) -> Iterator[str]:
             )
     if config.collapse.lidar_views == 1:
         yield "collapse.lidar_views must be 0 or at least 2, got 1"
-    if config.logging.experiment_name in ("", ".", "..") or "/" in config.logging.experiment_name:
+    if config.logging.experiment_name in (".", "..") or "/" in config.logging.experiment_name:
         yield f"logging.experiment_name must be a name without '/', got {config.logging.experiment_name!r}"
     if config.device != "auto" and config.device.split(":")[0] not in ("cpu", "cuda"):
         yield f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from hjepa_engine.config.loading import dump_config, list_options, load_config
+from hjepa_engine.config.loading import dump_config, load_config
+from hjepa_engine.config.options import list_options
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError
 from hjepa_engine.utils.bars import close_bars
@@ -140,7 +141,7 @@ def one_line(error: BaseException) -> str:
 def _options_help() -> str:
     lines = ["configuration keys, in the YAML file or as --KEY VALUE:"]
     for option in list_options():
-        limits = f", {option.limits}" if option.limits else ""
-        text = f"{option.description} [{option.type}{limits}; default {option.default}]".replace("``", "")
+        bounds = f", {option.bounds}" if option.bounds else ""
+        text = f"{option.description} [{option.type}{bounds}; default {option.default}]".replace("``", "")
         lines += [f"  --{option.key}", textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Generated configurations: each mistake is one line that helps, each way to write a number is read as it was meant.
 
-The mistakes are made out of the dataclasses themselves (keys, types, limits), so a new key is tested as soon as it is there;
+The mistakes are made out of the sections' own fields (keys, types, bounds), so a new key is tested as soon as it is there;
 only the rules of one key against another are written out. The line of a mistake holds, in at most 200 characters,
 
 - the file's name and the whole key (``model.levels[1].pool``);
@@ -34,12 +34,12 @@ import pytest
 
 from hjepa_engine import Config, load_config
 from hjepa_engine.config import schema as config_module
-from hjepa_engine.config.loading import list_options
+from hjepa_engine.config.options import list_options
 from hjepa_engine.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FILE = "configs/experiment.yaml"
-BOUNDS = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
 WORDS |= {list: "a list", tuple: "a list"}
 
@@ -87,10 +87,11 @@ def places(cls: Any = Config, section: str = "", before: str = "{", after: str =
     """Every key and section, also those of the sections of a list (as its second one)."""
     hints, fields = get_type_hints(cls), dataclasses.fields(cls)
     for item in fields:
+        limits = bounds(get_type_hints(cls, include_extras=True)[item.name], item.default)
         # An item of a list of sections needs its required keys.
         own = before + "".join(f"{name}: a.B, " for name in required(cls) if name != item.name)
         names = tuple(other.name for other in fields)
-        place = Place(section, item.name, hints[item.name], item.metadata, own, after, names)
+        place = Place(section, item.name, hints[item.name], limits, own, after, names)
         yield place
         if dataclasses.is_dataclass(place.hint):
             yield from places(place.hint, f"{place.key}.", f"{own}{item.name}: {{", "}" + after)
@@ -98,6 +99,15 @@ def places(cls: Any = Config, section: str = "", before: str = "{", after: str =
             first = "".join(f"{name}: a.B" for name in required(place.item))
             inner = f"{own}{item.name}: [{{{first}}}, {{"
             yield from places(place.item, f"{place.key}[1].", inner, "}]" + after)
+
+
+def bounds(hint: Any, default: Any) -> dict[str, float]:
+    """What the field says of its number, or the type of its list's items."""
+    markers = [*getattr(default, "metadata", ()), *getattr(hint, "__metadata__", ())]
+    found = {name: value for mark in markers for name in BOUNDS if (value := getattr(mark, name, None)) is not None}
+    for inner in (*get_args(hint), *(mark for mark in markers if hasattr(mark, "metadata"))):
+        found |= bounds(inner, inner)
+    return found
 
 
 def required(cls: Any) -> list[str]:
@@ -245,12 +255,12 @@ def wrong_types(draw: random.Random) -> Iterator[Mistake]:
     for place in PLACES:
         for text, value in VALUES:
             if not fits(place, value):
-                cli = place in LEAVES and str not in place.types  # there, texts are texts
+                cli = place in LEAVES and str not in place.types  # there, all is a string
                 yield from both(place, text, value, type_words(place), cli=cli)
 
 
 def wrong_items(draw: random.Random) -> Iterator[Mistake]:
-    """Lists with a wrong item, or too short or too long; mappings with keys that are no texts."""
+    """Lists with a wrong item, or too short or too long; mappings with keys that are no strings."""
     for place in LEAVES:
         if place.item is not None:
             item = dataclasses.replace(place, name=f"{place.name}[0]", hint=place.item)
@@ -286,8 +296,8 @@ def literals(draw: random.Random) -> Iterator[Mistake]:
 def outside(place: Place) -> Iterator[Any]:
     """Numbers just outside of the limits, and far outside."""
     for name, limit in place.limits.items():
-        way = -1 if name in ("least", "above") else 1
-        itself = name in ("above", "below")
+        way = -1 if name in ("ge", "gt") else 1
+        itself = name in ("gt", "lt")
         if int in place.types:
             nearest = limit if itself else limit + way
             yield from (nearest, nearest + way, nearest + way * 1000)
@@ -308,7 +318,7 @@ def with_number(place: Place, text: str, draw: random.Random) -> str:
 
 
 def inside(place: Place, value: float) -> bool:
-    compare = {"least": operator.ge, "above": operator.gt, "most": operator.le, "below": operator.lt}
+    compare = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
     return all(compare[name](value, limit) for name, limit in place.limits.items())
 
 
@@ -545,7 +555,7 @@ def test_every_rule_of_one_key_against_another_is_broken_once():
     ]
     lines = [load(mistake) or "" for mistake in mistakes(crosswise)]
     unbroken = [rule for rule in rules if not any(all(part in line for part in rule) for line in lines)]
-    # Empty texts are refused before any rule; from Python the rule is reached.
+    # Empty strings are refused before any rule; from Python the rule is reached.
     assert len(rules) > 10 and not [rule for rule in unbroken if not rule[-1].endswith("got ''")], unbroken
 
 
@@ -588,7 +598,7 @@ def spellings(digits: int, exponent: int) -> list[str]:
 
 
 def accepted(place: Place, value: Any) -> Config | None:
-    """The configuration as Python makes it; None where the dataclasses refuse the value."""
+    """The configuration as Python makes it; None where the sections refuse the value."""
 
     def put(node: Any, names: list[str]) -> Any:
         inner = put(getattr(node, names[0]), names[1:]) if names else value
@@ -601,7 +611,7 @@ def accepted(place: Place, value: Any) -> Config | None:
 
 
 def good_numbers() -> Iterator[tuple[Place, str, Any, Config]]:
-    """Of every key that is a number: in every spelling, what the dataclasses take."""
+    """Of every key that is a number: in every spelling, what the sections take."""
     draw = random.Random(0)
     for place in NUMBERS:
         if place.item is not None or place.listed:

@@ -20,7 +20,8 @@ from torch import nn
 from hjepa_engine import Config, dump_config, load_config
 from hjepa_engine.build import build_step, choose_device
 from hjepa_engine.checkpoint.folder import list_checkpoints
-from hjepa_engine.config.loading import list_options, parse_yaml
+from hjepa_engine.config.options import list_options
+from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.config.schema import Level, resolve_levels
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, RunError
@@ -61,7 +62,7 @@ def tiny(tmp_path):
 # Reading and writing
 
 
-def test_defaults_are_the_dataclasses_own():
+def test_without_a_file_each_key_has_its_default():
     assert load_config() == Config()
 
 
@@ -102,7 +103,7 @@ def test_overrides_win_over_the_file_and_the_last_one_over_the_others(tiny):
     assert (config.training.lr, config.training.epochs, config.model.embed_dim) == (0.2, 7, 16)
 
 
-def test_texts_on_the_command_line_need_no_quotes(tiny):
+def test_strings_on_the_command_line_need_no_quotes(tiny):
     config = load_config(tiny, ["--run_dir=1", "--logging.experiment_name=true", "--data.data_path=/tmp/a = b"])
     assert (config.run_dir, config.logging.experiment_name, config.data.data_path) == ("1", "true", "/tmp/a = b")
     assert load_config(tiny, ["--run_dir=null"]).run_dir is None
@@ -235,7 +236,7 @@ MALFORMED = [
     ("python/object/apply:os.system", "seed: !!python/object/apply:os.system ['exit 7']"),
     ("no valid YAML", "training: {use_amp: !!bool x}"),
     ("no valid YAML", "seed: !!timestamp x"),
-    ("keys must be plain strings", "[a, b]: 1"),
+    ("keys must be strings", "[a, b]: 1"),
     ("no valid YAML", "training: {lr: 1"),
     ("no valid YAML", "a: b: c"),
     ("no valid YAML", "\tseed: 1"),
@@ -306,8 +307,14 @@ def test_values_set_in_python_are_checked_too():
 
     with pytest.raises(ConfigError, match=r"training\.lr must be above 0"):
         Config(training=TrainingConfig(lr=-1.0))
-    with pytest.raises(ValueError, match="pool must be a positive integer or 'image'"):
+    with pytest.raises(ConfigError, match=r"^pool must be an integer or image, got True$"):
         Level(pool=True)
+    with pytest.raises(ConfigError, match=r"^pool must be a positive integer or 'image', got 0$"):
+        Level(pool=0)
+    with pytest.raises(ConfigError, match=r"^unknown key training\.lrr, did you mean training\.lr\?$"):
+        TrainingConfig(lrr=1.0)
+    with pytest.raises(ConfigError, match=r"^training\.epochs must be an integer, got '3'$"):
+        replace(Config().training, epochs="3")
 
 
 STOPPING = "hjepa_engine.handlers.EarlyStopping"
