@@ -28,7 +28,7 @@ class Checkpointer:
     and tried again at the next occasion. :func:`~hjepa_engine.checkpoint.state.resume` is the way back.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.CHECKPOINT_READY`` and ``PREEMPTED``, ``COMPLETED``.
-    Reads: ``engine.state.metrics``; ``engine.state.first_untrusted_iteration``: what was saved before is kept.
+    Reads: ``engine.state.metrics``.
     Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is interrupted.
 
     Args:
@@ -38,6 +38,8 @@ class Checkpointer:
         every_epochs: save at the end of every N-th epoch, and of the run; None: only of the run.
         every_steps: likewise after every N-th optimizer step.
         every_minutes: likewise when so many minutes have passed since the last save.
+        keep_before: asked at every save for an iteration; the newest checkpoint from before it is kept, whatever the policy
+            says. None: no such iteration.
         config: the resolved configuration, for the manifest.
         on_saved: called with path and manifest fields of every checkpoint, in the writing thread.
     """
@@ -46,10 +48,12 @@ class Checkpointer:
         self,
         folder: str | Path,
         policy: RetentionPolicy | None = None,
+        *,
         metric: str = "val/loss",
         every_epochs: int | None = 1,
         every_steps: int | None = None,
         every_minutes: float | None = None,
+        keep_before: Callable[[], int | None] = lambda: None,
         config: Mapping[str, Any] | None = None,
         on_saved: Callable[[Path, Mapping[str, Any]], None] | None = None,
     ) -> None:
@@ -59,12 +63,12 @@ class Checkpointer:
         self.writer = CheckpointWriter(Path(folder), policy or RetentionPolicy(), on_saved)
         self.metric, self.config = metric, json.loads(json.dumps(dict(config or {})))
         self.every_epochs, self.every_steps, self.every_minutes = every_epochs, every_steps, every_minutes
+        self.keep_before = keep_before
         self._open_end: StateCopy | None = None
         self._moment, self._last_step, self._last_save = 0, 0, 0.0
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
-        engine.state.checkpoint = None
         engine.add_event_handler(Events.STARTED, self.prepare)
         engine.add_event_handler(Events.ITERATION_STARTED, self.begin)
         engine.add_event_handler(TrainEvents.CHECKPOINT_READY, self.save_if_due)
@@ -110,10 +114,15 @@ class Checkpointer:
         self.close()
         self.wait(engine)
 
-    def save_rolled_back(self, engine: Trainer) -> None:
-        """Save a run that was rolled back, and wait until that is on disk or has failed."""
-        self._open_end = None  # of the time before
-        self._save(self._copy(engine), ["rollback"])
+    def save(self, engine: Trainer, reason: str) -> None:
+        """Save the trainer as it is now, between two runs of it, and wait until that is on disk or has failed.
+
+        Args:
+            engine: the trainer.
+            reason: one word for the manifest.
+        """
+        self._open_end = None
+        self._save(self._copy(engine), [reason])
         self.wait(engine)
 
     def wait(self, engine: Trainer) -> None:
@@ -149,7 +158,7 @@ class Checkpointer:
         description |= {"config": self.config, "environment": reproducibility_info(engine.device)}
         structure, tensors = flat_state(engine)
         copy = self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
-        self.writer.first_untrusted_iteration = state.first_untrusted_iteration
+        self.writer.keep_before = self.keep_before()
         return copy
 
     def _save(self, copy: StateCopy, reasons: list[str]) -> None:

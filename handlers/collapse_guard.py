@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
-from ignite.engine import Events
 
 from hjepa_engine.config.monitoring import GuardRule, default_rules
 from hjepa_engine.engine import Trainer
@@ -20,44 +19,57 @@ logger = logging.getLogger(__name__)
 
 
 class CollapseGuard:
-    """Judge logged metrics by rules; warn, end the run, or ask for a rollback.
+    """Check logged metrics against rules; warn, end the run, or ask for a rollback.
 
     A rule looks at each new value of its metric, once per log interval and at an epoch's end, when everybody else has read
-    it. Rank 0 decides for all.
+    it. Rank 0 decides for all. The guard counts the rollbacks; who carries them out, the ``Checkpointer`` and the learning
+    rates' ``ParamSchedule`` ask it for ``rollbacks``, ``first_untrusted_iteration`` and ``lr_multiplier``.
 
-    Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``, ``LOG_METRICS``, ``ITERATION_FINALIZED`` and
-    ``EPOCH_FINALIZED``.
-    Reads: ``engine.state.metrics``, ``engine.state.rollbacks``.
-    Writes: ``engine.state.first_untrusted_iteration``: checkpoints from before this iteration are known to be good for every
-    rule that may roll back, and the newest of them is kept; ``engine.state.metrics["train/rollbacks"]``, once there are any;
-    raises :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
+    Listens to: ``TrainEvents.LOG_INTERVAL_COMPLETED``, ``LOG_METRICS``, ``ITERATION_FINALIZED`` and ``EPOCH_FINALIZED``.
+    Reads: ``engine.state.metrics``, ``engine.state.optimizer_step``.
+    Writes: ``engine.state.metrics["train/rollbacks"]``, once there are any; raises
+    :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
 
     Args:
-        rules: see :class:`~hjepa_engine.config.monitoring.GuardRule`.
+        rules: see :class:`~hjepa_engine.config.monitoring.GuardRule`; by default those that only warn.
+        max_rollbacks: one more ends the run.
+        lr_factor: of every learning rate, for each rollback; above 0 and at most 1.
     """
 
-    def __init__(self, rules: Sequence[GuardRule] | None = None) -> None:
+    def __init__(
+        self, rules: Sequence[GuardRule] | None = None, *, max_rollbacks: int = 2, lr_factor: float = 0.5
+    ) -> None:
         self.monitors = [RuleMonitor(rule) for rule in (default_rules() if rules is None else rules)]
+        self.max_rollbacks, self.lr_factor = max_rollbacks, lr_factor
+        self.rollbacks = 0
+        """How often the run was rolled back so far."""
         self._seen, self._is_new, self._is_named = 0, False, False
         self._place = 0, 0  # optimizer step and iteration of what is new
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
         engine.add_event_handler(TrainEvents.EPOCH_FINALIZED, self.name_missing)
         engine.add_event_handler(TrainEvents.LOG_METRICS, self.notice)
         engine.add_event_handler(TrainEvents.ITERATION_FINALIZED, self.check)
         engine.add_event_handler(TrainEvents.EPOCH_FINALIZED, self.check)
 
-    def start(self, engine: Trainer) -> None:
-        """Protect what a resumed run would go back to."""
-        engine.state.first_untrusted_iteration = self._first_untrusted_iteration()
+    @property
+    def lr_multiplier(self) -> float:
+        """What every learning rate is multiplied by now; 1 unless the run was rolled back."""
+        return self.lr_factor**self.rollbacks
+
+    @property
+    def first_untrusted_iteration(self) -> int | None:
+        """Checkpoints from before this iteration are good for every rule that may roll back; None: all are."""
+        rolling = [monitor for monitor in self.monitors if monitor.rule.action == "rollback"]
+        bounds = [monitor.since if monitor.good is None else monitor.good + 1 for monitor in rolling]
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     def report(self, engine: Trainer) -> None:
         """Write how often the run was rolled back."""
-        if engine.state.rollbacks:
-            engine.state.metrics["train/rollbacks"] = float(engine.state.rollbacks)
+        if self.rollbacks:
+            engine.state.metrics["train/rollbacks"] = float(self.rollbacks)
 
     def name_missing(self, engine: Trainer) -> None:
         """Say once, after an epoch, which metrics of rules are not there; those of the default rules may be off."""
@@ -72,7 +84,7 @@ class CollapseGuard:
 
     def notice(self, engine: Trainer) -> None:
         """There are new values: they are judged when everybody has read them."""
-        self._is_new, self._place = True, (engine.state.optimizer_step, engine.state.iteration)
+        self._is_new, self._place = bool(self.monitors), (engine.state.optimizer_step, engine.state.iteration)
 
     def check(self, engine: Trainer) -> None:
         """Judge what is new. Collective."""
@@ -85,35 +97,41 @@ class CollapseGuard:
             if verdict.action == "stop":
                 raise GuardStop(verdict.text)
             if verdict.action == "rollback":
+                if self.rollbacks >= self.max_rollbacks:
+                    raise GuardStop(f"{verdict.text}; the run was rolled back {self.rollbacks} times already")
                 raise Rollback(verdict.text, verdict.since)
             if idist.get_rank() == 0:
                 logger.warning("%s", verdict.text)
 
     def evaluate_rules(self, engine: Trainer) -> list[Verdict]:
         """What the rules say of the values that are new."""
-        state = engine.state
-        fresh, self._seen = state.metrics.since(self._seen)
+        fresh, self._seen = engine.state.metrics.since(self._seen)
         verdicts = [
             monitor.update(fresh[monitor.rule.metric], *self._place)
             for monitor in self.monitors
             if monitor.rule.metric in fresh
         ]
-        state.first_untrusted_iteration = self._first_untrusted_iteration()
         # A warning must not be lost to a rule behind it that ends the run.
         return sorted(filter(None, verdicts), key=lambda verdict: verdict.action != "warn")
 
-    def _first_untrusted_iteration(self) -> int | None:
-        rolling = [monitor for monitor in self.monitors if monitor.rule.action == "rollback"]
-        bounds = [monitor.since if monitor.good is None else monitor.good + 1 for monitor in rolling]
-        return min((bound for bound in bounds if bound is not None), default=None)
+    def start_new_run(self) -> None:
+        """The state is that of another run, whose rollbacks do not count here."""
+        self.rollbacks = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What each rule has seen, by the rule."""
-        return {"seen": self._seen, "monitors": {str(monitor.rule): monitor.state_dict() for monitor in self.monitors}}
+        """How often the run was rolled back, and what each rule has seen, by the rule."""
+        monitors = {str(monitor.rule): monitor.state_dict() for monitor in self.monitors}
+        return {"rollbacks": self.rollbacks, "seen": self._seen, "monitors": monitors}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; rules that were not there begin anew."""
-        self._seen, self._is_new = state_dict["seen"], False
+        """Restore what ``state_dict`` returned; rules that were not there begin anew.
+
+        Raises:
+            ValueError: the number of rollbacks is none.
+        """
+        if type(state_dict["rollbacks"]) is not int or state_dict["rollbacks"] < 0:
+            raise ValueError(f"rollbacks must be an integer of at least 0, got {state_dict['rollbacks']!r}")
+        self.rollbacks, self._seen, self._is_new = state_dict["rollbacks"], state_dict["seen"], False
         for monitor in self.monitors:
             if str(monitor.rule) in state_dict["monitors"]:
                 monitor.load_state_dict(state_dict["monitors"][str(monitor.rule)])

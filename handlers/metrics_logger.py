@@ -89,6 +89,10 @@ class MetricsLogger:
         self._closed = True
         self._writers.close()
 
+    def start_new_run(self) -> None:
+        """The state is that of another run: writers begin files and service runs of their own."""
+        self._states = {}
+
     def state_dict(self) -> dict[str, Any]:
         """What was logged already, and how each writer goes on."""
         return {"seen": self._seen, "writers": self._writers.state_dict()}

@@ -21,8 +21,7 @@ class ParamSchedule(ParamScheduler):
     resumed run obeys its present configuration.
 
     Listens to: ``ITERATION_STARTED``.
-    Reads: ``engine.state.optimizer_step``; ``engine.state.lr_scale``, a factor of every ``lr`` (1, unless the run was rolled
-    back).
+    Reads: ``engine.state.optimizer_step``.
     Writes: ``param_name`` of the selected groups; where ``metric`` is given, ``engine.state.metrics[metric]`` at the end
     of a log interval, the value of the first selected group (of each level, with ``_level_{l}`` appended).
 
@@ -33,6 +32,7 @@ class ParamSchedule(ParamScheduler):
             the groups whose ``level`` it is.
         select: which groups to write; all of them by default.
         metric: name under which the value is logged; None: not logged.
+        scale: gives a factor of every value, asked for at each iteration.
     """
 
     def __init__(
@@ -40,13 +40,15 @@ class ParamSchedule(ParamScheduler):
         optimizer: Any,
         param_name: str,
         schedule: Callable[[int], float | Sequence[float]],
+        *,
         select: Callable[[Group], bool] | None = None,
         metric: str | None = None,
+        scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
         super().__init__(optimizer, param_name)
         self.schedule, self.select, self.metric = schedule, select or (lambda group: True), metric
+        self.scale = scale
         self._state_attrs: list[str] = []
-        self._scale = 1.0
 
     @property
     def optimizer_param_groups(self) -> list[Group]:
@@ -63,7 +65,6 @@ class ParamSchedule(ParamScheduler):
         """Write the value of the coming optimizer step."""
         if engine is not None:
             self.event_index = engine.state.optimizer_step
-            self._scale = getattr(engine.state, "lr_scale", 1.0) if self.param_name == "lr" else 1.0
         value = self.get_param()
         for group in self.optimizer_param_groups:
             group[self.param_name] = value[group["level"]] if isinstance(value, list) else value
@@ -72,8 +73,8 @@ class ParamSchedule(ParamScheduler):
         """The schedule's value at the present optimizer step."""
         value = self.schedule(self.event_index)
         if isinstance(value, Sequence):
-            return [self._scale * float(item) for item in value]
-        return self._scale * float(value)
+            return [self.scale() * float(item) for item in value]
+        return self.scale() * float(value)
 
     def report(self, engine: StepEngine) -> None:
         """Write the value that the last optimizer step used to the metrics."""

@@ -97,7 +97,7 @@ def _owner(handler: Any) -> Any:
 class Trainer(StepEngine):
     """See :func:`create_trainer`."""
 
-    _SAVED = ("iteration", "epoch_length", "optimizer_step", "epoch_open", "rollbacks", "lr_scale")
+    _SAVED = ("iteration", "epoch_length", "optimizer_step", "epoch_open")
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Trainer(StepEngine):
             setattr(state, name, state_dict[name])
         state.epoch = state.iteration // state.epoch_length
         state.metrics.load_state_dict(state_dict["metrics"])
-        state.media, state.window_open, state.first_untrusted_iteration = {}, False, None
+        state.media, state.window_open = {}, False
         self._resumed = True
 
     def run(

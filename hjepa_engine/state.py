@@ -108,9 +108,6 @@ class TrainState(State):
     """Updates dropped so far in the run, by ``skip_update`` or the gradient scaler."""
     checkpoint: Path | None
     """The newest checkpoint on disk that this process has written, known once the run has ended or was preempted."""
-    rollbacks: int
-    lr_scale: float
-    first_untrusted_iteration: int | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +116,6 @@ class TrainState(State):
         self.window_open = self.epoch_open = self.skip_update = False
         self.window_loss = torch.tensor(math.nan)
         self.checkpoint = None
-        self.rollbacks, self.lr_scale, self.first_untrusted_iteration = 0, 1.0, None
 
 
 class Window(NamedTuple):

@@ -178,10 +178,16 @@ def pretraining(
         "step": OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
         "guard": NonFiniteGuard(training.non_finite, scaled=scaler is not None),
         "ema": ema,
-        "lr": ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
-        "level_lr": ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None),
+        "lr": ParamSchedule(
+            optimizer, "lr", schedules.lr, select=lambda group: group["level"] is None, metric="train/lr"
+        ),
+        "level_lr": ParamSchedule(optimizer, "lr", schedules.level_lr, select=lambda group: group["level"] is not None),
         "weight_decay": ParamSchedule(
-            optimizer, "weight_decay", schedules.weight_decay, lambda group: group["decay"], "train/weight_decay"
+            optimizer,
+            "weight_decay",
+            schedules.weight_decay,
+            select=lambda group: group["decay"],
+            metric="train/weight_decay",
         ),
         "momentum": ParamSchedule(ema, "momentum", schedules.momentum),
         "averages": MetricAverager(),

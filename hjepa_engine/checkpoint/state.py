@@ -116,8 +116,6 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
     engine = state["engine"]
     if not all(type(engine[name]) is int for name in ("iteration", "epoch_length", "optimizer_step")):
         raise CheckpointError("the checkpoint does not say how far the run was")
-    if type(engine["rollbacks"]) is not int or not 0 < float(engine["lr_scale"]) <= 1:
-        raise CheckpointError("the checkpoint does not say how often the run was rolled back")
     Metrics().load_state_dict(engine["metrics"])  # can it be read at all?
     if same_processes:
         restore_random_state(own["random"], trainer.device)

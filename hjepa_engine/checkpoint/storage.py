@@ -45,7 +45,8 @@ class Checkpoint:
     metrics: dict[str, float]
     """All metrics at the time of saving."""
     reasons: list[str]
-    """Why it was saved: ``epoch``, ``steps``, ``minutes``, ``end``, ``interrupted``, ``rollback``."""
+    """Why it was saved: ``epoch``, ``steps``, ``minutes``, ``end``, ``interrupted``, or what ``Checkpointer.save`` was
+    told."""
     saved_at: float
     """Seconds since 1970."""
     size: int

@@ -51,8 +51,8 @@ class CheckpointWriter:
         """Why the last save has failed; None if it has not."""
         self.seconds = 0.0
         """How long the last write took."""
-        self.first_untrusted_iteration: int | None = None
-        """The newest checkpoint from before this iteration is kept too; None: nothing is wrong."""
+        self.keep_before: int | None = None
+        """The newest checkpoint from before this iteration is kept too; None: only what the policy keeps."""
         self._snapshot, self._looked = Snapshot(), False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[None] | None = None
@@ -122,7 +122,7 @@ class CheckpointWriter:
             self._look_for_score(description, records)
             # The newest may lie, in the order of places, behind some that could not be read when the run began.
             kept = {*self.policy(records), self.newest.name}
-            good = [record for record in records if record.iteration < (self.first_untrusted_iteration or 0)]
+            good = [record for record in records if record.iteration < (self.keep_before or 0)]
             kept |= {record.name for record in good[:1]}  # newest first
             prune(self.folder, [record.name for record in records if record.name not in kept])
             write_index(self.folder, [record for record in records if record.name in kept], self.policy)

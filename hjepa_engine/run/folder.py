@@ -22,8 +22,6 @@ from hjepa_engine.utils.files import replace_file
 
 logger = logging.getLogger(__name__)
 
-State = Literal["running", "done", "stopped", "preempted"]
-
 
 _OF_CHECKPOINTS = ("epoch_", "damaged_", "index.json")
 
@@ -169,7 +167,8 @@ class RunFolder:
 
     def write_status(
         self,
-        state: State,
+        state: Literal["running", "done", "stopped", "preempted"],
+        *,
         step: int,
         exit_code: int | None = None,
         reason: str = "",

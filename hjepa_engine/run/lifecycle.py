@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import ignite.distributed as idist
 
@@ -25,14 +26,14 @@ from hjepa_engine.data.loading import translate_worker_error
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, ConfigError, DataError, ForceQuit, Preempted
 from hjepa_engine.run.cli import exit_code_of, one_line
-from hjepa_engine.run.folder import RunFolder, State
+from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.utils.distributed import rank_zero
 from hjepa_engine.utils.rng import seed_everything
 
 logger = logging.getLogger(__name__)
 
 
-def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> None:
+def start_run(trainer: Trainer, folder: RunFolder, *, epoch_length: int, iterations: int) -> None:
     """Put the trainer where ``checkpoint.resume`` and ``checkpoint.init_from`` say, and describe the run in its folder.
 
     All handlers must be attached. If this raises, the folder is as it was.
@@ -51,7 +52,7 @@ def start_run(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations
     found = _find_start(trainer, folder, epoch_length, iterations)
     rank_zero(folder.enter)
     own = found.path if found is not None and found.path.parent == folder.checkpoint_path else None
-    folder.write_status("running", trainer.state.optimizer_step, checkpoint=own)
+    folder.write_status("running", step=trainer.state.optimizer_step, checkpoint=own)
 
 
 def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> Checkpoint | None:
@@ -97,10 +98,6 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
     _print_once(
         f"resumed step {state.optimizer_step} (iteration {state.iteration} of {iterations}) from {checkpoint.path}"
     )
-    if state.rollbacks:
-        _print_once(
-            f"  rolled back {state.rollbacks} times before: learning rates are multiplied by {state.lr_scale:g}"
-        )
     for change in changes:
         follows = "; schedules follow the new length" if change.key == "training.epochs" else ""
         _print_once(f"  {change}{follows}")
@@ -114,13 +111,13 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
 
 @contextmanager
 def record_outcome(
-    folder: RunFolder, trainer: Trainer, writer: CheckpointWriter, iterations: int
+    trainer: Trainer, folder: RunFolder, writer: CheckpointWriter, *, iterations: int
 ) -> Iterator[dict[str, float]]:
     """Leave in ``status.json`` how the run has ended; if it fails, wait for the checkpoint that is being written.
 
     Args:
-        folder: of the run.
         trainer: of the run.
+        folder: of the run.
         writer: of its checkpoints.
         iterations: length of the whole run.
 
@@ -130,17 +127,30 @@ def record_outcome(
     results: dict[str, float] = {}
     try:
         yield results
-        reached, step = trainer.state.iteration, trainer.state.optimizer_step
-        reason = "trained to the end" if reached == iterations else f"ended after {reached} of {iterations} iterations"
-        folder.write_status("done", step, 0, reason, results, trainer.state.checkpoint)
+        now = trainer.state
+        ended = f"ended after {now.iteration} of {iterations} iterations"
+        folder.write_status(
+            "done",
+            step=now.optimizer_step,
+            exit_code=0,
+            reason="trained to the end" if now.iteration == iterations else ended,
+            results=results,
+            checkpoint=now.checkpoint,
+        )
     except BaseException as raised:
         error = (translate_worker_error(raised) if folder.config.data.num_workers else None) or raised
         if not isinstance(error, ForceQuit):
             with suppress(Exception):  # the error at hand counts
                 writer.wait()
-        state: State = "preempted" if isinstance(error, Preempted) else "stopped"
-        step, code = trainer.state.optimizer_step, exit_code_of(error)
-        folder.write_status(state, step, code, one_line(error), checkpoint=writer.newest, any_rank=state == "stopped")
+        state: Literal["preempted", "stopped"] = "preempted" if isinstance(error, Preempted) else "stopped"
+        folder.write_status(
+            state,
+            step=trainer.state.optimizer_step,
+            exit_code=exit_code_of(error),
+            reason=one_line(error),
+            checkpoint=writer.newest,
+            any_rank=state == "stopped",
+        )
         if error is raised:
             raise
         raise error from raised
@@ -168,11 +178,11 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Ch
         raise ConfigError(
             f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; checkpoint.init_from takes the weights alone"
         )
-    if not is_own:
-        state["engine"] |= {"rollbacks": 0, "lr_scale": 1.0}  # they were the other run's
-    if not is_own and "MetricsLogger" in state["handlers"]:
-        state["handlers"]["MetricsLogger"]["writers"] = {}  # they tell how the other run's logs go on
-    return checkpoint, restore_state(trainer, state)
+    remarks = restore_state(trainer, state)
+    for handler in [] if is_own else trainer.stateful_handlers().values():
+        if hasattr(handler, "start_new_run"):
+            handler.start_new_run()
+    return checkpoint, remarks
 
 
 def _refuse_older(newest: Checkpoint, how: str) -> None:

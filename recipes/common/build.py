@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, ope
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     Checkpointer,
+    CollapseGuard,
     DamagedImages,
     DataPosition,
     EarlyStopping,
@@ -129,9 +131,10 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
         handler.attach(evaluator)
     StepSeed(config.seed).attach(evaluator)
     MetricAverager(prefix="").attach(evaluator)
-    checkpoint = config.checkpoint
+    guard, checkpoint = CollapseGuard(**vars(config.guard)), config.checkpoint
     return [
-        *_training(config, trainer, data),
+        *_training(config, trainer, data, scale=lambda: guard.lr_multiplier),
+        guard,
         Validation(evaluator, data.val_loader),
         MetricsLogger(build_writers(config, folder.path, folder.log_path)),
         Checkpointer(
@@ -141,8 +144,9 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
             every_epochs=checkpoint.save_frequency,
             every_steps=checkpoint.save_every_steps,
             every_minutes=checkpoint.save_every_minutes,
+            keep_before=lambda: guard.first_untrusted_iteration,
             config=plain_config(config),
-            on_saved=lambda path, saved: folder.write_status("running", saved["step"], checkpoint=path),
+            on_saved=lambda path, saved: folder.write_status("running", step=saved["step"], checkpoint=path),
         ),
         preemption,
         *([EarlyStopping(config.training.early_stopping)] if config.training.early_stopping else []),
@@ -152,13 +156,14 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
     ]
 
 
-def _training(config: Config, trainer: Trainer, data: Data) -> list[Any]:
-    """What changes weights, and what it needs."""
+def _training(config: Config, trainer: Trainer, data: Data, scale: Callable[[], float]) -> list[Any]:
+    """What changes weights, and what it needs; ``scale`` gives a factor of every learning rate."""
     training, modules = config.training, trainer.modules
     optimizer = build_run_optimizer(config, modules)
     schedules = build_schedules(config, steps_per_epoch(len(data.loader), training.accumulation_steps))
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp_dtype == torch.float16)
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
+    lr_schedule = partial(ParamSchedule, optimizer, "lr", scale=scale)
     handlers = [
         DataPosition(data.sampler),
         DamagedImages(config.data.max_damaged),
@@ -166,9 +171,11 @@ def _training(config: Config, trainer: Trainer, data: Data) -> list[Any]:
         *_masks(config, trainer, training.accumulation_steps),
         OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
         NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled()),
-        ParamSchedule(optimizer, "lr", schedules.lr, lambda group: group["level"] is None, "train/lr"),
-        ParamSchedule(optimizer, "lr", schedules.level_lr, lambda group: group["level"] is not None, level_lr_metric),
-        ParamSchedule(optimizer, "weight_decay", schedules.weight_decay, itemgetter("decay"), "train/weight_decay"),
+        lr_schedule(schedules.lr, select=lambda group: group["level"] is None, metric="train/lr"),
+        lr_schedule(schedules.level_lr, select=lambda group: group["level"] is not None, metric=level_lr_metric),
+        ParamSchedule(
+            optimizer, "weight_decay", schedules.weight_decay, select=itemgetter("decay"), metric="train/weight_decay"
+        ),
         MetricAverager(),
         Throughput(),
     ]

@@ -20,7 +20,6 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
     BatchCollapse,
-    CollapseGuard,
     CollapseMonitor,
     GpuStats,
     OnlineProbe,
@@ -60,8 +59,6 @@ def build_monitors(
         monitors.append(GpuStats())
     if config.collapse.enabled:
         monitors += _collapse_monitors(config, trainer, train)
-    if config.guard.rules:
-        monitors.append(CollapseGuard(config.guard.rules))
     if config.online_probe.every is not None:
         if encoder is None:
             _say_missing("no online probe", trainer.modules, "model.encoder")

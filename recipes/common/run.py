@@ -17,12 +17,12 @@ from hjepa_engine import Config
 from hjepa_engine.build import build_model, process_group
 from hjepa_engine.data import shutdown_workers
 from hjepa_engine.engine import Trainer
-from hjepa_engine.handlers import Checkpointer, MetricsLogger, Preemption
+from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
 from hjepa_engine.recipes.common.probe import as_metrics, describe, evaluate_encoders
+from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.run.lifecycle import record_outcome, start_run
-from hjepa_engine.run.rollback import train_with_rollbacks
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
 
@@ -60,6 +60,11 @@ class Run:
     def checkpointer(self) -> Checkpointer:
         """Saves the run."""
         return self.handler(Checkpointer)
+
+    @property
+    def guard(self) -> CollapseGuard:
+        """Checks metrics against the configured rules."""
+        return self.handler(CollapseGuard)
 
     @property
     def preemption(self) -> Preemption:
@@ -110,11 +115,11 @@ class Run:
         """
         rank_zero(self.folder.lock)
         try:
-            start_run(self.trainer, self.folder, len(self.data), self.iterations)
+            start_run(self.trainer, self.folder, epoch_length=len(self.data), iterations=self.iterations)
             writer = self.checkpointer.writer
             with (
                 write_report_on_exit(self.folder),
-                record_outcome(self.folder, self.trainer, writer, self.iterations) as results,
+                record_outcome(self.trainer, self.folder, writer, iterations=self.iterations) as results,
             ):
                 results |= self._train_and_probe()
             return results
@@ -126,12 +131,7 @@ class Run:
 
     def _train_and_probe(self) -> dict[str, float]:
         train_with_rollbacks(
-            self._train,
-            lambda: self.checkpointer.save_rolled_back(self.trainer),
-            self.trainer,
-            self.checkpointer.writer,
-            self.config.guard,
-            self.folder,
+            self._train, self.trainer, self.folder.path, guard=self.guard, checkpointer=self.checkpointer
         )
         results: dict[str, float] = {}
         if self.config.probe.enabled:

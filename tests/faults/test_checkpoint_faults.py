@@ -214,7 +214,7 @@ def test_leftovers_are_swept_up_and_a_link_among_them_loses_only_itself(tmp_path
 def train(folder, begin, end, iterations=8):
     """A run that saves at every step, with ``begin`` and ``end`` called before iteration 4 and 7; its parts."""
     trainer, _ = linear_trainer()
-    checkpointer = Checkpointer(folder, RetentionPolicy(), "train/loss", every_epochs=None, every_steps=1)
+    checkpointer = Checkpointer(folder, RetentionPolicy(), metric="train/loss", every_epochs=None, every_steps=1)
     checkpointer.attach(trainer)
     for iteration, action in ((4, begin), (7, end)):
 

@@ -71,8 +71,9 @@ class Wrong:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
 
     def write(self, engine):
+        guard = engine.stateful_handlers()["CollapseGuard"]
         if idist.get_rank() == 0:
-            engine.state.metrics["mine"] = float(engine.state.iteration >= 9 and not engine.state.rollbacks)
+            engine.state.metrics["mine"] = float(engine.state.iteration >= 9 and not guard.rollbacks)
 
 
 def test_two_processes_are_rolled_back_together_as_one_is(tmp_path):
@@ -81,8 +82,7 @@ def test_two_processes_are_rolled_back_together_as_one_is(tmp_path):
 
     def body():
         run = train(tmp_path / f"of{idist.get_world_size()}", values, [Wrong])
-        state = run.trainer.state
-        return weights(run), (state.iteration, state.rollbacks, state.lr_scale)
+        return weights(run), (run.trainer.state.iteration, run.guard.rollbacks, run.guard.lr_multiplier)
 
     (first, told), (second, also) = in_processes(2, tmp_path, body)
     assert told == also == (21, 1, 0.5) and same_bits(first, second)

@@ -75,7 +75,9 @@ def soak_linear(argv: list[str]) -> None:
     folder, steps = Path(argv[0]), int(argv[1])
     trainer, _ = linear_trainer(lr=1e-6, log_frequency=5)
     policy = RetentionPolicy(keep_last_n=2, keep_best_n=1, mode="max")  # the loss falls: the first one stays the best
-    checkpointer = Checkpointer(folder / "checkpoints", policy, "train/loss", every_epochs=None, every_steps=SAVE_EVERY)
+    checkpointer = Checkpointer(
+        folder / "checkpoints", policy, metric="train/loss", every_epochs=None, every_steps=SAVE_EVERY
+    )
     logger = MetricsLogger([JsonlWriter(folder / "metrics.jsonl")])
     meter = Meter(folder / "meter", checkpointer.writer, 50)
     for handler in (checkpointer, logger, MetricAverager(), Preemption(), meter):

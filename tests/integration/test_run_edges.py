@@ -205,7 +205,7 @@ def test_an_encoder_that_cannot_be_written_is_exit_code_4(tmp_path):
 
 def test_a_late_checkpoint_does_not_bring_an_ended_run_back_to_life(tmp_path):
     folder = RunFolder(load_config(None, options({**PLAIN, "run_dir": tmp_path})))
-    folder.write_status("running", 1)
-    folder.write_status("stopped", 2, 130, "interrupted")
-    folder.write_status("running", 3, checkpoint=tmp_path)
+    folder.write_status("running", step=1)
+    folder.write_status("stopped", step=2, exit_code=130, reason="interrupted")
+    folder.write_status("running", step=3, checkpoint=tmp_path)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "stopped"

@@ -477,7 +477,7 @@ def ending(config, tools):
 def rolled_back(config, tools):
     """How a run ends, how often it was rolled back, and what its learning rates are multiplied by then."""
     run, end = finished(config, tools)
-    return end, run.trainer.state.rollbacks, run.trainer.state.lr_scale
+    return end, run.guard.rollbacks, run.guard.lr_multiplier
 
 
 def files(config, tools):

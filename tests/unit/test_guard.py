@@ -117,6 +117,10 @@ def quick(tmp_path, **values):
     }
 
 
+def guard_of(engine):
+    return engine.stateful_handlers()["CollapseGuard"]
+
+
 class Script:
     """Write a metric of its own: the values given, one per iteration; the last one stays."""
 
@@ -128,7 +132,7 @@ class Script:
 
     def write(self, engine):
         number = min(engine.state.iteration, len(self.values)) - 1
-        is_over = self.only_before and engine.state.rollbacks
+        is_over = self.only_before and guard_of(engine).rollbacks
         engine.state.metrics["mine"] = 1.0 if is_over else self.values[number]
 
 
@@ -140,6 +144,10 @@ def scripted(values, script, **more):
 
 def records(run):
     return [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def rates_of(run):
+    return [record["train/lr"] for record in records(run) if "train/lr" in record]
 
 
 def test_a_warning_is_given_once_and_changes_nothing(tmp_path, caplog):
@@ -185,7 +193,7 @@ def test_a_rollback_goes_on_from_before_the_first_wrong_reading_with_a_lower_rat
     with caplog.at_level(logging.WARNING):
         run.fit()
     assert "rolled back from step 7" in caplog.text and "step_00000004 (1 of at most 2)" in caplog.text
-    assert (run.trainer.state.rollbacks, run.trainer.state.lr_scale, run.trainer.state.iteration) == (1, 0.25, 10)
+    assert (run.guard.rollbacks, run.guard.lr_multiplier, run.trainer.state.iteration) == (1, 0.25, 10)
     # The log has each step once; what was cut off is kept beside it.
     assert [record["step"] for record in records(run) if "mine" in record] == list(range(1, 11))
     cut = (run.folder.path / "metrics_before_rollback_1.jsonl").read_text().splitlines()
@@ -197,11 +205,10 @@ def test_a_rollback_goes_on_from_before_the_first_wrong_reading_with_a_lower_rat
     with pytest.raises(Preempted):
         stopped.fit()
     again = scripted(other, [1])
-    again.trainer.add_event_handler(Events.STARTED, lambda: setattr(again.trainer.state, "lr_scale", 0.25))
+    again.trainer.add_event_handler(Events.STARTED, lambda: setattr(again.guard, "rollbacks", 1))
     again.fit()
     assert same_bits(weights_of(run.modules), weights_of(again.modules))
-    rates = [[record["train/lr"] for record in records(each) if "train/lr" in record] for each in (run, again)]
-    assert rates[0] == rates[1] and max(rates[0][4:]) <= 0.25e-3
+    assert rates_of(run) == rates_of(again) and max(rates_of(run)[4:]) <= 0.25e-3
 
 
 def test_the_checkpoint_from_before_stays_while_something_is_suspect(tmp_path):
@@ -216,7 +223,7 @@ def test_the_checkpoint_from_before_stays_while_something_is_suspect(tmp_path):
         lambda: places.append([c.record.step for c in list_checkpoints(run.folder.checkpoint_path)]),
     )
     run.fit()
-    assert run.trainer.state.rollbacks == 1
+    assert run.guard.rollbacks == 1
     at_seven = places[7]
     assert 3 in at_seven and len(at_seven) <= 4
     assert [c.record.step for c in list_checkpoints(run.folder.checkpoint_path)] == [10, 9]  # no longer afterwards
@@ -245,7 +252,7 @@ def test_what_was_saved_since_the_last_right_reading_is_not_trusted(tmp_path, ca
     with caplog.at_level(logging.WARNING):
         run.fit()
     assert "rolled back from step 8 to" in caplog.text and "step_00000004 (1 of" in caplog.text
-    assert run.trainer.state.rollbacks == 1
+    assert run.guard.rollbacks == 1
 
 
 @pytest.mark.parametrize("stop", [5, 6, 7])
@@ -257,7 +264,7 @@ def test_a_restart_does_not_forget_what_to_go_back_to(tmp_path, stop):
         stopped.fit()
     run = scripted(values, [1, 1, 1, 0], only_before_a_rollback=True)
     run.fit()
-    assert (run.trainer.state.rollbacks, run.trainer.state.iteration) == (1, 10)
+    assert (run.guard.rollbacks, run.trainer.state.iteration) == (1, 10)
 
 
 def test_a_crash_behind_a_rollback_does_not_forget_it(tmp_path, capsys):
@@ -265,7 +272,7 @@ def test_a_crash_behind_a_rollback_does_not_forget_it(tmp_path, capsys):
     run = scripted(values, [1, 1, 1, 1, 0], only_before_a_rollback=True)
 
     def crash(engine):
-        if engine.state.rollbacks:
+        if run.guard.rollbacks:
             raise KeyboardInterrupt
 
     run.trainer.add_event_handler(Events.ITERATION_STARTED, crash)
@@ -278,9 +285,37 @@ def test_a_crash_behind_a_rollback_does_not_forget_it(tmp_path, capsys):
     assert status["checkpoint"] == str(newest.path) and index["latest"] == newest.record.name
     again = scripted(values, [1], only_before_a_rollback=True)
     again.fit()
-    assert (again.trainer.state.rollbacks, again.trainer.state.lr_scale) == (1, 0.5)
+    assert (again.guard.rollbacks, again.guard.lr_multiplier) == (1, 0.5)
     assert "rolled back 1 times before: learning rates are multiplied by 0.5" in capsys.readouterr().out
     assert records(again)[-2]["train/rollbacks"] == 1
+
+
+def test_rules_that_are_gone_leave_the_learning_rates_of_a_rolled_back_run_lowered(tmp_path):
+    values = quick(tmp_path, guard__rules=ROLLBACK)
+    run = scripted(values, [1, 1, 1, 1, 0], only_before_a_rollback=True)
+    ask_at(run, 8)
+    with pytest.raises(Preempted):
+        run.fit()
+    again = scripted({**values, "guard.rules": "[]"}, [1])
+    again.fit()
+    assert again.guard.lr_multiplier == 0.5 and max(lr for lr in rates_of(again)[8:]) <= 0.5e-3
+
+
+def test_a_run_from_the_checkpoint_of_a_rolled_back_one_has_rolled_back_nothing(tmp_path):
+    first = scripted(quick(tmp_path, guard__rules=ROLLBACK), [1, 1, 1, 1, 0], only_before_a_rollback=True)
+    first.fit()
+    (newest, *_) = list_checkpoints(first.folder.checkpoint_path)
+    values = quick(tmp_path, guard__rules=ROLLBACK, run_dir=str(tmp_path / "second"), training__epochs=3)
+    second = scripted({**values, "checkpoint.resume": str(newest.path)}, [1])
+    second.fit()
+    assert (first.guard.rollbacks, second.guard.rollbacks) == (1, 0) and second.trainer.state.iteration == 15
+
+
+@pytest.mark.parametrize("wrong", [-1, 0.5, True, None])
+def test_a_number_of_rollbacks_that_is_none_is_refused(wrong):
+    guard = CollapseGuard([])
+    with pytest.raises(ValueError, match="rollbacks must be an integer of at least 0, got"):
+        guard.load_state_dict({**guard.state_dict(), "rollbacks": wrong})
 
 
 def test_a_disk_that_does_not_take_the_copy_of_the_log_does_not_end_the_run(tmp_path, caplog):
@@ -288,7 +323,7 @@ def test_a_disk_that_does_not_take_the_copy_of_the_log_does_not_end_the_run(tmp_
     (run.folder.path / "metrics_before_rollback_1.jsonl").mkdir(parents=True)  # no file can be written there
     with caplog.at_level(logging.WARNING):
         run.fit()
-    assert "was not kept as it was before the rollback" in caplog.text and run.trainer.state.rollbacks == 1
+    assert "was not kept as it was before the rollback" in caplog.text and run.guard.rollbacks == 1
 
 
 class Service(JsonlWriter):

@@ -214,7 +214,7 @@ def engine_state(iteration, epoch_length):
     """What a trainer saves that has done so many iterations."""
     metrics = {"clock": 0, "values": {}, "written": {}}
     place = {"iteration": iteration, "epoch_length": epoch_length, "optimizer_step": iteration}
-    return {**place, "epoch_open": False, "rollbacks": 0, "lr_scale": 1.0, "metrics": metrics}
+    return {**place, "epoch_open": False, "metrics": metrics}
 
 
 @pytest.mark.parametrize(("iteration", "places"), [(0, [(0, 0), (1, 0), (2, 0)]), (4, [(1, 1), (2, 0)]), (6, [(2, 0)])])

@@ -14,67 +14,60 @@ from hjepa_engine.checkpoint.folder import list_checkpoints, prune, write_index
 from hjepa_engine.checkpoint.state import load_on_all_ranks, restore_state
 from hjepa_engine.checkpoint.storage import Checkpoint, CorruptCheckpoint, read_state
 from hjepa_engine.checkpoint.writer import CheckpointWriter
-from hjepa_engine.config.monitoring import GuardConfig
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, GuardStop, Rollback
-from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.handlers import Checkpointer, CollapseGuard
 from hjepa_engine.utils.distributed import rank_zero
 
 logger = logging.getLogger(__name__)
 
 
 def train_with_rollbacks(
-    train: Callable[[], Any],
-    save: Callable[[], None],
-    trainer: Trainer,
-    writer: CheckpointWriter,
-    options: GuardConfig,
-    folder: RunFolder,
+    train: Callable[[], Any], trainer: Trainer, run_folder: Path, *, guard: CollapseGuard, checkpointer: Checkpointer
 ) -> None:
-    """Call ``train`` until it ends; when a guard asks for it, go back and call it again with a lower learning rate.
+    """Call ``train`` until it ends; when the guard asks for it, go back and call it again with lower learning rates.
 
     Args:
         train: runs the trainer to the end, from wherever it is.
-        save: saves a checkpoint now, so that a crash does not forget the rollback.
-        trainer: of the run.
-        writer: of its checkpoints.
-        options: factor of the learning rate, and how often.
-        folder: of the run; the log as it was is kept there, as ``metrics_before_rollback_<n>.jsonl``.
+        trainer: of the run, with the guard and the checkpointer attached.
+        run_folder: the log as it was before a rollback is kept there, as ``metrics_before_rollback_<n>.jsonl``.
+        guard: counts the rollbacks.
+        checkpointer: saves once more after each, so that a crash does not forget it.
 
     Raises:
         GuardStop: there were rollbacks enough, or there is no checkpoint to go back to.
     """
+    if guard.rollbacks and idist.get_rank() == 0:
+        text = f"  rolled back {guard.rollbacks} times before: learning rates are multiplied by {guard.lr_multiplier:g}"
+        print(text, flush=True)
     while True:
         try:
             train()
             return
         except Rollback as request:
-            roll_back(trainer, writer, options, folder.path, request)
-            save()
-            rank_zero(lambda: _forget_later(writer, trainer.state.iteration))
+            number, left = guard.rollbacks + 1, trainer.state.optimizer_step
+            checkpoint = _go_back(trainer, checkpointer.writer, run_folder / "metrics.jsonl", request, number)
+            guard.rollbacks = number
+            if idist.get_rank() == 0:
+                logger.warning(
+                    "%s: rolled back from step %d to %s (%d of at most %d), "
+                    "learning rates are multiplied by %g from here on",
+                    *(request, left, checkpoint.path, number, guard.max_rollbacks, guard.lr_multiplier),
+                )
+            checkpointer.save(trainer, "rollback")
+            rank_zero(lambda: _forget_later(checkpointer.writer, trainer.state.iteration))
 
 
-def roll_back(
-    trainer: Trainer, writer: CheckpointWriter, options: GuardConfig, run_folder: Path, request: Rollback
-) -> None:
-    """Put the trainer back to the newest checkpoint from before ``request.before``. Collective."""
-    past, lr_scale = trainer.state.rollbacks, trainer.state.lr_scale
-    if past >= options.max_rollbacks:
-        raise GuardStop(f"{request}; the run was rolled back {past} times already")
+def _go_back(trainer: Trainer, writer: CheckpointWriter, log: Path, request: Rollback, number: int) -> Checkpoint:
+    """Restore the newest checkpoint from before ``request.before``. Collective."""
     rank_zero(writer.wait)
     found = load_on_all_ranks(lambda: _newest_before(writer.folder, request.before))
     if found is None:
         raise GuardStop(f"{request}; {writer.folder} holds no checkpoint from before iteration {request.before}")
     checkpoint, state = found
-    left = trainer.state.optimizer_step
-    rank_zero(lambda: _keep_log(run_folder, past + 1))
+    rank_zero(lambda: _keep_log(log, number))
     restore_state(trainer, state)
-    trainer.state.rollbacks, trainer.state.lr_scale = past + 1, lr_scale * options.lr_factor
-    if idist.get_rank() == 0:
-        logger.warning(
-            "%s: rolled back from step %d to %s (%d of at most %d), learning rates are multiplied by %g from here on",
-            *(request, left, checkpoint.path, past + 1, options.max_rollbacks, trainer.state.lr_scale),
-        )
+    return checkpoint
 
 
 def _newest_before(folder: Path, iteration: int) -> tuple[Checkpoint, Any] | None:
@@ -87,11 +80,10 @@ def _newest_before(folder: Path, iteration: int) -> tuple[Checkpoint, Any] | Non
     return None
 
 
-def _keep_log(run_folder: Path, number: int) -> None:
-    log = run_folder / "metrics.jsonl"
+def _keep_log(log: Path, number: int) -> None:
     if log.exists():
         try:
-            shutil.copyfile(log, run_folder / f"metrics_before_rollback_{number}.jsonl")
+            shutil.copyfile(log, log.with_name(f"metrics_before_rollback_{number}.jsonl"))
         except OSError as error:
             logger.warning("%s was not kept as it was before the rollback: %s", log, error.strerror)
 
