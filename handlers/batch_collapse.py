@@ -34,7 +34,7 @@ class BatchCollapse:
 
     Listens to: ``ITERATION_COMPLETED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output``: tokens (B, N, D) or features (B, D) named in ``outputs``; if present, ``<name>_idx``
-    (B, K), the patches of tokens (B, K, D) that cover only a part of the image.
+    (B, K), the patches of tokens (B, K, D) that cover only a part of the image; ``engine.state.optimizer_step``.
     Writes: ``engine.state.metrics["collapse/batch_<name>_<std, norm, rank or rank_share>"]``.
 
     Args:

@@ -28,8 +28,8 @@ class Checkpointer:
     and tried again at the next occasion. :func:`~hjepa_engine.checkpoint.state.resume` is the way back.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.CHECKPOINT_READY`` and ``PREEMPTED``, ``COMPLETED``.
-    Reads: ``engine.state.metrics``.
-    Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is interrupted.
+    Reads: ``engine.state.metrics``, ``engine.state.optimizer_step``, ``engine.state.epoch_open``.
+    Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is preempted.
 
     Args:
         folder: of the checkpoints; made if need be.

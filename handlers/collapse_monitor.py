@@ -34,7 +34,8 @@ class CollapseMonitor:
     ``epoch_ends`` also at the end of every epoch. Each rank measures its own images.
 
     Listens to: ``STARTED``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
-    Reads: the evaluator's ``state.output``: features (B, positions, D) by name, ``<name>`` or ``<name>_level_<l>``.
+    Reads: ``engine.state.optimizer_step``; the evaluator's outputs, features (B, positions, D) by name, ``<name>`` or
+    ``<name>_level_<l>``.
     Writes: ``engine.state.metrics["collapse/<name>_<key>"]``, followed by ``_level_<l>`` for a level. Keys are
     ``std``, ``norm``, ``rank`` and ``rank_share`` (see :meth:`FeatureStatistics.summary`); for the last layer also
     ``rank_me`` and, if enabled, ``alpha_req`` and ``lidar``. ``engine.state.media["collapse/<name>_spectrum"]``: at most

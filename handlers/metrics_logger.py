@@ -25,7 +25,8 @@ class MetricsLogger:
     (a bad name, shape or type) they refuse with a ``ValueError`` or ``TypeError``, and no writer sees it.
 
     Listens to: ``TrainEvents.LOG_METRICS``, ``COMPLETED``.
-    Reads: ``engine.state.metrics``; empties ``engine.state.media``.
+    Reads: ``engine.state.metrics``, ``engine.state.media``, ``engine.state.optimizer_step``.
+    Writes: ``engine.state.media``, which is empty afterwards.
 
     Args:
         writers: opened when there is something to write; none on ranks other than 0.
@@ -91,7 +92,7 @@ class MetricsLogger:
 
     def start_new_run(self) -> None:
         """The state is that of another run: writers begin files and service runs of their own."""
-        self._states = {}
+        self._writers.load_state_dict({})
 
     def state_dict(self) -> dict[str, Any]:
         """What was logged already, and how each writer goes on."""

@@ -22,7 +22,7 @@ class NonFiniteGuard:
     scale. Reading the loss synchronizes with the GPU once per optimizer step. All ranks decide together.
 
     Listens to: ``TrainEvents.GRADIENTS_READY``.
-    Reads: ``engine.state.window_loss`` () and ``engine.state.output["grad_norm"]`` ().
+    Reads: ``engine.state.window_loss`` (), ``engine.state.output["grad_norm"]`` (), ``engine.state.optimizer_step``.
     Writes: ``engine.state.skip_update``; raises :class:`~hjepa_engine.errors.GuardStop`.
 
     Args:

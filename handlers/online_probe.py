@@ -24,7 +24,7 @@ class OnlineProbe:
     all images; rank 0's accuracies are used on all ranks.
 
     Listens to: ``STARTED``, ``EPOCH_COMPLETED``.
-    Reads: the evaluator's ``state.output["features"]`` (B, F) and ``state.batch["labels"]`` (B,).
+    Reads: ``features`` (B, F) of the evaluator's outputs and ``labels`` (B,) of its batches.
     Writes: ``engine.state.metrics["probe/<name>"]`` for each classifier, an accuracy from 0 to 1.
 
     Args:

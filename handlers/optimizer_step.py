@@ -30,8 +30,8 @@ class OptimizerStep:
     set to drop this update.
     Writes: ``engine.state.window_open``; in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its
     micro-batches, and ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if
-    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``;
-    ``engine.state.metrics["train/skipped_updates"]``.
+    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.skip_update``, False at
+    every iteration's start; ``engine.state.metrics["train/skipped_updates"]``.
     Fires: ``TrainEvents.BACKWARD_COMPLETED`` in every iteration; in a window's last ``TrainEvents.GRADIENTS_READY``, then
     ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by ``skip_update``, or by the scaler because fp16
     gradients overflowed).

@@ -24,7 +24,7 @@ class ParameterHistograms:
     those after the step. Reading a set of histograms synchronizes with the device once.
 
     Listens to: ``TrainEvents.GRADIENTS_READY``, ``LOG_INTERVAL_COMPLETED``.
-    Reads: ``engine.modules``; a parameter shared by two of them counts once.
+    Reads: ``engine.state.optimizer_step``; ``engine.modules``, of which a parameter shared by two counts once.
     Writes: ``engine.state.media["gradients/<module>.<parameter>"]`` and ``["parameters/<module>.<parameter>"]``.
 
     Args:

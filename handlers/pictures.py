@@ -45,7 +45,7 @@ class Pictures:
     Listens to: ``TrainEvents.METRICS_READY``.
     Reads: ``engine.state.batch["images"]`` (B, C, H, W) and ``["masks"]``; ``engine.state.output[tokens]``
     (B, N, D), ``["predictions"]`` and ``["targets"]``, lists over levels of (B, M, cells, D); spectra in
-    ``engine.state.media`` and in ``metrics.jsonl``.
+    ``engine.state.media`` and in ``metrics.jsonl``; ``engine.state.optimizer_step``.
     Writes: ``<folder>/figures/<name>_<optimizer step>.png``, and the same to ``engine.state.media["figures/<name>"]``.
 
     Args:

@@ -28,7 +28,7 @@ class Preemption:
     after another error, call :meth:`close`.
 
     Listens to: ``STARTED``, ``TrainEvents.CHECKPOINT_READY``, ``COMPLETED``.
-    Reads: ``engine.state.checkpoint``, for the message.
+    Reads: ``engine.state.epoch_open``; ``engine.state.checkpoint`` and ``engine.state.optimizer_step``, for the message.
     Fires: ``TrainEvents.PREEMPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
 
     Args:
@@ -103,7 +103,7 @@ class Preemption:
         reason, self.reason = self.reason or "another process was asked to stop", None
         self.close()
         state = self._trainer.state
-        saved = f"saved {state.checkpoint}; " if getattr(state, "checkpoint", None) else ""
+        saved = f"saved {state.checkpoint}; " if state.checkpoint else ""
         raise Preempted(f"{reason} at step {state.optimizer_step}: {saved}run the same command again to go on")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,8 @@
 """Documentation is true: its pages are current and its programs run."""
 
+import ast
 import importlib.util
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 from forkserver import PRETRAIN, PROGRAM
 from torch.distributed.run import get_args_parser
 
+import hjepa_engine.handlers
 from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
+from hjepa_engine.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -111,6 +115,52 @@ def test_the_keys_that_may_change_are_those_of_the_documentation():
     )
     assert same == [key + "*" * key.endswith(".") for key in MAY_CHANGE]
     assert [*same, *elsewhere] == [key + "*" * key.endswith(".") for key in MAY_CHANGE_ELSEWHERE]
+
+
+def promises(handler, word):
+    """The attributes of ``engine.state`` that a handler's docstring names in its ``Reads:`` or ``Writes:`` lines."""
+    section = re.search(rf"^{word}: .*?(?=^[A-Z][\w ]*:|^$|\Z)", inspect.getdoc(handler), re.MULTILINE | re.DOTALL)
+    named = re.findall(r"``(?:engine\.)?(?:state\.)?(\w+)(?=``|\[)", section[0]) if section else []
+    return set(named) & set(TrainState.__annotations__)
+
+
+def accesses(handler):
+    """The attributes of the trainer's state that the source of a handler touches."""
+    touched = set()
+    for node in ast.walk(ast.parse(inspect.getsource(handler))):
+        if isinstance(node, ast.Attribute) and re.search(
+            r"\b(engine|_trainer)\.state$|^state$", ast.unparse(node.value)
+        ):
+            touched.add(node.attr)
+    return touched & set(TrainState.__annotations__)
+
+
+HANDLERS = {
+    name: value
+    for name, value in vars(hjepa_engine.handlers).items()
+    if isinstance(value, type) and value.__module__.startswith("hjepa_engine.handlers")
+}
+
+
+@pytest.mark.parametrize("name", HANDLERS)
+def test_a_handlers_docstring_names_what_it_shares(name):
+    handler = HANDLERS[name]
+    said = promises(handler, "Reads") | promises(handler, "Writes")
+    assert said - {"epoch_length"} == accesses(handler) - {"epoch_length"}
+
+
+def test_the_table_of_what_handlers_share_is_what_they_say_themselves():
+    text = (ROOT / "docs" / "handlers.md").read_text(encoding="utf-8")
+    table = text[text.index("## What handlers share") : text.index("## The handlers that are there")]
+    rows = {
+        attribute: cells for attribute, *cells in re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", table, re.MULTILINE)
+    }
+    assert list(rows) == list(TrainState.__annotations__)
+    for attribute, (_, writers, readers) in rows.items():
+        for word, cell in {"Writes": writers, "Reads": readers}.items():
+            told = {name for name in re.findall(r"`(\w+)`", cell) if name in HANDLERS}
+            if not re.search(r"\b(whoever|every handler)\b", cell):
+                assert told == {n for n in HANDLERS if attribute in promises(HANDLERS[n], word)}, (attribute, word)
 
 
 def test_the_job_script_of_the_documentation_is_valid_and_its_options_exist():
