@@ -150,7 +150,7 @@ class Checkpointer:
 
     def _copy(self, engine: Trainer) -> StateCopy:
         state = engine.state
-        epoch = state.iteration // state.epoch_length - state.epoch_open
+        epoch = state.iteration // state.epoch_length - state.epoch_open if state.epoch_length else 0
         score = state.metrics.since(self._moment)[0].get(self.metric)
         name = f"epoch_{epoch:04d}_step_{state.optimizer_step:08d}"
         record = Record(name, state.iteration, state.optimizer_step, epoch, ends_epoch(state), score)
@@ -169,4 +169,4 @@ class Checkpointer:
 
 def ends_epoch(state: Any) -> bool:
     """Whether everything that belongs to an epoch's end has happened, and nothing of the next one."""
-    return state.iteration % state.epoch_length == 0 and not state.epoch_open
+    return state.ends_epoch and not state.epoch_open

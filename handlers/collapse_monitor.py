@@ -84,7 +84,7 @@ class CollapseMonitor:
     def read_if_due(self, engine: Trainer) -> None:
         """Take a reading if it is due."""
         state = engine.state
-        ends_epoch = self.epoch_ends and state.iteration % state.epoch_length == 0
+        ends_epoch = self.epoch_ends and state.ends_epoch
         is_due = state.optimizer_step >= self.due
         if is_due:
             self.due = state.optimizer_step + self.every

@@ -38,4 +38,4 @@ class DataPosition:
         """Set the sampler's position."""
         state = engine.state
         epoch = state.epoch - 1
-        self.sampler.set_position(epoch, state.iteration - epoch * state.epoch_length)
+        self.sampler.set_position(epoch, state.iteration - (epoch * state.epoch_length if epoch else 0))

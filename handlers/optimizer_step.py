@@ -25,7 +25,7 @@ class OptimizerStep:
     stepped too. Under DDP gradients are exchanged in a window's last micro-batch only. Gradients are unscaled before
     they are measured and clipped.
 
-    Listens to: ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
+    Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
     set to drop this update.
     Writes: ``engine.state.window_open``; in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its
@@ -63,9 +63,15 @@ class OptimizerStep:
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_STARTED, self.open)
         engine.add_event_handler(TrainEvents.LOSS_READY, self.step)
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
+
+    def start(self, engine: Trainer) -> None:
+        """Count the skipped updates of a new run from 0."""
+        if engine.state.iteration == 0:
+            self._skipped_updates = 0
 
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""

@@ -81,8 +81,7 @@ class Pictures:
     def draw_if_due(self, engine: Trainer) -> None:
         """Draw if it is time to."""
         state = engine.state
-        epochs, rest = divmod(state.iteration, state.epoch_length)
-        is_due = self.every is not None and rest == 0 and epochs % self.every == 0
+        is_due = self.every is not None and state.ends_epoch and state.epoch % self.every == 0
         if idist.get_rank() == 0 and (is_due or state.iteration >= total_iterations(state)):
             self.draw(engine)
 

@@ -63,7 +63,7 @@ class ProgressBar:
         self._began, self._time = time.monotonic(), TimeRemaining(time.monotonic)
         self._bar = Bar(
             partial(self._left, engine),
-            total=total_iterations(engine.state),
+            total=None if math.isinf(total := total_iterations(engine.state)) else total,
             initial=engine.state.iteration,
             file=self.stream,
             disable=not self.stream.isatty(),
@@ -108,7 +108,9 @@ class ProgressBar:
 
     def _left(self, engine: StepEngine) -> str:
         total, done, length = total_iterations(engine.state), engine.state.iteration, engine.state.epoch_length
-        seconds = self._time.estimate(total - done, total // length - done // length)
+        if length is None:  # data without a length, in its first epoch
+            return "?"
+        seconds = self._time.estimate(int(total - done), int(total // length - done // length))
         return "?" if seconds is None else duration(seconds)
 
     def _values(self, engine: StepEngine) -> str:
@@ -117,5 +119,10 @@ class ProgressBar:
 
 
 def _epoch(engine: StepEngine) -> str:
-    """The epoch and how many there are, the last of which ``max_iters`` may cut short."""
-    return f"epoch {engine.state.epoch}/{math.ceil(total_iterations(engine.state) / engine.state.epoch_length)}"
+    """The epoch and how many there are, the last of which ``max_iters`` may cut short; ``?`` where that is not known yet."""
+    state, number = engine.state, "?"
+    if state.max_iters is None:
+        number = str(state.max_epochs)
+    elif state.epoch_length is not None:
+        number = str(math.ceil(state.max_iters / state.epoch_length))
+    return f"epoch {state.epoch}/{number}"

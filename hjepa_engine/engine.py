@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sized
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from hjepa_engine.errors import DataError
 from hjepa_engine.events import EVENT_TO_ATTR, TrainEvents
 from hjepa_engine.state import TrainState
 from hjepa_engine.types import Batch, Handler, Outputs, Stateful, Step
+from hjepa_engine.utils.ignite_private import HookedEngine, owner_of
 from hjepa_engine.utils.tensors import detach, move_to
 
 AnyEngine = TypeVar("AnyEngine", bound="StepEngine")
 
 
-class StepEngine(Engine):
+class StepEngine(HookedEngine):
     """Ignite's ``Engine`` that runs a :class:`~hjepa_engine.types.Step` on a device, under autocast if asked to.
 
     ``engine.modules`` and ``engine.device`` are there for handlers.
@@ -51,47 +51,15 @@ class StepEngine(Engine):
             handler.attach(self)
         return self
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """As Ignite's, which after an error goes on with a generator that has ended: with no iteration at all."""
-        try:
-            return super().run(*args, **kwargs)
-        except BaseException:
-            self._internal_run_generator = None
-            raise
-
-    def detach(self, handler: Any) -> None:
-        """Take a handler off all events: from the next one on the engine runs as if it had never been attached.
-
-        Args:
-            handler: an object whose ``attach`` was called with this engine, or a function that was added to events.
-
-        Raises:
-            ValueError: it is not attached. Ranks other than 0, where some handlers attach nothing, leave that to rank 0.
-        """
-        before = sum(map(len, self._event_handlers.values()))
-        for event, entries in self._event_handlers.items():  # lists are replaced: one of them may be running
-            self._event_handlers[event] = [entry for entry in entries if _owner(entry[0]) is not handler]
-        if sum(map(len, self._event_handlers.values())) == before and idist.get_rank() == 0:
-            raise ValueError(f"{type(handler).__name__} is not attached to this engine")
-
     @abstractmethod
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         """One iteration; Ignite keeps what it returns as ``state.output``."""
 
     def _run_step(self, batch: Batch) -> Outputs:
         batch = self.state.batch = move_to(batch, self.device)
-        self._fire_event(TrainEvents.FORWARD_STARTED)
+        self.fire(TrainEvents.FORWARD_STARTED)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.step(self.modules, batch)
-
-
-def _owner(handler: Any) -> Any:
-    """The object whose method an event's handler is, or the function itself."""
-    if hasattr(handler, "_parent"):  # Ignite's wrapper around the handler of a filtered event
-        handler = handler._parent()
-    while isinstance(handler, partial):
-        handler = handler.func
-    return getattr(handler, "__self__", handler)
 
 
 class Trainer(StepEngine):
@@ -111,16 +79,23 @@ class Trainer(StepEngine):
             raise ValueError(f"log_frequency must be at least 1, got {log_frequency}")
         super().__init__(step, modules, device, amp_dtype)
         self.log_frequency = log_frequency
-        self._stepped = self._resumed = False
+        self._stepped = self._resumed = self._interval_open = False
+        self._iterations_before = 0
         self._stateful: list[Stateful] = []
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
 
     def add_event_handler(self, event_name: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
         """As Ignite's; remembers whose handler it is, so that whatever has a state is saved and resumed."""
-        owner = _owner(handler)
+        owner = owner_of(handler)
         if isinstance(owner, Stateful) and owner is not self and not any(owner is known for known in self._stateful):
             self._stateful.append(owner)
         return super().add_event_handler(event_name, handler, *args, **kwargs)
+
+    def remove_event_handler(self, handler: Any, event_name: Any) -> None:
+        """As Ignite's, which also ``remove()`` of an event's handle calls; a handler without events is saved no more."""
+        super().remove_event_handler(handler, event_name)
+        attached = self.handlers()
+        self._stateful = [known for known in self._stateful if any(known is other for other in attached)]
 
     def detach(self, handler: Any) -> None:
         """As :meth:`StepEngine.detach`; its state is saved no more."""
@@ -137,19 +112,26 @@ class Trainer(StepEngine):
         return named
 
     def state_dict(self) -> OrderedDict[str, Any]:
-        """How far the run is, and its metrics; how long it shall be is up to :meth:`run`."""
-        saved = {name: getattr(self.state, name) for name in self._SAVED}
+        """How far the run is, its metrics and ``state_dict_user_keys``; how long it shall be is up to :meth:`run`."""
+        saved = {name: getattr(self.state, name) for name in (*self._SAVED, *self.state_dict_user_keys)}
         return OrderedDict(saved, metrics=self.state.metrics.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned: the next :meth:`run` goes on from there."""
+        """Restore what ``state_dict`` returned: the next :meth:`run` goes on from there.
+
+        Raises:
+            ValueError: it lacks one of ``state_dict_user_keys``; nothing has changed then.
+        """
         state = self.state
-        for name in self._SAVED:
+        if missing := [name for name in self.state_dict_user_keys if name not in state_dict]:
+            raise ValueError(f"the state lacks {', '.join(missing)}, of the trainer's state_dict_user_keys")
+        for name in (*self._SAVED, *self.state_dict_user_keys):
             setattr(state, name, state_dict[name])
-        state.epoch = state.iteration // state.epoch_length
+        state.epoch = state.iteration // state.epoch_length if state.epoch_length else 0
         state.metrics.load_state_dict(state_dict["metrics"])
         state.media, state.window_open = {}, False
         self._resumed = True
+        self.drop_interrupted_run()
 
     def run(
         self,
@@ -158,68 +140,137 @@ class Trainer(StepEngine):
         max_iters: int | None = None,
         epoch_length: int | None = None,
     ) -> Any:
-        """As Ignite's. A resumed trainer goes on to the length asked for here; if that is reached, it trains no further.
+        """As Ignite's, and every run goes on where the last one has left off: also inside an epoch.
+
+        ``data`` then has to begin there, see :class:`~hjepa_engine.handlers.DataPosition`. A trainer that was loaded with a
+        state goes on to the length asked for here; if that is reached, it trains no further. A finished one goes on if more
+        is asked for. Otherwise it starts anew, as Ignite's does, with ``optimizer_step`` and metrics too; modules, optimizer
+        and handlers stay as they are.
 
         Raises:
-            ValueError: a resumed trainer gets data of another length than it was trained on.
+            ValueError: a trainer that goes on gets data of another length than before, or stopped in a first epoch whose
+                length was not known yet.
+            DataError: there is no data, or it ends inside an epoch and cannot be read again.
         """
-        if not self._resumed:
-            return super().run(data, max_epochs, max_iters, epoch_length)
-        self._resumed = False
         state = self.state
-        length = epoch_length or (len(data) if isinstance(data, Sized) else state.epoch_length)
+        if self.is_interrupted:
+            return super().run(data, max_epochs, max_iters, epoch_length)
+        self._iterations_before, resumed, self._resumed = state.iteration, self._resumed, False
+        if state.iteration == 0:
+            if resumed:
+                state.max_epochs = state.max_iters = None
+            return super().run(data, max_epochs, max_iters, epoch_length)
+        if state.epoch_length is None and epoch_length is None:
+            raise ValueError(
+                f"to go on at iteration {state.iteration} of the first epoch, run() needs its epoch_length"
+            )
+        if state.epoch_length is None:
+            state.epoch_length = epoch_length
+        state.epoch = state.iteration // state.epoch_length
+        self.should_terminate = False  # else Ignite would take up the epoch at its beginning
+        if not resumed:
+            if state.max_iters is not None:
+                state.max_epochs = None  # Ignite has set it when it had counted an epoch
+            return super().run(data, max_epochs, max_iters, epoch_length)
+        length = epoch_length or _length_of(data) or state.epoch_length
         if length != state.epoch_length:
             raise ValueError(f"an epoch has {length} batches now and had {state.epoch_length} before the resume")
         state.max_epochs, state.max_iters = max_epochs if max_iters or max_epochs else 1, max_iters
-        if not self._is_done(state):
-            return super().run(data, max_epochs, max_iters)
-        # Ignite would start anew. What follows the last iteration may not have happened yet.
-        self._init_timers(state)
-        self._fire_event(Events.STARTED)
-        self._fire_event(Events.COMPLETED)
-        return state
+        # What follows the last iteration may not have happened yet.
+        return self.run_no_further() if self.is_done else super().run(data, max_epochs, max_iters)
 
     def _process(self, engine: Engine, batch: Batch) -> Outputs:
         self._stepped = False
         self.state.output = self._run_step(batch)
-        self._fire_event(TrainEvents.FORWARD_COMPLETED)
-        self._fire_event(TrainEvents.LOSS_READY)
-        self._fire_event(TrainEvents.UPDATE_COMPLETED)
+        self.fire(TrainEvents.FORWARD_COMPLETED)
+        self.fire(TrainEvents.LOSS_READY)
+        self.fire(TrainEvents.UPDATE_COMPLETED)
         # A live loss would keep the graph, and with it all activations, until the next iteration has replaced it.
         return detach(self.state.output)
 
-    def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        """Fire ``event_name``, then what always comes last: order must not depend on who attached first."""
-        super()._fire_event(event_name, *event_args, **event_kwargs)
-        state = self.state
-        if event_name == TrainEvents.OPTIMIZER_STEPPED:
-            self._stepped = True
-        elif event_name == Events.ITERATION_COMPLETED:
-            if self._log_window_ends():
-                super()._fire_event(TrainEvents.LOG_INTERVAL_COMPLETED)
-                super()._fire_event(TrainEvents.METRICS_READY)
-                super()._fire_event(TrainEvents.LOG_METRICS)
-            super()._fire_event(TrainEvents.ITERATION_FINALIZED)
-            state.epoch_open = state.epoch_length is not None and state.iteration % state.epoch_length == 0
-            if not state.window_open:
-                super()._fire_event(TrainEvents.CHECKPOINT_READY)
-        elif event_name == Events.EPOCH_COMPLETED:
-            super()._fire_event(TrainEvents.LOG_METRICS)
-            super()._fire_event(TrainEvents.EPOCH_FINALIZED)
-            state.epoch_open = False
-            super()._fire_event(TrainEvents.CHECKPOINT_READY)
-        elif event_name == Events.STARTED:
-            if state.iteration == 0:
-                super()._fire_event(TrainEvents.LOG_METRICS)
-            elif state.epoch_open:
-                # Saved behind an epoch's last iteration: its end is still to come.
-                self._fire_event(Events.EPOCH_COMPLETED)
+    def before(self, event: Any) -> None:
+        """Put the state in order for the handlers of ``event``."""
+        if event == Events.STARTED and self.state.iteration == 0 < self._iterations_before:
+            self._forget_run()
+        elif event == Events.EPOCH_COMPLETED:
+            self._complete_epoch()
 
-    def _log_window_ends(self) -> bool:
+    def after(self, event: Any) -> None:
+        """Fire what comes last: order must not depend on who attached first."""
         state = self.state
-        if self._stepped and state.optimizer_step % self.log_frequency == 0:
-            return True
-        return state.iteration == state.max_iters or state.iteration % (state.epoch_length or 1) == 0
+        if event == TrainEvents.OPTIMIZER_STEPPED:
+            self._stepped = True
+        elif event == Events.ITERATION_COMPLETED:
+            self._finalize_iteration()
+        elif event == Events.TERMINATE_SINGLE_EPOCH:
+            self._skip_rest_of_epoch()
+        elif event == Events.EPOCH_COMPLETED:
+            self.fire(TrainEvents.LOG_METRICS)
+            self.fire(TrainEvents.EPOCH_FINALIZED)
+            state.epoch_open = False
+            self.fire(TrainEvents.CHECKPOINT_READY)
+        elif event == Events.STARTED:
+            if state.iteration == 0:
+                self.fire(TrainEvents.LOG_METRICS)
+            elif state.epoch_open:  # saved behind an epoch's last iteration: its end is still to come
+                self.fire(Events.EPOCH_COMPLETED)
+
+    def _forget_run(self) -> None:
+        """What Ignite does not put back when it starts a finished run anew."""
+        state = self.state
+        state.optimizer_step = state.skipped_updates = state.rollbacks = 0
+        state.lr_scale, state.window_open, state.epoch_open = 1.0, False, False
+        state.metrics.clear()
+        state.media.clear()
+
+    def _finalize_iteration(self) -> None:
+        state, self._interval_open = self.state, True
+        self._skip_rest_of_epoch()
+        ends_interval = self._stepped and state.optimizer_step % self.log_frequency == 0
+        if ends_interval or state.iteration == state.max_iters or state.ends_epoch:
+            self._end_log_interval()
+        self.fire(TrainEvents.ITERATION_FINALIZED)
+        self._skip_rest_of_epoch()
+        state.epoch_open = state.ends_epoch and self.should_terminate_single_epoch != "skip_epoch_completed"
+        if not state.window_open:
+            self.fire(TrainEvents.CHECKPOINT_READY)
+
+    def _end_log_interval(self) -> None:
+        self._interval_open = False
+        self.fire(TrainEvents.LOG_INTERVAL_COMPLETED)
+        self.fire(TrainEvents.METRICS_READY)
+        self.fire(TrainEvents.LOG_METRICS)
+
+    def _skip_rest_of_epoch(self) -> None:
+        """After ``terminate_epoch()``, count its batches as if they had been read: epochs stay at multiples of a length."""
+        state = self.state
+        if not self.should_terminate_single_epoch:
+            return
+        if state.epoch_length is None:
+            raise ValueError("terminate_epoch() needs the length of an epoch: give run() its epoch_length")
+        end = state.epoch * state.epoch_length
+        state.iteration = end if state.max_iters is None else min(end, state.max_iters)
+        state.window_open = False  # its gradients are dropped when the next one begins
+
+    def _complete_epoch(self) -> None:
+        """Refuse an epoch that is none; end the log interval where only now is known that the epoch is over."""
+        state = self.state
+        if not state.iteration:
+            raise DataError("the data has no batches")
+        if state.iteration != state.epoch * state.epoch_length and not self.should_terminate_single_epoch:
+            raise DataError(
+                f"the data ended after iteration {state.iteration}, inside epoch {state.epoch} of "
+                f"{state.epoch_length} batches, and cannot be read again"
+            )
+        if self._interval_open:
+            self._end_log_interval()
+
+
+def _length_of(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # a generator, or a loader of a data set without a length
+        return None
 
 
 def create_trainer(

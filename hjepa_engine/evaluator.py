@@ -24,8 +24,9 @@ class Evaluator(StepEngine):
             return self._run_step(batch)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """As Ignite's; an evaluation that was cut short is started anew."""
-        self.state.max_epochs = self.state.max_iters = None
+        """As Ignite's; an evaluation that was cut short is started anew, one that was interrupted goes on."""
+        if not self.is_interrupted:
+            self.state.max_epochs = self.state.max_iters = None
         return super().run(*args, **kwargs)
 
     def _enter(self) -> None:

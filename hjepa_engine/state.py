@@ -89,7 +89,8 @@ class TrainState(State):
     output: Any
     """What the step has returned, a dict with ``loss`` (); it has its graph up to ``TrainEvents.LOSS_READY``."""
     epoch_length: int
-    """Iterations of an epoch; None before :meth:`Engine.run` is told."""
+    """Iterations of an epoch; None before :meth:`Engine.run` is told, and until the first epoch of data without a length is
+    over."""
     metrics: Metrics
     """Floats by name; whatever is new is logged."""
     media: dict[str, Any]
@@ -117,6 +118,11 @@ class TrainState(State):
         self.window_loss = torch.tensor(math.nan)
         self.checkpoint = None
 
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the present iteration is its epoch's last; False while an epoch's length is not known."""
+        return self.epoch_length is not None and self.iteration % self.epoch_length == 0
+
 
 class Window(NamedTuple):
     """Position of an iteration in its accumulation window."""
@@ -133,13 +139,22 @@ class Window(NamedTuple):
 
 
 def accumulation_window(
-    iteration: int, epoch_length: int, accumulation_steps: int, max_iters: int | None = None
+    iteration: int, epoch_length: int | None, accumulation_steps: int, max_iters: int | None = None
 ) -> Window:
     """Which window ``iteration`` (from 1) belongs to; windows start anew with every epoch.
+
+    Raises:
+        ValueError: a window of several iterations may be cut short by the epoch's end, and ``epoch_length`` is not known.
 
     >>> [accumulation_window(i, epoch_length=5, accumulation_steps=2) for i in (1, 2, 5)]
     [Window(position=0, size=2), Window(position=1, size=2), Window(position=0, size=1)]
     """
+    if accumulation_steps == 1:
+        return Window(0, 1)
+    if epoch_length is None:
+        raise ValueError(
+            f"accumulation_steps {accumulation_steps} needs the length of an epoch: give run() its epoch_length"
+        )
     position = (iteration - 1) % epoch_length
     end = epoch_length if max_iters is None else min(epoch_length, position + 1 + max_iters - iteration)
     offset = position % accumulation_steps

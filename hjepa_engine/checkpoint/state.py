@@ -103,7 +103,7 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
             remarks.append(f"the state of {name} is not used: there is no such handler now")
     for name, handler in handlers.items():
         if name not in saved:
-            if getattr(handler, "must_resume", False):
+            if getattr(type(handler), "must_resume", False):
                 raise CheckpointError(f"the checkpoint lacks the state of {name}")
             if handler.state_dict():
                 remarks.append(f"{name} starts afresh: the checkpoint has no state of it")
@@ -114,7 +114,8 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
         except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"the state of {name} in the checkpoint does not fit: {_what(error)}") from error
     engine = state["engine"]
-    if not all(type(engine[name]) is int for name in ("iteration", "epoch_length", "optimizer_step")):
+    of_epoch = engine["epoch_length"] or 0  # None in a first epoch whose length was not known
+    if not all(type(number) is int for number in (engine["iteration"], of_epoch, engine["optimizer_step"])):
         raise CheckpointError("the checkpoint does not say how far the run was")
     Metrics().load_state_dict(engine["metrics"])  # can it be read at all?
     if same_processes:
@@ -126,7 +127,7 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
 
 
 def _is_per_rank(handler: Any) -> bool:
-    return getattr(handler, "per_rank", False)
+    return getattr(type(handler), "per_rank", False)  # of the type: an Ignite metric has an attribute of every name
 
 
 def _what(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -51,9 +52,11 @@ def _recent_mean(durations: deque[float]) -> float:
     return sum(newer) / len(newer) if newer else 0.0
 
 
-def total_iterations(state: Any) -> int:
-    """Iterations of the whole run that a trainer's ``state`` is in."""
-    return state.max_epochs * state.epoch_length if state.max_iters is None else state.max_iters
+def total_iterations(state: Any) -> float:
+    """Iterations of the whole run that a trainer's ``state`` is in; infinity while the length of an epoch is not known."""
+    if state.max_iters is not None:
+        return state.max_iters
+    return math.inf if state.epoch_length is None else state.max_epochs * state.epoch_length
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ class Recorder:
     """Write down every event that fires."""
 
     def __init__(self, events=(*TrainEvents, *Events), skipped=LOADING):
-        skipped = {*skipped, Events.EXCEPTION_RAISED}  # a handler of it would swallow the error
+        skipped = {*skipped, Events.EXCEPTION_RAISED}  # its handlers get the error too
         self.events, self.seen = [event for event in events if event not in skipped], []
 
     def attach(self, engine):
