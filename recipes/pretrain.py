@@ -60,7 +60,12 @@ def main(argv: Sequence[str], default: Path = DEFAULT_CONFIG, **parts: Any) -> N
 
         preview(config, lambda config: build(config, **parts))
 
-    config = read_config(__doc__ or "", default, argv, show)
+    def search(config: Config) -> None:
+        from hjepa_engine.recipes.common.lr_finder import find_lr
+
+        find_lr(config, lambda config: build(config, **parts))
+
+    config = read_config(__doc__ or "", default, argv, show, search)
     if config is None:
         return
     from hjepa_engine.recipes.common.run import run_to_end

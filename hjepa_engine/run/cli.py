@@ -53,7 +53,11 @@ def command_parser(description: str, with_config: bool = True) -> argparse.Argum
 
 
 def read_config(
-    description: str, default: Path, argv: Sequence[str], preview: Callable[[Config], None] | None = None
+    description: str,
+    default: Path,
+    argv: Sequence[str],
+    preview: Callable[[Config], None] | None = None,
+    find_lr: Callable[[Config], None] | None = None,
 ) -> Config | None:
     """The configuration that a command line asks for; None where it only asked to see it.
 
@@ -62,6 +66,7 @@ def read_config(
         default: the file that is read without ``--config``.
         argv: the arguments.
         preview: what ``--preview`` does; None: there is no such option.
+        find_lr: likewise what ``--find_lr`` does.
 
     Raises:
         ConfigError: one line that says what is wrong.
@@ -73,6 +78,8 @@ def read_config(
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     if preview is not None:
         parser.add_argument("--preview", action="store_true", help="print and draw schedules and masks, and exit")
+    if find_lr is not None:
+        parser.add_argument("--find_lr", action="store_true", help="try learning rates, suggest one, and exit")
     known, overrides = parser.parse_known_args(argv)
     config = load_config(known.config, overrides)
     if known.print_config:
@@ -80,6 +87,9 @@ def read_config(
         return None
     if preview is not None and known.preview:
         preview(config)
+        return None
+    if find_lr is not None and known.find_lr:
+        find_lr(config)
         return None
     return config
 
