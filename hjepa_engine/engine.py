@@ -218,8 +218,8 @@ class Trainer(StepEngine):
     def _forget_run(self) -> None:
         """What Ignite does not put back when it starts a finished run anew."""
         state = self.state
-        state.optimizer_step = state.skipped_updates = state.rollbacks = 0
-        state.lr_scale, state.window_open, state.epoch_open = 1.0, False, False
+        state.optimizer_step = state.skipped_updates = 0
+        state.window_open = state.epoch_open = False
         state.metrics.clear()
         state.media.clear()
 
