@@ -33,6 +33,23 @@ A run is described by one YAML file, and every key can be given on the command l
 
 From Python: `load_config("my_run.yaml", ["--training.lr", "3e-4"])`, or the sections themselves: `Config(seed=1)`.
 
+A file may build on another one, and that on a third. Sections are merged key by key; lists, mappings and single values
+replace those of the base. The path is relative to the file; the resolved configuration has no `base`:
+
+```yaml
+base: digit_pages.yaml
+training: {{epochs: 40, lr: 5.0e-4}}
+```
+
+Editors with a YAML language server complete keys, show descriptions and mark mistakes when a file names the JSON schema:
+
+    python recipes/pretrain.py --print_schema > hjepa.schema.json
+
+```yaml
+# yaml-language-server: $schema=hjepa.schema.json
+training: {{epochs: 40}}
+```
+
 YAML is read strictly: numbers as in YAML 1.2 (`1e-4` is one), a repeated key or an alias is an error, tags are refused.
 A mistake is one line that names the key, the rule and the value, and exit code 2, before anything is created.
 

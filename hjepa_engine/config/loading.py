@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from hjepa_engine.config.describe import format_value, truncate
+from hjepa_engine.config.describe import format_value, hints_of, is_section, truncate
 from hjepa_engine.config.messages import error_line
 from hjepa_engine.config.overrides import apply_overrides
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
@@ -61,7 +61,8 @@ def _validator() -> TypeAdapter[Config]:
     return TypeAdapter(Config)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain data of a file and of those that it builds on; ``above``: the files that build on this one."""
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -70,4 +71,24 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"must hold keys and values, got {format_value(data)}")
-    return data
+    if "base" not in data:
+        return data
+    base, above = data.pop("base"), (*above, path.resolve())
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"base must be the path of a YAML file, got {format_value(base)}")
+    if (path.parent / base).resolve() in above:
+        raise ConfigError(f"base must not lead back to the file it stands in, got {format_value(base)}")
+    try:
+        return _merge(_read(path.parent / base, above), data, Config)
+    except ConfigError as error:
+        raise ConfigError(f"base {base}: {error}") from error
+
+
+def _merge(base: dict[str, Any], data: dict[str, Any], section: Any) -> dict[str, Any]:
+    """Sections are merged key by key; lists, mappings and all else of ``data`` replace what ``base`` has."""
+    merged = {**base, **data}
+    for name, hint in hints_of(section).items():
+        old, new = base.get(name), data.get(name)
+        if is_section(hint) and isinstance(old, dict) and isinstance(new, dict):
+            merged[name] = _merge(old, new, hint)
+    return merged

@@ -13,6 +13,9 @@ from hjepa_engine.config.describe import bounds_of, describe_bounds, fields_of, 
 from hjepa_engine.config.fields import OnResume, on_resume
 from hjepa_engine.config.schema import Config
 
+#: What the key does that only files have.
+BASE = "Another YAML file, relative to this one, whose values hold where this file gives none."
+
 
 @dataclass(frozen=True)
 class Option:
@@ -61,7 +64,7 @@ def _as_written(value: Any) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """What a YAML file may hold, as a JSON schema for editors."""
-    schema = TypeAdapter(Config).json_schema()
-    schema = json.loads(json.dumps(schema).replace("``", "`"))
+    """What a YAML file may hold, as a JSON schema that editors complete and check files with."""
+    schema = json.loads(json.dumps(TypeAdapter(Config).json_schema()).replace("``", "`"))  # as Markdown has it
+    schema["properties"] = {"base": {"type": "string", "description": BASE}, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

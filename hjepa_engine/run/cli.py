@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -15,10 +16,9 @@ from types import FrameType
 from typing import NoReturn
 
 from hjepa_engine.config.loading import dump_config, load_config
-from hjepa_engine.config.options import list_options
+from hjepa_engine.config.options import json_schema, list_options
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError
-from hjepa_engine.utils.bars import close_bars
 from hjepa_engine.utils.process import before_exit, make_streams_safe
 
 EXIT_CODES = """\
@@ -76,11 +76,15 @@ def read_config(
         "--config", type=Path, default=default, metavar="FILE", help=f"YAML file (default: {default.name})"
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--print_schema", action="store_true", help="print a JSON schema of the YAML file and exit")
     if preview is not None:
         parser.add_argument("--preview", action="store_true", help="print and draw schedules and masks, and exit")
     if find_lr is not None:
         parser.add_argument("--find_lr", action="store_true", help="try learning rates, suggest one, and exit")
     known, overrides = parser.parse_known_args(argv)
+    if known.print_schema:
+        print(json.dumps(json_schema(), indent=2))
+        return None
     config = load_config(known.config, overrides)
     if known.print_config:
         print(dump_config(config), end="")
@@ -108,7 +112,8 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
         before_exit(_exit_undisturbed)
-        close_bars()  # the last line is the reason, and nothing but it
+        if bars := sys.modules.get("hjepa_engine.utils.bars"):  # else there are none
+            bars.close_bars()  # the last line is the reason, and nothing but it
         if "--debug" in argv:
             traceback.print_exc()
         print(one_line(error), file=sys.stderr, flush=True)

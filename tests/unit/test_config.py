@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from ignite.engine import Events
@@ -20,7 +21,7 @@ from torch import nn
 from hjepa_engine import Config, dump_config, load_config
 from hjepa_engine.build import build_step, choose_device
 from hjepa_engine.checkpoint.folder import list_checkpoints
-from hjepa_engine.config.options import list_options
+from hjepa_engine.config.options import json_schema, list_options
 from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.config.schema import Level, resolve_levels
 from hjepa_engine.data import build_loader, open_split
@@ -139,6 +140,82 @@ def test_yaml_reads_numbers_as_people_write_them(text, value):
 def test_an_empty_file_is_the_defaults(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_a_file_builds_on_another_section_by_section(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "first.yaml").write_text(
+        "training: {epochs: 7, lr: 0.1, optimizer_args: {eps: 1, amsgrad: true}}\n"
+        "model: {predictor: {width: 8, depth: 3, num_heads: 2}, levels: [{pool: 1}, {pool: 2}]}\nseed: 4"
+    )
+    (tmp_path / "second.yaml").write_text("base: far/first.yaml\ntraining: {epochs: 8, warmup_epochs: 1}")
+    path = tmp_path / "third.yaml"
+    path.write_text(
+        "base: second.yaml\ntraining: {lr: 0.2, optimizer_args: {eps: 2}}\n"
+        "model: {predictor: {depth: 4}, levels: [{pool: image}]}"
+    )
+    config = load_config(path, ["--seed=5"])
+    training, predictor = config.training, config.model.predictor
+    assert (training.epochs, training.warmup_epochs, training.lr, config.seed) == (8, 1, 0.2, 5)
+    assert (predictor.width, predictor.depth) == (8, 4)
+    assert training.optimizer_args == {"eps": 2} and config.model.levels == [Level("image")]
+    assert "base" not in dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ("other.yaml", "base other.yaml: base must not lead back to the file it stands in, got 'run.yaml'"),
+        ("run.yaml", "base must not lead back to the file it stands in, got 'run.yaml'"),
+        ("nowhere.yaml", "base nowhere.yaml: cannot be read: No such file or directory"),
+        ("twice.yaml", "base twice.yaml: no valid YAML: seed is given twice, again in line 2"),
+        ("3", "base must be the path of a YAML file, got 3"),
+        ("", "base must be the path of a YAML file, got None"),
+        ("fast.yaml", "training.lr must be a number, got 'fast'"),
+    ],
+)
+def test_a_base_that_cannot_be_built_on_is_one_line(tmp_path, base, says):
+    (tmp_path / "other.yaml").write_text("base: run.yaml")
+    (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2")
+    (tmp_path / "fast.yaml").write_text("training: {lr: fast}")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: {base}\ntraining: {{epochs: 20}}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: {says}"
+
+
+def test_the_schema_for_editors_takes_shipped_files_and_refuses_mistakes():
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.check_schema(validator.schema)
+    for path in CONFIGS:
+        validator.validate(parse_yaml(path.read_text()))
+    for text in (
+        "training: {lrr: 1}",
+        "training: {lr: 0}",
+        "training: {lr: fast}",
+        "base: 3",
+        "data: {dataset: digit}",
+    ):
+        assert not validator.is_valid(parse_yaml(text)), text
+    training = validator.schema["$defs"]["TrainingConfig"]["properties"]
+    assert training["lr"]["description"] == "Learning rate at the end of the warm-up."
+
+
+def test_the_configuration_and_the_command_line_import_nothing_heavy():
+    program = "import sys, hjepa_engine, hjepa_engine.config, hjepa_engine.run.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    heavy = {"torch", "ignite", "numpy", "torchvision", "timm", "tqdm", "matplotlib", "wandb"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    import hjepa_engine
+
+    assert set(hjepa_engine.__all__) <= set(dir(hjepa_engine))
+    assert all(hasattr(hjepa_engine, name) for name in hjepa_engine.__all__)
+    with pytest.raises(AttributeError, match="module 'hjepa_engine' has no attribute 'create_trainr'"):
+        hjepa_engine.create_trainr  # noqa: B018
 
 
 def test_levels_are_powers_of_two_weighted_as_asked():
