@@ -241,3 +241,29 @@ def draw_schedules(
             if len(lines) > 1:
                 axes.legend()
     return figure
+
+
+def draw_lr_sweep(
+    lrs: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], suggestion: float | None
+) -> Figure:
+    """The loss over the learning rate, and the rate that is suggested, if there is one.
+
+    Args:
+        lrs: learning rate of each step.
+        losses: loss of each step.
+        smoothed: the same, smoothed.
+        suggestion: a learning rate.
+    """
+    from matplotlib.figure import Figure
+
+    with figure_style():
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(lrs, losses, color=GRAY, linewidth=0.7, label="loss of a step")
+        axes.plot(lrs, smoothed, color=PALETTE[0], label="smoothed")
+        if suggestion is not None:
+            axes.axvline(suggestion, color=PALETTE[5], linestyle="--", label=f"falls fastest: {suggestion:.2g}")
+        axes.set(title=f"Loss while the learning rate rises, {len(lrs)} steps", xlabel="learning rate", xscale="log")
+        axes.set_ylim(top=1.1 * max(losses[: max(1, len(lrs) // 2)]))
+        axes.legend()
+    return figure

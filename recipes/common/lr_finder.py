@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
@@ -24,10 +24,8 @@ from hjepa_engine.handlers import (
     StepSeed,
     TargetEncoderEMA,
 )
-from hjepa_engine.visualization.drawing import GRAY, PALETTE, figure_style, save
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from hjepa_engine.visualization.drawing import save
+from hjepa_engine.visualization.figures import draw_lr_sweep
 
 #: What a step needs. All else of this project that is attached to the trainer would write, measure or stop.
 _NEEDED = (DamagedImages, DataPosition, MaskSampler, OptimizerStep, ParamSchedule, StepSeed, TargetEncoderEMA)
@@ -120,7 +118,8 @@ def find_lr(config: Config, build: Callable[[Config], Any], steps: int = 100) ->
         if idist.get_rank() == 0:
             path = run.folder.path / "preview" / "lr_finder.png"
             try:
-                save(draw(sweep), path)
+                lrs = sweep.lrs[: len(sweep.losses)]
+                save(draw_lr_sweep(lrs, sweep.losses, smoothed(sweep.losses), sweep.suggestion()), path)
             except OSError as error:
                 raise ConfigError(f"run_dir {run.folder.path} cannot be written to: {error.strerror}") from error
             print(f"{run.describe()}\n\n{describe(sweep, config.training.lr, path)}")
@@ -154,21 +153,3 @@ def describe(sweep: LearningRateSweep, lr: float, path: Path) -> str:
     found = sweep.suggestion()
     said = "the loss falls at no learning rate" if found is None else f"try --training.lr {found:.2g} (now {lr:g})"
     return "\n".join([*rows, "", said, f"drawn: {path}"])
-
-
-def draw(sweep: LearningRateSweep) -> Figure:
-    """The loss over the learning rate, and the suggestion."""
-    from matplotlib.figure import Figure
-
-    lrs, found = sweep.lrs[: len(sweep.losses)], sweep.suggestion()
-    with figure_style():
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(lrs, sweep.losses, color=GRAY, linewidth=0.7, label="loss of a step")
-        axes.plot(lrs, smoothed(sweep.losses), color=PALETTE[0], label="smoothed")
-        if found is not None:
-            axes.axvline(found, color=PALETTE[5], linestyle="--", label=f"falls fastest: {found:.2g}")
-        axes.set(title=f"Loss while the learning rate rises, {len(lrs)} steps", xlabel="learning rate", xscale="log")
-        axes.set_ylim(top=1.1 * max(sweep.losses[: max(1, len(lrs) // 2)]))
-        axes.legend()
-    return figure
