@@ -1,4 +1,4 @@
-"""Checkpoints while a run goes on: when, and of what."""
+"""Save checkpoints during a run."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from hjepa_engine.utils.eta import total_iterations
 class Checkpointer:
     """Save everything that the run needs to go on with the same bits, and keep what the policy says.
 
-    Training waits for a copy of the state, handlers' included; a thread writes it. A save that fails is named in a warning,
-    and tried again at the next occasion. :func:`~hjepa_engine.checkpoint.state.resume` is the way back.
+    Training waits while the state, handlers' included, is copied; a thread writes the copy. A failed save is a warning, and
+    the next save tries again. :func:`~hjepa_engine.checkpoint.state.resume` loads a checkpoint.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.CHECKPOINT_READY`` and ``PREEMPTED``, ``COMPLETED``.
     Reads: ``engine.state.metrics``, ``engine.state.optimizer_step``, ``engine.state.epoch_open``.
     Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is preempted.
 
     Args:
-        folder: of the checkpoints; made if need be.
-        policy: which ones stay.
+        folder: of the checkpoints; created if it does not exist.
+        policy: which checkpoints to keep.
         metric: a checkpoint's score, if it was new when that was saved.
         every_epochs: save at the end of every N-th epoch, and of the run; None: only of the run.
         every_steps: likewise after every N-th optimizer step.
-        every_minutes: likewise when so many minutes have passed since the last save.
+        every_minutes: likewise once this many minutes have passed since the last save.
         keep_before: asked at every save for an iteration; the newest checkpoint from before it is kept, whatever the policy
             says. None: no such iteration.
         config: the resolved configuration, for the manifest.
@@ -76,7 +76,7 @@ class Checkpointer:
         engine.add_event_handler(Events.COMPLETED, self.wait)
 
     def prepare(self, engine: Trainer) -> None:
-        """Make the folder ready; find out now, not hours later, whether the state can be saved at all."""
+        """Prepare the folder, and check now rather than hours later that the state can be saved."""
         flat_state(engine)
         rank_zero(self.writer.prepare)
         self._last_save = time.monotonic()
@@ -87,7 +87,7 @@ class Checkpointer:
         self._moment = engine.state.metrics.moment
 
     def save_if_due(self, engine: Trainer) -> None:
-        """Save if it is time to."""
+        """Save if a checkpoint is due."""
         if engine.state.epoch_open and not engine.should_terminate:
             # Handlers of the epoch's end, who may take long, are about to change the state.
             self._open_end = self._copy(engine)
@@ -109,7 +109,7 @@ class Checkpointer:
         return [reason for reason, is_due in due.items() if is_due]
 
     def save_now(self, engine: Trainer) -> None:
-        """Save the interrupted run and wait until it is on disk; ``CheckpointError`` if that fails."""
+        """Save the preempted run and wait until it is on disk; ``CheckpointError`` if that fails."""
         self._save(self._open_end or self._copy(engine), ["interrupted"])
         self.close()
         self.wait(engine)
@@ -126,7 +126,7 @@ class Checkpointer:
         self.wait(engine)
 
     def wait(self, engine: Trainer) -> None:
-        """Wait until everything is on disk, or has failed to get there."""
+        """Wait until the last write has ended or failed."""
         self.writer.wait()
         engine.state.checkpoint = self.writer.newest
 

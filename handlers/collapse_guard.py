@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 class CollapseGuard:
     """Check logged metrics against rules; warn, end the run, or ask for a rollback.
 
-    A rule looks at each new value of its metric, once per log interval and at an epoch's end, when everybody else has read
-    it. Rank 0 decides for all. The guard counts the rollbacks; who carries them out, the ``Checkpointer`` and the learning
-    rates' ``ParamSchedule`` ask it for ``rollbacks``, ``first_untrusted_iteration`` and ``lr_multiplier``.
+    A rule checks each new value of its metric, once per log interval and at an epoch's end, after all other handlers. Rank 0
+    decides for all. The guard counts rollbacks and does not carry them out: others read its ``rollbacks``,
+    ``first_untrusted_iteration`` (``Checkpointer``) and ``lr_multiplier`` (``ParamSchedule`` of the learning rates).
 
     Listens to: ``TrainEvents.LOG_INTERVAL_COMPLETED``, ``LOG_METRICS``, ``ITERATION_FINALIZED`` and ``EPOCH_FINALIZED``.
     Reads: ``engine.state.metrics``, ``engine.state.optimizer_step``.
@@ -72,7 +72,7 @@ class CollapseGuard:
             engine.state.metrics["train/rollbacks"] = float(self.rollbacks)
 
     def name_missing(self, engine: Trainer) -> None:
-        """Say once, after an epoch, which metrics of rules are not there; those of the default rules may be off."""
+        """Warn once, after an epoch, of metrics in the rules that do not exist; those of the default rules may be off."""
         if self._is_named:
             return
         missing = {monitor.rule.metric for monitor in self.monitors} - {rule.metric for rule in default_rules()}
@@ -83,11 +83,11 @@ class CollapseGuard:
         self._is_named = True
 
     def notice(self, engine: Trainer) -> None:
-        """There are new values: they are judged when everybody has read them."""
+        """Note that there are new values; they are checked after all other handlers."""
         self._is_new, self._place = bool(self.monitors), (engine.state.optimizer_step, engine.state.iteration)
 
     def check(self, engine: Trainer) -> None:
-        """Judge what is new. Collective."""
+        """Check what is new. Collective."""
         if not self._is_new:
             return
         self._is_new = False
@@ -104,7 +104,7 @@ class CollapseGuard:
                 logger.warning("%s", verdict.text)
 
     def evaluate_rules(self, engine: Trainer) -> list[Verdict]:
-        """What the rules say of the values that are new."""
+        """Verdicts of the rules on the new values."""
         fresh, self._seen = engine.state.metrics.since(self._seen)
         verdicts = [
             monitor.update(fresh[monitor.rule.metric], *self._place)

@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on with the same bits: collected from a trainer, restored to one."""
+"""The whole state of a run: collected from a trainer, restored to one, so that it continues with the same bits."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def flat_state(trainer: Trainer) -> tuple[str, dict[str, Tensor]]:
 
 
 def restore_state(trainer: Trainer, state: State) -> list[str]:
-    """Put a trainer, with its handlers attached, where :func:`collect_state` found the other one.
+    """Restore what :func:`collect_state` returned to a trainer with its handlers attached.
 
     Returns:
-        Remarks, one line each: handlers whose state was not in the checkpoint or is not wanted, another number of processes.
+        Remarks, one line each: handlers without a saved state, saved states without a handler, another number of processes.
 
     Raises:
         CheckpointError: a part is missing or does not fit; the first misfit is named. Nothing has changed then.
@@ -117,7 +117,7 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
     of_epoch = engine["epoch_length"] or 0  # None in a first epoch whose length was not known
     if not all(type(number) is int for number in (engine["iteration"], of_epoch, engine["optimizer_step"])):
         raise CheckpointError("the checkpoint does not say how far the run was")
-    Metrics().load_state_dict(engine["metrics"])  # can it be read at all?
+    Metrics().load_state_dict(engine["metrics"])  # fails before anything is restored
     if same_processes:
         restore_random_state(own["random"], trainer.device)
     for name, module in trainer.modules.items():  # from here on nothing can fail
@@ -204,7 +204,7 @@ def resume(trainer: Trainer, folder: Path) -> tuple[Checkpoint, list[str]] | Non
 
 
 def load_on_all_ranks(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tuple[Checkpoint, Any] | None:
-    """What ``load`` finds on rank 0; the other ranks read the very same checkpoint. Collective."""
+    """What ``load`` finds on rank 0; the other ranks load the same checkpoint. Collective."""
     found: tuple[Checkpoint, Any] | None = None
 
     def choose() -> Path | None:
@@ -291,7 +291,7 @@ def reproducibility_changes(checkpoint: Checkpoint, environment: Mapping[str, An
 
 
 def reproducibility_info(device: torch.device) -> State:
-    """What the bits of a run depend on besides its configuration."""
+    """What the bits of a run depend on, besides its configuration."""
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

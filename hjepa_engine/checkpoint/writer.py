@@ -1,4 +1,4 @@
-"""Checkpoints written in the background, one at a time, errors kept until somebody can act on them."""
+"""Write checkpoints in a background thread, one at a time; an error is kept until it can be handled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class StateCopy(NamedTuple):
-    """A state that training can no longer change, and the manifest's fields."""
+    """A snapshot of the state, which training no longer changes, and the manifest's fields."""
 
     name: str
     structure: str
@@ -33,11 +33,11 @@ class StateCopy(NamedTuple):
 
 
 class CheckpointWriter:
-    """Commit checkpoints to a folder in a thread of its own, then remove what the policy does not keep.
+    """Write checkpoints to a folder in a background thread, then remove those that the policy does not keep.
 
     Args:
         folder: of the checkpoints.
-        policy: which ones stay.
+        policy: which checkpoints to keep.
         on_saved: called in the writing thread with the path of every new checkpoint and its description.
     """
 
@@ -58,7 +58,7 @@ class CheckpointWriter:
         self._in_flight: Future[None] | None = None
 
     def prepare(self) -> None:
-        """Make the folder and remove what an interrupted process has left in it.
+        """Create the folder and remove temporary files of a process that was killed.
 
         Raises:
             ConfigError: it cannot be written to.
@@ -76,12 +76,12 @@ class CheckpointWriter:
     def copy(
         self, name: str, structure: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
     ) -> StateCopy:
-        """Copy a state; waits for the former copy to be written, whose memory is used again."""
+        """Copy a state, after the former write, whose memory is reused."""
         self.wait()
         return StateCopy(name, structure, self._snapshot.take(tensors), dict(description))
 
     def start(self, copy: StateCopy) -> None:
-        """Begin to write a copy, after the former write."""
+        """Start to write a copy, after the former write."""
         self.wait()
         self._in_flight = self._pool.submit(self._write, copy)
 
@@ -104,7 +104,7 @@ class CheckpointWriter:
         name, structure, tensors, description = copy
         began = time.perf_counter()
         try:
-            if not self.folder.is_dir():  # somebody has removed it
+            if not self.folder.is_dir():  # it was removed during the run
                 self.folder.mkdir(parents=True)
             self.newest = self.folder / write_checkpoint(self.folder, name, structure, tensors, description)
         except OSError as error:
@@ -132,7 +132,7 @@ class CheckpointWriter:
             logger.warning("checkpoint %s is saved, but not tidied up after: %s", self.newest, error)
 
     def _look_for_score(self, description: Mapping[str, Any], records: Sequence[Record]) -> None:
-        """Say that there is no metric to go by: after the first epoch, or at the end if it was never new at a save."""
+        """Warn that the metric for the best checkpoint is missing after the first epoch, or was never new at a save."""
         metric, metrics = description["metric"], description["metrics"]
         if not self.policy.keep_best_n:
             return

@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves behind, and how it ended."""
+"""The run folder: its files, its lock, and how the run ended."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class RunFolder:
         return None
 
     def lock(self) -> None:
-        """Make sure that no other process works in the folder or with its checkpoints; a dead one's lock is gone.
+        """Lock the folder and that of the checkpoints against other processes; the lock of a dead process is gone.
 
         Raises:
             ConfigError: another process does, or the folder cannot be written to.
@@ -128,12 +128,12 @@ class RunFolder:
             file.flush()
 
     def unlock(self) -> None:
-        """Let other processes in."""
+        """Release the locks."""
         while self._locks:
             self._locks.pop().close()
 
     def set_aside(self) -> Path | None:
-        """Move an earlier run in the folder, and its checkpoints, out of the way; where to, None if there was none."""
+        """Move an earlier run in the folder, and its checkpoints, to ``previous_<n>``; returns that path, or None."""
         run, checkpoints = self.path.absolute(), self.checkpoint_path.absolute()
         # Elsewhere than in the run folder, only checkpoints are the run's for sure.
         elsewhere = [item for item in list_folder(checkpoints) if item.name.startswith(_OF_CHECKPOINTS)]
@@ -151,7 +151,7 @@ class RunFolder:
         return self.path / f"previous_{number}"
 
     def enter(self) -> None:
-        """Describe the run in the folder, now that nothing stands in its way.
+        """Write ``config.yaml`` and ``environment.json`` once the run is about to start.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -176,14 +176,14 @@ class RunFolder:
         checkpoint: Path | None = None,
         any_rank: bool = False,
     ) -> None:
-        """Say how the run is: state, optimizer step, exit code, why, the probe's results, the newest checkpoint.
+        """Write ``status.json``: state, optimizer step, exit code, reason, the probe's results, the newest checkpoint.
 
         Rank 0 writes; with ``any_rank`` others do too, for an error that rank 0 may not hear of.
         """
         if idist.get_rank() != 0 and not any_rank:
             return
         if state == "running" and self._has_ended:
-            return  # a checkpoint that got finished while the process was leaving
+            return  # a checkpoint that was written while the process ended
         self._has_ended = state != "running"
         self._newest = checkpoint or self._newest
         record = {
@@ -201,5 +201,5 @@ class RunFolder:
 
 
 def list_folder(path: Path) -> list[Path]:
-    """What lies in a folder, hidden files apart; nothing where there is none."""
+    """Files and folders in ``path`` except hidden ones; empty if it does not exist."""
     return [item for item in sorted(path.iterdir()) if not item.name.startswith(".")] if path.is_dir() else []

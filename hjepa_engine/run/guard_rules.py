@@ -1,4 +1,4 @@
-"""Rules on metrics: when a value is wrong, and what is said then."""
+"""Rules on metrics: when one is broken, and the message."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 from hjepa_engine.config.monitoring import GuardRule
 from hjepa_engine.metrics.health import advice_for
 
-#: Values whose median a spike is compared with, and how many there must be.
+#: A spike is relative to the median of at most 20 former values; at least 5 are needed.
 _HISTORY, MIN_HISTORY = 20, 5
 
 
 class Verdict(NamedTuple):
-    """A rule has come true."""
+    """A rule is broken: what to do, and what to say."""
 
     action: str
     text: str
-    """One sentence on what was seen, one on what usually helps."""
+    """What was measured, and what usually helps."""
     since: int
-    """Iteration from which on something may be wrong: the one behind the last right reading."""
+    """First iteration that cannot be trusted: the one after the last good reading."""
 
 
 class RuleMonitor:
-    """One rule and what it has seen.
+    """One rule and the readings it has seen.
 
     Raises:
         ValueError: the rule has not exactly one condition.
@@ -41,12 +41,12 @@ class RuleMonitor:
         self.best = -math.inf
         self.wrong = 0
         self.good: int | None = None
-        """Iteration of the last right reading."""
+        """Iteration of the last good reading."""
         self.since: int | None = None
-        """From this iteration on something may be wrong; None: nothing is."""
+        """First iteration that cannot be trusted; None: all can."""
 
     def update(self, value: float, step: int, iteration: int) -> Verdict | None:
-        """Judge a new value; a verdict when the last of ``rule.readings`` wrong ones in a row has come."""
+        """Check a new value; returns a verdict at the ``rule.readings``-th bad reading in a row, once."""
         if step < self.rule.after or not self._is_wrong(value):
             self.wrong, self.since, self.good = 0, None, iteration
             if math.isfinite(value):
@@ -55,7 +55,7 @@ class RuleMonitor:
             return None
         self.wrong += 1
         if self.since is None:
-            # What was saved since the last right reading may be spoiled already.
+            # What was saved since the last good reading may be spoiled already.
             self.since = iteration if self.good is None else self.good + 1
         if self.wrong != self.rule.readings:
             return None
@@ -88,7 +88,7 @@ class RuleMonitor:
         return f"{rule.metric} {what}{times}, at step {step}{'; ' + advice if advice else ''} (docs/health.md)"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen."""
+        """The readings so far."""
         names = ("best", "wrong", "good", "since")
         return {"history": list(self.history), **{name: getattr(self, name) for name in names}}
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_run(trainer: Trainer, folder: RunFolder, *, epoch_length: int, iterations: int) -> None:
-    """Put the trainer where ``checkpoint.resume`` and ``checkpoint.init_from`` say, and describe the run in its folder.
+    """Resume or initialize the trainer as ``checkpoint.resume`` and ``init_from`` say, and describe the run in its folder.
 
     All handlers must be attached. If this raises, the folder is as it was.
 
@@ -113,7 +113,7 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
 def record_outcome(
     trainer: Trainer, folder: RunFolder, writer: CheckpointWriter, *, iterations: int
 ) -> Iterator[dict[str, float]]:
-    """Leave in ``status.json`` how the run has ended; if it fails, wait for the checkpoint that is being written.
+    """Write to ``status.json`` how the run ended; if it fails, wait first for the checkpoint being written.
 
     Args:
         trainer: of the run.
@@ -186,7 +186,7 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Ch
 
 
 def _refuse_older(newest: Checkpoint, how: str) -> None:
-    """Do not let it pass in silence that a run goes on from its newest checkpoint when an older one was asked for."""
+    """Refuse an older checkpoint of the same run: the run would go on from its newest one."""
     if how not in ("auto", "must"):
         asked = Path(how).resolve()
         if asked.parent == newest.path.parent.resolve() and asked.name != newest.path.name:

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint from before something went wrong."""
+"""Roll a run back to a checkpoint from before a metric went wrong."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _keep_log(log: Path, number: int) -> None:
 
 
 def _forget_later(writer: CheckpointWriter, iteration: int) -> None:
-    """Remove what was saved behind ``iteration``: the run must not go on from there after a crash."""
+    """Remove what was saved after ``iteration``: the run must not resume from there after a crash."""
     records = [checkpoint.record for checkpoint in list_checkpoints(writer.folder)]
     later = [record for record in records if record.iteration > iteration]
     try:
