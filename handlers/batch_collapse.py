@@ -77,16 +77,16 @@ class BatchCollapse:
         }
         num_patches = self.num_patches or max((tokens.shape[1] for tokens in found.values()), default=1)
         for name, tokens in found.items():
-            place_idx = state.output.get(f"{name}_idx")
-            if place_idx is None:
-                place_idx = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+            position_idx = state.output.get(f"{name}_idx")
+            if position_idx is None:
+                position_idx = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
             if name not in self._statistics:
                 self._statistics[name] = FeatureStatistics(tokens.shape[-1], num_patches, engine.amp_dtype)
             wanted = self._wanted(name)
             if wanted > 0:
                 stride = stride_of(tokens.shape[0] * idist.get_world_size(), tokens.shape[1], wanted)
-                self._statistics[name].add(*spread(tokens, place_idx, stride, idist.get_rank()))
-                taken = -(-idist.get_world_size() * place_idx.numel() // stride)
+                self._statistics[name].add(*spread(tokens, position_idx, stride, idist.get_rank()))
+                taken = -(-idist.get_world_size() * position_idx.numel() // stride)
                 self._taken[name] = self._taken.get(name, 0) + taken
 
     def _warn(self, missing: list[str], output: Outputs) -> None:
@@ -112,7 +112,7 @@ class BatchCollapse:
     def _wanted(self, name: str) -> int:
         """Number of tokens still needed, over all ranks."""
         statistics = self._statistics[name]
-        return max(samples_needed(statistics.dim), 16 * statistics.places) - self._taken.get(name, 0)
+        return max(samples_needed(statistics.dim), 16 * statistics.positions) - self._taken.get(name, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer step of the next reading, and the samples collected for it."""
@@ -134,7 +134,7 @@ def stride_of(images: int, number: int, most: int) -> int:
     return stride
 
 
-def spread(tokens: Tensor, place_idx: Tensor, stride: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+def spread(tokens: Tensor, position_idx: Tensor, stride: int, rank: int = 0) -> tuple[Tensor, Tensor]:
     """Every ``stride``-th of tokens (B, K, D) and of their positions (B, K), counted from the first token of rank 0."""
-    first = -rank * place_idx.numel() % stride
-    return tokens.reshape(-1, tokens.shape[-1])[first::stride], place_idx.reshape(-1)[first::stride]
+    first = -rank * position_idx.numel() % stride
+    return tokens.reshape(-1, tokens.shape[-1])[first::stride], position_idx.reshape(-1)[first::stride]

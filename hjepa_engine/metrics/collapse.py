@@ -1,7 +1,7 @@
-"""How much features still say: streamed covariance, and what is read off its spectrum.
+"""Collapse metrics: a streamed covariance of features, and ranks and sizes of its spectrum.
 
-Everything here is of *centered* features: a mean says nothing of the image. Where features come as a map, each place of
-it has a mean of its own, since features that differ between places and not between images are collapsed too.
+All features are *centered*: a mean carries no information on the image. Feature maps are centered per position, since
+features that differ between positions and not between images are collapsed too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def samples_needed(dim: int) -> int:
-    """How many samples a rank of up to D wants."""
+    """Samples needed to estimate a rank of up to D."""
     return max(2 * dim, 2048)
 
 
 def images_needed(dim: int, samples_per_image: int) -> int:
-    """How many images have max(2 D, 2048) samples: 128 at least, so that the mean at a place says nothing of one."""
+    """Images that have max(2 D, 2048) samples: at least 128, so that no single one decides the mean at a position."""
     return max(128, math.ceil(samples_needed(dim) / samples_per_image))
 
 
@@ -37,48 +37,48 @@ def rounding_of(dtype: torch.dtype) -> float:
 class FeatureStatistics:
     """Mean and covariance of features (samples, D), streamed in float64: D x D numbers are kept, never the samples.
 
-    Batches are merged by the update of Chan, Golub and LeVeque (1983), which a large mean does not make inexact. The sums
-    lie on the device of the features.
+    Batches are merged by the update of Chan, Golub and LeVeque (1983), which stays exact for features with a large mean.
+    The sums are on the device of the features.
 
     Args:
         dim: D.
-        places: places of a feature map, each with a mean of its own; 1: one mean for all.
-        computed_in: what the features were computed in, if that is coarser than their own type: the type of autocast.
+        positions: of a feature map, each with its own mean; 1: one mean for all.
+        computed_in: the type of autocast, if the features were computed in less precision than their own type has.
 
     Raises:
-        ValueError: ``dim`` or ``places`` is not positive.
+        ValueError: ``dim`` or ``positions`` is not positive.
     """
 
-    def __init__(self, dim: int, places: int = 1, computed_in: torch.dtype | None = None) -> None:
-        if dim < 1 or places < 1:
-            raise ValueError(f"dim and places must be positive, got {dim} and {places}")
-        self.dim, self.places, self.samples = dim, places, 0
-        self.count = torch.zeros(places, dtype=torch.float64)
-        self.mean = torch.zeros(places, dim, dtype=torch.float64)
+    def __init__(self, dim: int, positions: int = 1, computed_in: torch.dtype | None = None) -> None:
+        if dim < 1 or positions < 1:
+            raise ValueError(f"dim and positions must be positive, got {dim} and {positions}")
+        self.dim, self.positions, self.samples = dim, positions, 0
+        self.count = torch.zeros(positions, dtype=torch.float64)
+        self.mean = torch.zeros(positions, dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
         self.rounding = rounding_of(computed_in or torch.float64)
 
-    def add(self, features: Tensor, place_idx: Tensor | None = None) -> None:
-        """Take features in.
+    def add(self, features: Tensor, position_idx: Tensor | None = None) -> None:
+        """Add features.
 
         Args:
-            features: (..., D); without ``place_idx`` the dimension before D runs over the places, if there are several.
-            place_idx: the place of each feature (...).
+            features: (..., D); without ``position_idx`` the dimension before D is the position, if there are several.
+            position_idx: the position of each feature (...).
         """
         self.rounding = max(self.rounding, rounding_of(features.dtype))
         if not features.numel():
             return
         self._move(features.device)
         flat = features.detach().reshape(-1, self.dim).double()
-        if place_idx is None:
-            maps = flat.view(-1, self.places, self.dim)
+        if position_idx is None:
+            maps = flat.view(-1, self.positions, self.dim)
             count, mean = torch.full_like(self.count, len(maps)), maps.mean(dim=0)
             centered = (maps - mean).view(-1, self.dim)
         else:
-            place_idx = place_idx.reshape(-1).to(flat.device)
-            count = torch.zeros_like(self.count).index_add_(0, place_idx, torch.ones_like(flat[:, 0]))
-            mean = torch.zeros_like(self.mean).index_add_(0, place_idx, flat) / count.clamp(min=1)[:, None]
-            centered = flat - mean[place_idx]
+            position_idx = position_idx.reshape(-1).to(flat.device)
+            count = torch.zeros_like(self.count).index_add_(0, position_idx, torch.ones_like(flat[:, 0]))
+            mean = torch.zeros_like(self.mean).index_add_(0, position_idx, flat) / count.clamp(min=1)[:, None]
+            centered = flat - mean[position_idx]
         share = count / (self.count + count).clamp(min=1)
         shift = mean - self.mean
         self.scatter = self.scatter + centered.T @ centered + shift.T @ ((self.count * share)[:, None] * shift)
@@ -90,7 +90,7 @@ class FeatureStatistics:
         """The statistics of all ranks' samples together. Collective."""
         if idist.get_world_size() == 1:
             return self
-        whole = FeatureStatistics(self.dim, self.places)
+        whole = FeatureStatistics(self.dim, self.positions)
         whole.samples = int(idist.all_reduce(self.samples))
         whole.rounding = float(idist.all_reduce(self.rounding, op="MAX"))
         whole.count = _sum_of_ranks(self.count)
@@ -101,14 +101,14 @@ class FeatureStatistics:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """Samples less the means that were taken from them: the rank cannot be larger."""
+        """Samples minus the means subtracted from them: the rank cannot be larger."""
         return self.samples - int((self.count > 0).sum())
 
     def singular_values(self) -> Tensor:
         """Singular values (D,) of the centered samples divided by the square root of their number, largest first.
 
-        What is below the features' rounding (see :func:`rounding_of`), or the eigenvalues' (5e-7 of the largest, for D =
-        1280), is 0. All are NaN where a feature was not finite.
+        Values below the rounding of the features (see :func:`rounding_of`) or of the eigenvalues (5e-7 of the largest for
+        D = 1280) are 0. All are NaN if a feature was not finite.
         """
         if not self.scatter.isfinite().all():
             return torch.full_like(self.scatter[0], torch.nan)
@@ -119,15 +119,15 @@ class FeatureStatistics:
         return torch.where(values > least, values, 0.0).sqrt()
 
     def summary(self, singular_values: Tensor | None = None) -> dict[str, float]:
-        """``std``, ``norm``, ``rank``, ``rank_share`` and ``rank_me``, each smallest for features that say nothing.
+        """``std``, ``norm``, ``rank``, ``rank_share`` and ``rank_me``, each smallest for collapsed features.
 
         ``std``: standard deviation of a dimension, averaged over D. ``norm``: root of the mean squared L2 norm of the
-        centered features. ``rank``: effective rank, from 1 to D (see :func:`spectrum_rank`). ``rank_share``: what of the
-        way from 1 to the largest possible rank it is, from 0 to 1. ``rank_me``: as :func:`rank_me`. All are NaN where a
-        feature was not finite.
+        centered features. ``rank``: effective rank, from 1 to D (see :func:`spectrum_rank`). ``rank_share``: (rank - 1)
+        / (largest possible rank - 1), from 0 to 1. ``rank_me``: as :func:`rank_me`. All are NaN if a feature was not
+        finite.
 
         Args:
-            singular_values: of these statistics, where they are known already: they are what takes time.
+            singular_values: of these statistics, if they are known already: computing them takes most of the time.
         """
         values = self.singular_values() if singular_values is None else singular_values
         degrees_of_freedom = self.degrees_of_freedom
@@ -151,9 +151,9 @@ class FeatureStatistics:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> FeatureStatistics:
-        """What had the state ``state_dict``."""
-        places, dim = state_dict["mean"].shape
-        statistics = cls(dim, places)
+        """The statistics with the state ``state_dict``."""
+        positions, dim = state_dict["mean"].shape
+        statistics = cls(dim, positions)
         for name, value in state_dict.items():
             setattr(statistics, name, value)
         return statistics
@@ -214,7 +214,7 @@ def alpha_req(singular_values: Tensor, first: int = 3, last: int = 100) -> float
 
 
 class ViewStatistics:
-    """LiDAR (arXiv:2312.04000), streamed: the rank of what tells images apart, relative to how views of one differ.
+    """LiDAR (arXiv:2312.04000), streamed: the rank of the variation between images, relative to that between their views.
 
     The effective rank of the eigenvalues of S_w^-1/2 S_b S_w^-1/2, where S_b is the covariance of the images' mean
     embeddings and S_w that of their views around it, plus ``delta``. It is a rank, not a ratio: where views differ as
@@ -231,7 +231,7 @@ class ViewStatistics:
         self.delta = delta
 
     def add(self, views: Tensor) -> None:
-        """Take the embeddings of the views of some images in: (views, images, D), at least two views."""
+        """Add the embeddings of the views of some images: (views, images, D), at least two views."""
         self.between.rounding = max(self.between.rounding, rounding_of(views.dtype))
         views = views.detach().double()
         mean = views.mean(dim=0)

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbors: a judge of features that has nothing to train."""
+"""Accuracy of weighted nearest neighbors, which need no training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def knn_accuracy(
     """Share of the validation samples that their nearest training samples classify rightly (arXiv:1805.01978).
 
     The ``neighbors`` training samples with the largest cosine similarity vote for their class with the weight
-    exp(similarity / temperature). Of equally similar samples the first ones are taken, of classes with equally many votes
-    the one with the smallest number, so that equal features give an equal answer.
+    exp(similarity / temperature). Ties go to the first samples and to the class with the smallest number, so that equal
+    features give equal accuracies.
 
     Args:
         features: (n, F), of the training samples, on the device that does the work.
@@ -59,7 +59,7 @@ def knn_accuracy(
         # Relative to the nearest one, or small temperatures overflow.
         weights = ((values - values[:, :1]) / temperature).exp()
         votes = torch.zeros(len(rows), num_classes, dtype=weights.dtype, device=device)
-        for place in range(idx.shape[1]):  # one by one: adding in parallel would round differently from time to time
-            votes.scatter_add_(1, labels[idx[:, place, None]], weights[:, place, None])
+        for neighbor in range(idx.shape[1]):  # one by one: adding in parallel would round differently from time to time
+            votes.scatter_add_(1, labels[idx[:, neighbor, None]], weights[:, neighbor, None])
         right += int((votes.argmax(dim=1) == classes.to(device)).sum())
     return right / len(val_features)

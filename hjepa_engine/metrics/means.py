@@ -1,4 +1,4 @@
-"""Metrics: pure functions of tensors, and sums that stream."""
+"""Effective rank of a matrix, and weighted means over batches and ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WeightedMeans:
         self._sums, self._weights = {}, {}
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
-        """Take values () in; a name may be missing from some calls, its mean is over the others."""
+        """Add values (); a name may be missing from some calls, its mean is over the others."""
         for name, value in values.items():
             term = value.detach().double() * weight
             self._sums[name] = self._sums[name].to(term.device) + term if name in self._sums else term

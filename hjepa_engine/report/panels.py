@@ -160,9 +160,8 @@ def _machine_charts(left: dict[str, Series]) -> list[Chart | None]:
         short = name.removeprefix(SYSTEM)
         match = re.fullmatch(r"gpu(\d+)_(\w+)", short)
         title, label = (f"GPU {match[2]}", f"GPU {match[1]}") if match else (short, short)
-        groups.setdefault(title.replace("_", " ").replace(" gb", " GB"), []).append(
-            Line(label.replace("_", " "), left.pop(name))
-        )
+        title, label = (words.replace("_", " ").replace(" gb", " GB") for words in (title, label))
+        groups.setdefault(title, []).append(Line(label, left.pop(name)))
     return [chart(title, lines, zero=True) for title, lines in groups.items()]
 
 

@@ -1,4 +1,4 @@
-"""A run folder as data: what is there is read, whatever is missing, unfinished or just being written."""
+"""A run folder as data, even if files are missing, damaged or being written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class RunData:
-    """All that a report says of a run."""
+    """The data of a report on one run."""
 
     path: Path
     status: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class RunData:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     """Newest first."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Why each is kept, by name."""
+    """Why each is kept, by its name."""
     probe: dict[str, float] = field(default_factory=dict)
     """Accuracies of the linear probe: ``trained``, ``random``, ``pixels``."""
 
@@ -86,7 +86,7 @@ class RunData:
 
 
 def read_run(path: Path) -> RunData:
-    """What lies in a run folder; the run may be going on.
+    """Read a run folder; the run may be going on.
 
     Raises:
         ConfigError: it is no run folder.

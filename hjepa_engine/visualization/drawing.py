@@ -1,4 +1,4 @@
-"""How figures look, and how they become pixels and files."""
+"""The style of figures, and their pixels and files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Colors that people with any color vision tell apart (Okabe and Ito, 2008).
+#: Colors that are distinct for any color vision (Okabe and Ito, 2008).
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 

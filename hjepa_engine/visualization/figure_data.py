@@ -1,4 +1,4 @@
-"""The numbers behind the figures: what is hidden, features as colors, similarities, spectra of a run."""
+"""The numbers behind the figures: pixels, features as colors, similarities, spectra of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hjepa_engine.metrics.names import SPECTRUM, spectrum_encoder
 
 FloatArray = NDArray[np.float64]
 
-#: Features that vary by less than this share of their length are drawn in gray, not stretched to full color.
+#: Features that vary by less than this part of their norm are drawn in gray, not stretched to full color.
 FLAT = 0.1
 _GRAY, _CONTRAST = 0.8, 0.12
 
@@ -51,22 +51,22 @@ class PatchColors(NamedTuple):
     """Features as colors."""
 
     colors: FloatArray
-    """(B, N, 3), from 0 to 1; 0.5 is a patch as it is on average."""
+    """(B, N, 3), from 0 to 1; 0.5 is the mean."""
     explained: tuple[float, ...]
-    """Share of the variance that each of the three components has; 0 where nothing varies."""
+    """Part of the variance that each of the three components has; 0 if nothing varies."""
     variation: float
-    """How far features of one place lie from their mean, as a share of their length; from 0 to 1."""
+    """Standard deviation of the features at one position, as a part of their norm; from 0 to 1."""
 
 
 def patch_colors(tokens: Tensor) -> PatchColors:
     """The first three principal components of patch features (B, N, D) as red, green and blue.
 
-    Each place has a mean of its own over the images, since features that differ between places and not between images
+    Features are centered per position over the images, since features that differ between positions and not between images
     are collapsed. A component is scaled by the 98th percentile of its size, but never by less than a tenth of the first
-    one's nor of the features' length: what hardly varies stays gray. Its sign makes the largest loading positive.
+    one's or of the features' norm: a component that hardly varies stays gray. Its largest loading is positive.
     """
     features = tokens.detach().float()
-    batch, places, dim = features.shape
+    batch, positions, dim = features.shape
     centered = (features - (features.mean(0) if batch > 1 else features.mean((0, 1)))).reshape(-1, dim)
     covariance = (centered.T @ centered).double() / len(centered)
     values, vectors = (each.flip(-1)[..., :3] for each in torch.linalg.eigh(covariance))
@@ -74,13 +74,13 @@ def patch_colors(tokens: Tensor) -> PatchColors:
     scores = F.pad(centered.double() @ (vectors * largest.sign()), (0, 3 - vectors.shape[1]))
     length = features.double().square().sum(dim=-1).mean().sqrt()
     total = covariance.trace()
-    # A small batch has few percentiles to choose from: a quantile of all its places together.
+    # A small batch has few values per position: one quantile over all positions.
     size = torch.from_numpy(np.quantile(scores.abs().cpu().numpy(), 0.98, axis=0)).to(scores)
     scale = torch.maximum(size, torch.maximum(FLAT * size[0], FLAT * length)).clamp(min=torch.finfo(torch.float64).tiny)
     colors = 0.5 + 0.5 * (scores / scale).clamp(-1, 1)
     share = F.pad(values.clamp(min=0) / total, (0, 3 - len(values))) if total > 0 else torch.zeros(3)
     variation = float(total.sqrt() / length) if length > 0 else 0.0
-    return PatchColors(colors.reshape(batch, places, 3).cpu().numpy(), tuple(share.tolist()), variation)
+    return PatchColors(colors.reshape(batch, positions, 3).cpu().numpy(), tuple(share.tolist()), variation)
 
 
 class Similarities(NamedTuple):
@@ -89,15 +89,15 @@ class Similarities(NamedTuple):
     own: FloatArray
     """With the target of the same cell, one for each prediction."""
     others: FloatArray
-    """With targets of other images at the same place, one for each such pair."""
+    """With targets of other images at the same position, one for each such pair."""
     correct: float
-    """Share of those pairs in which the own target is the more similar one; 0.5 is chance, NaN if there are none."""
+    """Part of those pairs in which the own target is the more similar one; 0.5 is chance, NaN if there are none."""
 
 
 def similarities(predictions: Tensor, targets: Tensor, masks: Masks, level: Level, grid_width: int) -> Similarities:
-    """Compare each prediction with its own target, and with what lies at the same place of other images.
+    """Compare each prediction with its own target, and with the targets at the same position of other images.
 
-    The place alone says much of a target; what is told apart here is the image.
+    Much of a target follows from its position alone; this asks whether a prediction also knows the image.
 
     Args:
         predictions: of one level, (B, M, cells, D).
@@ -109,16 +109,16 @@ def similarities(predictions: Tensor, targets: Tensor, masks: Masks, level: Leve
     predicted, aimed = (F.normalize(each.detach().float(), dim=-1) for each in (predictions, targets))
     batch, dim = len(predicted), predicted.shape[-1]
     if level.pool == "image":
-        place = torch.zeros(batch, 1, 1, dtype=torch.int64)
+        position = torch.zeros(batch, 1, 1, dtype=torch.int64)
     else:
         rows, columns = cell_centers(masks, level.pool, grid_width)
-        place = rows[..., :, None] * 2 * grid_width + columns[..., None, :]
-    place = place.reshape(batch, -1).to(predicted.device)
-    image = torch.arange(batch, device=place.device)[:, None].expand_as(place).reshape(-1)
+        position = rows[..., :, None] * 2 * grid_width + columns[..., None, :]
+    position = position.reshape(batch, -1).to(predicted.device)
+    image = torch.arange(batch, device=position.device)[:, None].expand_as(position).reshape(-1)
     predicted, aimed = predicted.reshape(-1, dim), aimed.reshape(-1, dim)
     own, others, correct = (predicted * aimed).sum(dim=-1), [], []
-    order = place.reshape(-1).argsort(stable=True)
-    for cells in order.split(place.reshape(-1).unique(return_counts=True)[1].tolist()):
+    order = position.reshape(-1).argsort(stable=True)
+    for cells in order.split(position.reshape(-1).unique(return_counts=True)[1].tolist()):
         cosine = predicted[cells] @ aimed[cells].T
         pairs = image[cells][:, None] != image[cells]
         own_here = own[cells][:, None].expand_as(cosine)[pairs]

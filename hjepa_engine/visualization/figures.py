@@ -26,7 +26,7 @@ MAX_SPECTRA = 40
 
 
 def draw_masks(pixels: FloatArray, masks: Masks, grid: tuple[int, int], levels: Sequence[Level]) -> Figure:
-    """Each image in a row: as it is, what the context encoder sees, and the cells that each level predicts.
+    """A row for each image: the image, the patches of the context encoder, and the cells that each level predicts.
 
     Args:
         pixels: (n, H, W, 3), from 0 to 1.
@@ -37,15 +37,14 @@ def draw_masks(pixels: FloatArray, masks: Masks, grid: tuple[int, int], levels: 
     titles = ["image", f"context\n{masks.context_idx.shape[1]} of {grid[0] * grid[1]} patches"]
     titles += [f"level {number}\n{pool_in_words(level)}" for number, level in enumerate(levels)]
     with figure_style():
-        figure, table = picture_table(len(pixels), len(titles), "What is seen and what is predicted", titles)
+        figure, table = picture_table(len(pixels), len(titles), "Masks: context and target patches", titles)
         height, width = pixels.shape[1:3]
         for image, row in enumerate(table):
             targets = masks.target_idx[image]
             row[0].imshow(pixels[image], vmin=0, vmax=1)
             row[1].imshow(dimmed(pixels[image], masks.context_idx[image], grid))
             for level, axes in zip(levels, row[2:], strict=True):
-                shown = pixels[image] if level.pool == "image" else dimmed(pixels[image], targets, grid)
-                axes.imshow(shown)
+                axes.imshow(pixels[image] if level.pool == "image" else dimmed(pixels[image], targets, grid))
                 blocks = [(0, 0, *grid)] if level.pool == "image" else [_block(t, masks.block, grid) for t in targets]
                 cell = max(grid) if level.pool == "image" else level.pool
                 _outline(axes, blocks, cell, (height / grid[0], width / grid[1]), height / 100)
@@ -91,7 +90,7 @@ def _outline(
 
 
 def draw_features(pixels: FloatArray, features: PatchColors, grid: tuple[int, int], encoder: str = "target") -> Figure:
-    """Images above, the principal components of their patch features as color below.
+    """Images above, the principal components of their patch features as colors below.
 
     Args:
         pixels: (n, H, W, 3), from 0 to 1.
@@ -104,7 +103,7 @@ def draw_features(pixels: FloatArray, features: PatchColors, grid: tuple[int, in
     varies_by = f"{varies:.0f}" if varies >= 10 else f"{varies:.2g}"
     notes = [
         f"red, green and blue: principal components with {percent} % of the variance",
-        f"features of a place vary between images by {varies_by} % of their length"
+        f"features at a position vary between images by {varies_by} % of their norm"
         + (": collapsed" if features.variation < COLLAPSED_VARIATION else ""),
     ]
     columns = min(len(pixels), 8)
@@ -112,11 +111,11 @@ def draw_features(pixels: FloatArray, features: PatchColors, grid: tuple[int, in
     side = min(max(6.2 / columns - 0.1, 1.0), 1.9)
     with figure_style():
         figure, table = picture_table(2 * rows, columns, f"Patch features of the {encoder} encoder", (), side, notes)
-        for image, shown in enumerate(pixels):
+        for image, picture in enumerate(pixels):
             row, column = 2 * (image // columns), image % columns
-            scale = [size // number for size, number in zip(shown.shape, grid, strict=False)]
+            scale = [size // number for size, number in zip(picture.shape, grid, strict=False)]
             colors = features.colors[image].reshape(*grid, 3)
-            table[row][column].imshow(shown)
+            table[row][column].imshow(picture)
             table[row + 1][column].imshow(
                 colors.repeat(scale[0], axis=0).repeat(scale[1], axis=1), interpolation="nearest"
             )
@@ -169,7 +168,7 @@ def draw_spectra(spectra: Mapping[str, Sequence[Spectrum]]) -> Figure:
 
 
 def draw_similarities(found: Sequence[Similarities], levels: Sequence[Level]) -> Figure:
-    """How similar predictions are to their own targets, and to what is at the same place of other images.
+    """How similar predictions are to their own targets, and to the targets at the same position of other images.
 
     Args:
         found: of each level.
@@ -186,19 +185,19 @@ def draw_similarities(found: Sequence[Similarities], levels: Sequence[Level]) ->
         panels: list[Axes] = list(figure.subplots(1, len(found), sharex=True, squeeze=False)[0])
         for number, (axes, each, level) in enumerate(zip(panels, found, levels, strict=True)):
             for sample, color, name in (
-                (each.others, PALETTE[1], "same place, other image"),
+                (each.others, PALETTE[1], "same position, other image"),
                 (each.own, PALETTE[0], "own target"),
             ):
                 if len(sample):
                     share = np.histogram(sample.clip(low), edges)[0] / len(sample)
                     axes.stairs(share, edges, fill=True, color=color, alpha=0.35)
                     axes.stairs(share, edges, color=color, linewidth=1.3, label=name)
-            says = (
+            title = (
                 f"own target closer in {100 * each.correct:.0f} % of pairs"
                 if len(each.others)
                 else "no pairs to compare"
             )
-            axes.set_title(f"level {number}, {pool_in_words(level)}\n{says}", linespacing=1.3)
+            axes.set_title(f"level {number}, {pool_in_words(level)}\n{title}", linespacing=1.3)
             axes.set_xlabel("cosine similarity to the prediction")
             axes.set_yticks([])
             axes.spines["left"].set_visible(False)

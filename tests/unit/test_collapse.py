@@ -39,21 +39,21 @@ def with_spectrum(*values, samples=40):
     return columns @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turn * math.sqrt(samples)
 
 
-def statistics_of(features, places=1, **arguments):
-    statistics = FeatureStatistics(features.shape[-1], places, **arguments)
+def statistics_of(features, positions=1, **arguments):
+    statistics = FeatureStatistics(features.shape[-1], positions, **arguments)
     statistics.add(features)
     return statistics
 
 
-def reference(features, place_idx=None):
-    """The same numbers by a loop over places and one SVD of all samples."""
+def reference(features, position_idx=None):
+    """The same numbers by a loop over positions and one SVD of all samples."""
     features = features.double().clone()
-    place_idx = torch.zeros(len(features), dtype=torch.long) if place_idx is None else place_idx
-    for place in place_idx.unique():
-        features[place_idx == place] -= features[place_idx == place].mean(dim=0)
+    position_idx = torch.zeros(len(features), dtype=torch.long) if position_idx is None else position_idx
+    for position in position_idx.unique():
+        features[position_idx == position] -= features[position_idx == position].mean(dim=0)
     values = torch.linalg.svdvals(features) / math.sqrt(len(features))
     values = torch.cat([values, torch.zeros(features.shape[1] - len(values)).double()])
-    degrees_of_freedom = len(features) - len(place_idx.unique())
+    degrees_of_freedom = len(features) - len(position_idx.unique())
     share = [value / values.sum().item() for value in values.tolist()]
     rank = math.exp(-sum(p * math.log(p) for p in share if p > 1e-9))
     most = min(features.shape[1], degrees_of_freedom)
@@ -67,8 +67,8 @@ def reference(features, place_idx=None):
     }
 
 
-def assert_equals_reference(statistics, features, place_idx=None, tolerance=1e-6):
-    values, summary = reference(features, place_idx)
+def assert_equals_reference(statistics, features, position_idx=None, tolerance=1e-6):
+    values, summary = reference(features, position_idx)
     assert statistics.summary() == pytest.approx(summary, rel=tolerance)
     assert torch.allclose(statistics.singular_values(), values, rtol=0, atol=tolerance * values[0].item())
 
@@ -183,25 +183,25 @@ def test_streamed_equals_the_whole(cuts, offset):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 2**31))
-def test_places_come_in_any_order_and_number(cuts, seed):
+def test_positions_come_in_any_order_and_number(cuts, seed):
     number = sum(cuts) + 10
-    place_idx = torch.randint(5, (number,), generator=torch.Generator().manual_seed(seed))
-    features = noise(number, 6, seed=seed) + 30 * noise(7, 6, seed=1)[place_idx]  # places 5 and 6 have no sample
-    statistics = FeatureStatistics(6, places=7)
-    for part, places in zip(features.split([*cuts, 1, 9]), place_idx.split([*cuts, 1, 9]), strict=True):
-        statistics.add(part, places)
-    assert_equals_reference(statistics, features, place_idx)
+    position_idx = torch.randint(5, (number,), generator=torch.Generator().manual_seed(seed))
+    features = noise(number, 6, seed=seed) + 30 * noise(7, 6, seed=1)[position_idx]  # positions 5 and 6 have no sample
+    statistics = FeatureStatistics(6, positions=7)
+    for part, positions in zip(features.split([*cuts, 1, 9]), position_idx.split([*cuts, 1, 9]), strict=True):
+        statistics.add(part, positions)
+    assert_equals_reference(statistics, features, position_idx)
 
 
-def test_maps_are_centered_at_each_place():
+def test_maps_are_centered_at_each_position():
     maps = noise(30, 4, 6) + 50 * noise(4, 6, seed=1)
     whole, named = FeatureStatistics(6, 4), FeatureStatistics(6, 4)
     for part in maps.split([1, 20, 9]):
         whole.add(part)
         named.add(part, torch.arange(4).expand(len(part), 4))
-    place_idx = torch.arange(4).repeat(30)
-    assert_equals_reference(whole, maps.flatten(0, 1), place_idx)
-    assert_equals_reference(named, maps.flatten(0, 1), place_idx)
+    position_idx = torch.arange(4).repeat(30)
+    assert_equals_reference(whole, maps.flatten(0, 1), position_idx)
+    assert_equals_reference(named, maps.flatten(0, 1), position_idx)
     assert whole.degrees_of_freedom == 120 - 4
 
 
@@ -226,13 +226,13 @@ def test_samples_are_not_kept():
 
 
 def test_sums_survive_a_checkpoint():
-    features, place_idx = noise(60, 6), torch.arange(60) % 5
+    features, position_idx = noise(60, 6), torch.arange(60) % 5
     whole = FeatureStatistics(6, 5, computed_in=torch.bfloat16)
-    whole.add(features[:40], place_idx[:40])
+    whole.add(features[:40], position_idx[:40])
     resumed = FeatureStatistics.from_state_dict(whole.state_dict())
     kept = {name: value.clone() for name, value in whole.state_dict().items() if torch.is_tensor(value)}
     for statistics in (resumed, whole):
-        statistics.add(features[40:], place_idx[40:])
+        statistics.add(features[40:], position_idx[40:])
         assert all(torch.equal(kept[name], kept[name].clone()) for name in kept)
     assert resumed.summary() == whole.summary() and resumed.rounding == whole.rounding == 2**-7
 

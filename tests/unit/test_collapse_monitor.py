@@ -69,8 +69,8 @@ class Tokens:
     def keep(self, engine):
         output, masks = engine.state.output, engine.state.batch["masks"]
         target, context = output["target_tokens"].clone(), output["context_tokens"].clone()
-        places = torch.arange(target.shape[1]).expand(target.shape[:2])
-        self.kept.append({"target": (target, places), "context": (context, masks.context_idx)})
+        positions = torch.arange(target.shape[1]).expand(target.shape[:2])
+        self.kept.append({"target": (target, positions), "context": (context, masks.context_idx)})
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def windows(tokens, grid, size):
 
 
 def by_hand(features):
-    """The readings of features (B, places, D), each place with a mean of its own, by one SVD of all samples."""
+    """The readings of features (B, positions, D), each position with a mean of its own, by one SVD of all samples."""
     return reference(features.flatten(0, 1), torch.arange(features.shape[1]).repeat(len(features)))
 
 
@@ -148,21 +148,23 @@ def test_a_reading_is_what_the_encoders_say_of_the_same_images(measured):
 
 
 def taken(batches, name, needed):
-    """Tokens and places that make a reading, and how many batches they are from: whole ones, of the last ones a part."""
-    tokens, places, count = [], [], 0
+    """Tokens and positions that make a reading, and how many batches they are from: whole ones, of the last ones a part."""
+    tokens, positions, count = [], [], 0
     for number, batch in enumerate(batches, start=1):
         features, idx = batch[name]
         wanted = needed - sum(map(len, tokens))
         stride = max(1, idx.numel() // wanted)
         while math.gcd(stride, idx.shape[1]) > 1:
             stride += 1
-        places.append(torch.tensor([place for n, place in enumerate(idx.flatten().tolist()) if n % stride == 0]))
+        positions.append(
+            torch.tensor([position for n, position in enumerate(idx.flatten().tolist()) if n % stride == 0])
+        )
         tokens.append(torch.stack([row for n, row in enumerate(features.flatten(0, 1)) if n % stride == 0]))
         if sum(map(len, tokens)) >= needed:
             count = number
             break
     assert count
-    return torch.cat(tokens), torch.cat(places), count
+    return torch.cat(tokens), torch.cat(positions), count
 
 
 def test_a_reading_on_batches_is_of_the_tokens_of_the_iterations_from_when_it_is_due(measured):
@@ -171,9 +173,9 @@ def test_a_reading_on_batches_is_of_the_tokens_of_the_iterations_from_when_it_is
     assert list(found) == [6, 12]  # due again from 8 on
     for first, step, iterations in ((1, 6, 6), (8, 12, 4)):
         for name in NAMES:
-            tokens, places, count = taken(kept[first - 1 :], name, 16 * 144)
+            tokens, positions, count = taken(kept[first - 1 :], name, 16 * 144)
             assert count == (2 if name == "target" else iterations)
-            wanted = reference(tokens, places)[1]
+            wanted = reference(tokens, positions)[1]
             given = {key: found[step][f"collapse/batch_{name}_{key}"] for key in KEYS[:4]}
             assert given == pytest.approx({key: wanted[key] for key in KEYS[:4]}, rel=1e-6)
 
@@ -251,7 +253,7 @@ def test_an_encoder_whose_output_does_not_depend_on_the_image_reads_as_collapsed
             else:
                 assert of_level == {key: NOTHING[key] for key in of_level}
     together = effective_rank(tokens.flatten(0, 1))
-    # Without a mean for each place, what sees nothing but positions would pass for healthier than what sees images.
+    # Without a mean for each position, what sees nothing but positions would pass for healthier than what sees images.
     assert together > 1.5 * effective_rank(encoders()[1].flatten(0, 1)) if change is blind else together < 1.01
 
 
@@ -267,10 +269,10 @@ def test_an_encoder_with_one_dimension_left_reads_as_rank_one():
 
 
 def test_batches_of_a_collapsed_encoder_read_as_collapsed():
-    places = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    positions = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
 
     def step(modules, batch):
-        tokens = places.expand(100, 9, 4)
+        tokens = positions.expand(100, 9, 4)
         return {"target_tokens": tokens, "context_tokens": tokens[:, :5]}
 
     trainer = create_trainer(step, nn.ModuleDict(), log_frequency=100)
@@ -286,26 +288,26 @@ def test_batches_of_a_collapsed_encoder_read_as_collapsed():
 
 @pytest.mark.parametrize("shape", [(8, 144), (64, 36), (7, 49), (32, 97), (3, 12)])
 @pytest.mark.parametrize("most", [1, 5, 100, 250, 500])
-def test_a_part_of_a_batch_is_taken_evenly_from_places_and_images(shape, most):
+def test_a_part_of_a_batch_is_taken_evenly_from_positions_and_images(shape, most):
     batch, number = shape
     tokens = torch.arange(batch * number).view(batch, number, 1).double()
-    places = torch.arange(number).expand(batch, number)
+    positions = torch.arange(number).expand(batch, number)
     stride = stride_of(batch, number, most)
-    found, found_places = spread(tokens, places, stride)
+    found, found_positions = spread(tokens, positions, stride)
     picked = found.flatten().long()
-    assert torch.equal(found_places, picked % number) and len(picked.unique()) == len(picked)
-    # The stride has no divisor in common with the number of places: for 144 it is 5 instead of 2.
+    assert torch.equal(found_positions, picked % number) and len(picked.unique()) == len(picked)
+    # The stride has no divisor in common with the number of positions: for 144 it is 5 instead of 2.
     assert most / 2.5 <= len(picked) < 2 * most or len(picked) == batch * number
-    of_places = torch.bincount(found_places, minlength=number)
+    of_positions = torch.bincount(found_positions, minlength=number)
     of_images = torch.bincount(picked // number, minlength=batch)
-    assert of_places.max() - of_places.min() <= 1
+    assert of_positions.max() - of_positions.min() <= 1
     assert of_images.max() - of_images.min() <= 1
     if batch % 2 == 0:  # two ranks take the same tokens
         halves = [
             spread(*halves, stride, rank)
-            for rank, halves in enumerate(zip(tokens.chunk(2), places.chunk(2), strict=True))
+            for rank, halves in enumerate(zip(tokens.chunk(2), positions.chunk(2), strict=True))
         ]
-        for one, both in zip((found, found_places), zip(*halves, strict=True), strict=True):
+        for one, both in zip((found, found_positions), zip(*halves, strict=True), strict=True):
             assert torch.equal(torch.cat(both), one)
 
 
@@ -314,14 +316,14 @@ def test_a_part_of_a_batch_is_taken_evenly_from_places_and_images(shape, most):
 
 def without_collapse(found):
     """An outcome but for what both handlers leave in it, all of it plain lists and tensors."""
-    state, tensors, log, place = found
+    state, tensors, log, position = found
     state = json.loads(json.dumps(state))
     metrics = state["engine"]["metrics"]
     kept = [name for name in metrics["values"] if not name.startswith("collapse/")]
     weights = {name: tensor for name, tensor in tensors.items() if "BatchCollapse" not in name}
     lines = [{name: value for name, value in line.items() if not name.startswith("collapse/")} for line in log]
     lines = [line for line in lines if line.keys() - {"step", "epoch"}]
-    return [metrics["values"][name] for name in kept], kept, weights, lines, place
+    return [metrics["values"][name] for name in kept], kept, weights, lines, position
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])

@@ -156,7 +156,7 @@ def test_a_collapsed_encoder_is_gray_and_said_to_be_collapsed():
     assert found.variation == pytest.approx(1e-3, rel=0.2) and np.abs(found.colors - 0.5).max() < 0.02
     pixels = to_pixels(random_images(2), ((0,), (1,)))
     says = [text.get_text() for text in figures.draw_features(pixels, found, GRID).texts]
-    assert any(re.search(r"by 0\.\d+ % of their length: collapsed", text) for text in says)
+    assert any(re.search(r"by 0\.\d+ % of their norm: collapsed", text) for text in says)
     healthy = patch_colors(noise(8, 36, 16))
     assert not any("collapsed" in text.get_text() for text in figures.draw_features(pixels, healthy, GRID).texts)
     constant = patch_colors(torch.ones(4, 36, 2))
