@@ -19,7 +19,7 @@ from hjepa_engine.loggers.media import JsonValue
 from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req
 from hjepa_engine.metrics.names import COLLAPSE_KEYS, LIDAR, SPECTRUM, collapse_metric
 from hjepa_engine.types import Batch, Outputs
-from hjepa_engine.utils.eta import total_iterations
+from hjepa_engine.utils.eta import epoch_due
 
 #: Maximum number of singular values in a logged spectrum.
 _POINTS = 64
@@ -84,11 +84,10 @@ class CollapseMonitor:
     def read_if_due(self, engine: Trainer) -> None:
         """Take a reading if it is due."""
         state = engine.state
-        ends_epoch = self.epoch_ends and state.ends_epoch
         is_due = state.optimizer_step >= self.due
         if is_due:
             self.due = state.optimizer_step + self.every
-        if is_due or ends_epoch or state.iteration >= total_iterations(state):
+        if is_due or epoch_due(state, 1 if self.epoch_ends else None):
             self.read(engine)
 
     def read(self, engine: Trainer) -> None:

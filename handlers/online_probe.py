@@ -13,7 +13,7 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.evaluator import Evaluator, labeled_features
 from hjepa_engine.metrics.names import PROBE
 from hjepa_engine.types import Labeled
-from hjepa_engine.utils.eta import total_iterations
+from hjepa_engine.utils.eta import epoch_due
 
 
 class OnlineProbe:
@@ -66,8 +66,7 @@ class OnlineProbe:
 
     def probe_if_due(self, engine: Trainer) -> None:
         """Probe if it is due."""
-        state = engine.state
-        if state.epoch % self.every == 0 or state.iteration >= total_iterations(state):
+        if epoch_due(engine.state, self.every):
             self.probe(engine)
 
     def probe(self, engine: Trainer) -> None:

@@ -14,7 +14,7 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.masking import Masks
 from hjepa_engine.metrics.names import spectrum_encoder
-from hjepa_engine.utils.eta import total_iterations
+from hjepa_engine.utils.eta import epoch_due
 from hjepa_engine.visualization import figures
 from hjepa_engine.visualization.drawing import save
 from hjepa_engine.visualization.figure_data import (
@@ -80,9 +80,7 @@ class Pictures:
 
     def draw_if_due(self, engine: Trainer) -> None:
         """Draw if it is time to."""
-        state = engine.state
-        is_due = self.every is not None and state.ends_epoch and state.epoch % self.every == 0
-        if idist.get_rank() == 0 and (is_due or state.iteration >= total_iterations(state)):
+        if idist.get_rank() == 0 and epoch_due(engine.state, self.every):
             self.draw(engine)
 
     def draw(self, engine: Trainer) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from hjepa_engine.config.fields import section, setting
+from hjepa_engine.metrics.health import COLLAPSED_SHARE, LOSS_SPIKE, SETTLING_STEPS, STD_DROP
+from hjepa_engine.metrics.names import TRAIN_LOSS, collapse_metric
 
 
 @section()
@@ -114,10 +116,10 @@ class GuardRule:
 def default_rules() -> list[GuardRule]:
     """Warnings that healthy runs do not get."""
     return [
-        GuardRule("collapse/target_std", drop=0.75, readings=2),
-        GuardRule("collapse/batch_target_std", drop=0.75, readings=2),
-        GuardRule("collapse/target_rank_share", below=0.02, readings=2, after=500),
-        GuardRule("train/loss", spike=5.0, readings=2, after=500),
+        GuardRule(collapse_metric("target", "std"), drop=STD_DROP, readings=2),
+        GuardRule(collapse_metric("target", "std", batch=True), drop=STD_DROP, readings=2),
+        GuardRule(collapse_metric("target", "rank_share"), below=COLLAPSED_SHARE, readings=2, after=SETTLING_STEPS),
+        GuardRule(TRAIN_LOSS, spike=LOSS_SPIKE, readings=2, after=SETTLING_STEPS),
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hjepa_engine.metrics.names import ALPHA_REQ, COLLAPSE, FINAL_PROBES, KNN, LIDAR, ONLINE_LINEAR, better
+
 #: Data sets that ``data.download`` fetches.
 DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 
@@ -91,31 +93,27 @@ def metric_problems(config: Any) -> Iterator[str]:
     """Why ``checkpoint.metric`` would not be there, or not be new, when checkpoints are saved: none would be best."""
     metric, save, online = config.checkpoint.metric, config.checkpoint.save_frequency, config.online_probe
     collapse, where = config.collapse, f"where checkpoint.metric is {metric}"
-    if metric in ("probe/linear", "probe/linear_random", "probe/linear_pixels"):
-        yield f"checkpoint.metric must be measured during training, as probe/online_linear is, got {metric}"
-    elif metric.startswith("collapse/batch_"):
+    if metric in FINAL_PROBES.values():
+        yield f"checkpoint.metric must be measured during training, as {ONLINE_LINEAR} is, got {metric}"
+    elif metric.startswith(f"{COLLAPSE}batch_"):
         yield f"checkpoint.metric must be measured at an epoch's end, as collapse/target_rank is, got {metric}"
-    elif metric in ("probe/knn", "probe/online_linear"):
+    elif metric in (KNN, ONLINE_LINEAR):
         if online.every is None:
             yield f"online_probe.every must be given {where}, got None"
         elif save is None:
             yield f"checkpoint.save_frequency must be given {where}, got None"
         elif online.every % save and save % online.every:
             yield f"online_probe.every must be a multiple or divisor of save_frequency ({save}) {where}, got {online.every}"
-        if metric == "probe/online_linear" and not online.linear_epochs:
+        if metric == ONLINE_LINEAR and not online.linear_epochs:
             yield f"online_probe.linear_epochs must be at least 1 {where}, got 0"
-    elif metric.startswith("collapse/"):
+    elif metric.startswith(COLLAPSE):
         if save is None:
             yield f"checkpoint.save_frequency must be given {where}, got None"
         if not collapse.enabled:
             yield f"collapse.enabled must be true {where}, got False"
-        if metric.endswith("_alpha_req") and not collapse.alpha_req:
+        if metric.endswith(f"_{ALPHA_REQ}") and not collapse.alpha_req:
             yield f"collapse.alpha_req must be true {where}, got False"
-        if metric.endswith("_lidar") and not collapse.lidar_views:
+        if metric.endswith(f"_{LIDAR}") and not collapse.lidar_views:
             yield f"collapse.lidar_views must be at least 2 {where}, got 0"
-    if (
-        metric.startswith(("probe/", "collapse/"))
-        and not metric.endswith("_alpha_req")
-        and config.checkpoint.mode == "min"
-    ):
+    if better(metric) == "max" and config.checkpoint.mode == "min":
         yield f"checkpoint.mode must be max {where}: larger is better, got min"

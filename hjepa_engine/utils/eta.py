@@ -59,6 +59,12 @@ def total_iterations(state: Any) -> float:
     return math.inf if state.epoch_length is None else state.max_epochs * state.epoch_length
 
 
+def epoch_due(state: Any, every: int | None) -> bool:
+    """Whether the present iteration ends an epoch whose number is a multiple of ``every`` (None: none is), or the run."""
+    due = every is not None and state.ends_epoch and state.epoch % every == 0
+    return due or state.iteration >= total_iterations(state)
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds as people write them.
 

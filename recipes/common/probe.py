@@ -17,6 +17,7 @@ from hjepa_engine.build import build_model, choose_device
 from hjepa_engine.data import build_loader, open_split, sample_per_class
 from hjepa_engine.evaluator import labeled_features
 from hjepa_engine.loggers.jsonl import JsonlWriter
+from hjepa_engine.metrics.names import FINAL_PROBES, PROBE
 from hjepa_engine.models import encoder_name
 from hjepa_engine.recipes.common.heads import standardized, train_head
 from hjepa_engine.steps import feature_step
@@ -68,7 +69,7 @@ def evaluate_encoders(
 
 def as_metrics(results: dict[str, float]) -> dict[str, float]:
     """Accuracies by their logged names: ``probe/linear``, ``probe/linear_random``, ``probe/linear_pixels``."""
-    return {f"probe/linear_{name}".removesuffix("_trained"): accuracy for name, accuracy in results.items()}
+    return {FINAL_PROBES.get(name, f"{PROBE}linear_{name}"): accuracy for name, accuracy in results.items()}
 
 
 def describe(results: dict[str, float], config: Config) -> str:
