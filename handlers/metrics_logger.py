@@ -33,7 +33,7 @@ class MetricsLogger:
     """
 
     def __init__(self, writers: Sequence[Writer]) -> None:
-        self._writers = WriterGroup(writers)
+        self.writers = WriterGroup(writers)
         self._seen = 0
         self._closed = False
         self._engine: StepEngine | None = None
@@ -88,20 +88,20 @@ class MetricsLogger:
     def close(self) -> None:
         """Flush and close every writer; nothing can be logged any more."""
         self._closed = True
-        self._writers.close()
+        self.writers.close()
 
     def start_new_run(self) -> None:
         """The state is that of another run: writers begin files and service runs of their own."""
-        self._writers.load_state_dict({})
+        self.writers.load_state_dict({})
 
     def state_dict(self) -> dict[str, Any]:
         """What was logged already, and how each writer goes on."""
-        return {"seen": self._seen, "writers": self._writers.state_dict()}
+        return {"seen": self._seen, "writers": self.writers.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; no writer is opened before there is something to write."""
         self._seen = state_dict["seen"]
-        self._writers.load_state_dict(state_dict["writers"])
+        self.writers.load_state_dict(state_dict["writers"])
 
     def _log(self, metrics: dict[str, float], media: dict[str, Media], step: int | None) -> None:
         if self._closed:
@@ -115,4 +115,4 @@ class MetricsLogger:
     def _send(self, metrics: dict[str, float], media: dict[str, Media], step: int, epoch: int) -> None:
         check_names([*metrics, *media])
         if not self._closed:
-            self._writers.write(metrics, media, step, epoch)
+            self.writers.write(metrics, media, step, epoch)

@@ -21,7 +21,7 @@ class WriterGroup:
     """
 
     def __init__(self, writers: Sequence[Writer]) -> None:
-        self._writers = list(writers)
+        self.writers = list(writers)
         self._open: list[Writer] = []
         self._off: list[Writer] = []
         self._states: dict[str, Any] = {}
@@ -30,7 +30,7 @@ class WriterGroup:
         """Write one record of each kind, if there is something in it."""
         if not (metrics or media):
             return
-        for writer in self._writers:
+        for writer in self.writers:
             if writer in self._off:
                 continue
             if writer not in self._open:
@@ -74,6 +74,6 @@ class WriterGroup:
 
     def _name(self, writer: Writer) -> str:
         """The writer's class; a second one of the same class is ``Name 2``."""
-        alike = [other for other in self._writers if type(other) is type(writer)]
+        alike = [other for other in self.writers if type(other) is type(writer)]
         number = next(i for i, other in enumerate(alike, start=1) if other is writer)
         return type(writer).__name__ if number == 1 else f"{type(writer).__name__} {number}"

@@ -350,7 +350,7 @@ class Service(JsonlWriter):
 
 def test_a_writer_with_nothing_to_put_back_stays_open_over_a_rollback(tmp_path):
     run = scripted(quick(tmp_path, guard__rules=ROLLBACK), [1, 1, 1, 0], only_before_a_rollback=True)
-    run.logger.writers.append(service := Service())
+    run.logger.writers.writers.append(service := Service())
     run.fit()
     assert service.opened == 1 and service.steps[-1] == 10
 
