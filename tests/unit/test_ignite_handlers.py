@@ -314,7 +314,7 @@ def test_ignites_schedulers_drive_one_group_and_ours_another():
     linear = PiecewiseLinear(optimizer, "lr", [(0, 0.0), (2, 2.0)], param_group_index=0)
     trainer.add_event_handler(Events.ITERATION_STARTED, ParamGroupScheduler([linear]))
     chosen = optimizer.param_groups[1]
-    ParamSchedule(optimizer, "lr", lambda step: 10.0 - step, lambda group: group is chosen).attach(trainer)
+    ParamSchedule(optimizer, "lr", lambda step: 10.0 - step, select=lambda group: group is chosen).attach(trainer)
     first, second = rates(trainer, optimizer, 0), rates(trainer, optimizer, 1)
     trainer.run(BATCHES)
     assert (first, second) == ([0.0, 1.0, 2.0, 2.0], [10.0, 9.0, 8.0, 7.0])
