@@ -9,24 +9,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+
+from sources import ROOT, name_of
 
 import hjepa_engine
 import hjepa_engine.handlers
 import hjepa_engine.recipes
 
-ROOT = Path(__file__).parents[2]
 FOLDERS = ("hjepa_engine", "handlers", "recipes")
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
 #: What is installed; benchmarks are not.
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if BENCHMARKS not in path.parents)
-
-
-def name_of(path):
-    """The name under which a source file is imported: ``handlers/x.py`` is ``hjepa_engine.handlers.x``."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts if parts[0] == "hjepa_engine" else ("hjepa_engine", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 NAMES = {name_of(path) for path in SOURCES}

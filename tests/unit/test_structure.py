@@ -3,11 +3,10 @@
 import ast
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
+from sources import ROOT, name_of
 
-ROOT = Path(__file__).parents[2]
 FOLDERS = ("hjepa_engine", "handlers", "recipes")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 #: Not installed; held to the same rules.
@@ -65,13 +64,6 @@ LIBRARIES = {
     "wandb": "loggers",
     "yaml": "config",
 }
-
-
-def name_of(path):
-    """The name under which a source file is imported: ``handlers/x.py`` is ``hjepa_engine.handlers.x``."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts if parts[0] == "hjepa_engine" else ("hjepa_engine", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 NAMES = {name_of(path) for path in SOURCES}
