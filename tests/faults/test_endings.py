@@ -1,7 +1,6 @@
 """How runs end, and what loggers that fail do to them: real signals, real files."""
 
 import json
-import logging
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from hjepa_engine.data import build_loader, loading, open_split
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import MetricsLogger
 from hjepa_engine.loggers.jsonl import JsonlWriter
-from hjepa_engine.loggers.tensorboard import TensorBoardWriter
 from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
 from hjepa_engine.state import Metrics
 
@@ -37,7 +35,7 @@ def test_sigterm_ends_a_run_with_75_saved_and_the_same_command_goes_on(tmp_path)
     ]
     process = subprocess.Popen([*command, "--data.num_workers", "1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("train/loss") > 2):
+    while not (metrics.exists() and metrics.read_text().count('"train/loss"') > 2):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -90,27 +88,6 @@ def test_a_batch_that_cannot_be_shared_out_is_a_mistake_in_the_configuration(mon
         ConfigError, match=r"^data.batch_size must be a multiple of the number of processes \(2\), got 7$"
     ):
         build_loader(config, open_split(config, "train"), 0, train=True)
-
-
-def test_tensorboard_that_can_no_longer_write_is_dropped_and_training_goes_on(tmp_path, caplog):
-    writer = TensorBoardWriter(tmp_path)
-    trainer, _ = linear_trainer()
-    MetricsLogger([writer]).attach(trainer)
-
-    def kill_the_writing_thread(engine):
-        engine.state.metrics["x"] = float(engine.state.iteration)
-        if engine.state.iteration == 3:
-            worker = writer._writer.file_writer.event_writer._worker
-            worker.stop()
-            worker.join()
-
-    trainer.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, kill_the_writing_thread)
-    with caplog.at_level(logging.WARNING):
-        trainer.run(rows(*[(1, 0)] * 30))  # more than the queue of the dead thread holds
-    assert trainer.state.iteration == 30
-    assert [record.getMessage() for record in caplog.records] == [
-        "TensorBoardWriter failed and is off from now on: the event file cannot be written to"
-    ]
 
 
 def test_metrics_may_be_tensors_and_what_is_no_number_is_not_logged(tmp_path):

@@ -274,11 +274,11 @@ def test_a_killed_loader_process_ends_the_run_with_the_cause_and_the_same_comman
     server, tmp_path, whole, when
 ):
     run = tmp_path / "run"
-    child = start(server, run, data__num_workers=2)
+    child = start(server, run, data__num_workers=2, pause=0.1)  # on a busy machine it would be over before the kill
     child.until(lambda: trained(run) >= when)
     os.kill(child.family[0], signal.SIGKILL)
     assert child.wait(10) == 3, child.said
-    assert "worker" in child.last_line and child.last_line.endswith("run the same command again to go on")
+    assert "worker" in child.last_line and child.last_line.endswith("run the same command again to resume")
     assert (status_of(run)["exit_code"], status_of(run)["reason"]) == (3, child.last_line)
     assert checkpoints_of(run)[1] == []
     assert server.orphans(10) == []
