@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from torch import Tensor
 
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.levels import as_tokens
 from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
 from hjepa_engine.metrics.names import COLLAPSE_KEYS, collapse_metric
+from hjepa_engine.metrics.sampling import spread, stride_of
 from hjepa_engine.types import Outputs
 
 logger = logging.getLogger(__name__)
@@ -124,17 +123,3 @@ class BatchCollapse:
         saved = state_dict["statistics"]
         self.due, self._taken = state_dict["due"], dict(state_dict["taken"])
         self._statistics = {name: FeatureStatistics.from_state_dict(state) for name, state in saved.items()}
-
-
-def stride_of(images: int, number: int, most: int) -> int:
-    """The stride that picks about ``most`` of ``images`` x ``number`` tokens, and every patch position equally often."""
-    stride = max(1, images * number // most)
-    while math.gcd(stride, number) > 1:  # a common factor would skip some positions in every image
-        stride += 1
-    return stride
-
-
-def spread(tokens: Tensor, position_idx: Tensor, stride: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-    """Every ``stride``-th of tokens (B, K, D) and of their positions (B, K), counted from the first token of rank 0."""
-    first = -rank * position_idx.numel() % stride
-    return tokens.reshape(-1, tokens.shape[-1])[first::stride], position_idx.reshape(-1)[first::stride]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from torch import Tensor
 
 from hjepa_engine.data.views import random_views
 from hjepa_engine.engine import Trainer
@@ -18,11 +16,9 @@ from hjepa_engine.events import TrainEvents
 from hjepa_engine.loggers.media import JsonValue
 from hjepa_engine.metrics.collapse import FeatureStatistics, ViewStatistics, alpha_req
 from hjepa_engine.metrics.names import COLLAPSE_KEYS, LIDAR, SPECTRUM, collapse_metric
+from hjepa_engine.metrics.sampling import thinned
 from hjepa_engine.types import Batch, Outputs
 from hjepa_engine.utils.eta import epoch_due
-
-#: Maximum number of singular values in a logged spectrum.
-_POINTS = 64
 
 
 class CollapseMonitor:
@@ -142,15 +138,3 @@ class CollapseMonitor:
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore what ``state_dict`` returned."""
         self.due = state_dict["due"]
-
-
-def thinned(singular_values: Tensor) -> dict[str, list[Any]]:
-    """At most 64 singular values, divided by the sum of all, at ranks evenly spaced on a log scale.
-
-    Values that are not finite are None, since JSON has no NaN.
-    """
-    dim = len(singular_values)
-    rank = torch.logspace(0, math.log10(dim), _POINTS, dtype=torch.float64).round().long().clamp(1, dim).unique()
-    share = singular_values / singular_values.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    picked = share[rank.to(share.device) - 1].tolist()
-    return {"rank": rank.tolist(), "share": [float(f"{value:.4g}") if value == value else None for value in picked]}

@@ -18,9 +18,9 @@ from torch import nn
 
 from hjepa_engine import TrainEvents, create_trainer
 from hjepa_engine.handlers import GpuStats, OptimizerStep, ProgressBar, StepTiming, Throughput
-from hjepa_engine.handlers.step_timing import CudaClock
 from hjepa_engine.metrics.system import Gpu, visible_gpus
 from hjepa_engine.recipes.pretrain import build
+from hjepa_engine.utils.clocks import CudaClock
 from hjepa_engine.utils.eta import TimeRemaining
 
 HOST = {"system/process_memory_gb", "system/host_memory_share", "system/cpu_share"}

@@ -20,9 +20,9 @@ from hjepa_engine.config.schema import Level
 from hjepa_engine.data import FixedImageSubset, open_split
 from hjepa_engine.data.views import random_views
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor
-from hjepa_engine.handlers.batch_collapse import spread, stride_of
 from hjepa_engine.masking import Masks
 from hjepa_engine.metrics.means import effective_rank
+from hjepa_engine.metrics.sampling import spread, stride_of
 from hjepa_engine.models.encoder import ContextEncoder, TargetEncoder
 from hjepa_engine.steps import feature_map_step
 
