@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import ArgsKwargs, CoreSchema, PydanticCustomError
 from typing_extensions import dataclass_transform
 
 from hjepa_engine.config.describe import fields_of, is_section, without_none
@@ -77,6 +77,12 @@ def section(*, frozen: bool = False) -> Callable[[type[T]], type[T]]:
         return made
 
     return decorate
+
+
+def values_of(given: Any) -> dict[str, Any]:
+    """The values by name that a section's ``model_validator`` of mode ``before`` is given."""
+    values = given.kwargs if isinstance(given, ArgsKwargs) else given
+    return values if isinstance(values, dict) else {}
 
 
 def on_resume(field: FieldInfo) -> OnResume:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import WithJsonSchema
+from pydantic import WithJsonSchema, model_validator
 
-from hjepa_engine.config.fields import BelowOne, NonNegative, Pair, Positive, Share, section, setting
+from hjepa_engine.config.fields import BelowOne, NonNegative, Pair, Positive, Share, section, setting, values_of
 from hjepa_engine.config.monitoring import (
     CollapseConfig,
     GuardConfig,
@@ -48,7 +48,7 @@ class DataConfig:
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
     download: bool = setting(False, on_resume="allow")
     """Fetch CIFAR or STL-10 if it is not there."""
-    image_size: int = setting(224, ge=1)
+    image_size: int = setting(32, ge=1)
     """Height and width of the images in pixels; a multiple of the patch size."""
     batch_size: int = setting(64, ge=1)
     """Images of a micro-batch over all processes."""
@@ -58,9 +58,9 @@ class DataConfig:
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
     val_fraction: float = setting(0.2, gt=0, lt=1)
     """Share held out where the data set has no validation split of its own."""
-    crop_scale: Pair[Share] = setting((0.3, 1.0))
+    crop_scale: Pair[Share] = setting((1.0, 1.0))
     """Smallest and largest area of the random crop, as a share of the image."""
-    crop_ratio: Pair[Positive] = setting((0.75, 1.333))
+    crop_ratio: Pair[Positive] = setting((1.0, 1.0))
     """Smallest and largest width / height of the random crop."""
     horizontal_flip: float = setting(0.0, ge=0, le=1)
     """Probability of a mirrored image."""
@@ -83,11 +83,11 @@ class DataConfig:
 class PredictorConfig:
     """The predictor, a narrow vision transformer."""
 
-    width: int = setting(384, ge=4)
+    width: int = setting(48, ge=4)
     """Width of its tokens, a multiple of 4 and of ``num_heads``."""
-    depth: int = setting(6, ge=1)
+    depth: int = setting(1, ge=1)
     """Blocks that all levels share."""
-    num_heads: int = setting(12, ge=1)
+    num_heads: int = setting(4, ge=1)
     """Attention heads."""
     mlp_ratio: float = setting(4.0, gt=0)
     """Hidden width of a block's MLP over ``width``."""
@@ -99,9 +99,9 @@ class PredictorConfig:
 class EMAConfig:
     """The target encoder's momentum: the share of it that an update keeps."""
 
-    momentum: float = setting(0.996, ge=0, le=1)
+    momentum: float = setting(0.99, ge=0, le=1)
     """At the start (after the warm-up)."""
-    momentum_end: float = setting(1.0, ge=0, le=1)
+    momentum_end: float = setting(0.996, ge=0, le=1)
     """At the last step; half a cosine leads there."""
     momentum_warmup_epochs: float = setting(0.0, ge=0)
     """Epochs in which it rises linearly from 0 to ``momentum``."""
@@ -111,17 +111,17 @@ class EMAConfig:
 class ModelConfig:
     """Encoders, predictor and hierarchy."""
 
-    encoder_type: str = "vit_small_patch16_224"
-    """Any of timm's vision transformers."""
-    patch_size: int | None = setting(None, ge=1)
-    """Side of a patch in pixels; the named encoder's own by default."""
-    embed_dim: int | None = setting(None, ge=4)
-    """Width of the encoder; its own by default."""
-    depth: int | None = setting(None, ge=1)
-    """Blocks of the encoder; its own by default."""
-    num_heads: int | None = setting(None, ge=1)
-    """Attention heads of the encoder; its own by default."""
-    pos_embed: Literal["sincos", "learned"] = "sincos"
+    encoder_type: str = "vit_tiny_patch16_224"
+    """Any of timm's vision transformers; where it is given, the four keys below are null by default."""
+    patch_size: int | None = setting(8, ge=1)
+    """Side of a patch in pixels; null: the named encoder's own."""
+    embed_dim: int | None = setting(64, ge=4)
+    """Width of the encoder; null: its own."""
+    depth: int | None = setting(3, ge=1)
+    """Blocks of the encoder; null: its own."""
+    num_heads: int | None = setting(4, ge=1)
+    """Attention heads of the encoder; null: its own."""
+    pos_embed: Literal["sincos", "learned"] = "learned"
     """Fixed sine-cosine positions, or learned ones."""
     drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
@@ -139,7 +139,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     num_hierarchies: int | None = setting(None, ge=1, le=16)
-    """Number of levels, which pool 1, 2, 4, ... patches; 3 by default, or as many as there are ``levels``."""
+    """Number of levels, which pool 1, 2, 4, ... patches; by default there are two, single patches and the whole image."""
     levels: list[Level] | None = None
     """The levels in detail, finest first, instead of the ones that ``num_hierarchies`` makes."""
     predictor: PredictorConfig = setting(PredictorConfig)
@@ -148,16 +148,24 @@ class ModelConfig:
     @property
     def num_levels(self) -> int:
         """How many levels ``levels`` or ``num_hierarchies`` make."""
-        return len(self.levels) if self.levels is not None else self.num_hierarchies or 3
+        return len(self.levels) if self.levels is not None else self.num_hierarchies or 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_named_encoder(cls, given: Any) -> Any:
+        """Another encoder comes in its own sizes, not in those of the default one."""
+        values = values_of(given)
+        sizes = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
+        return {**sizes, **values} if "encoder_type" in values else given
 
 
 @section()
 class MaskingConfig:
     """Multi-block masks (I-JEPA)."""
 
-    num_masks: int = setting(4, ge=1)
+    num_masks: int = setting(2, ge=1)
     """Target blocks per image."""
-    mask_scale: Pair[Share] = setting((0.15, 0.2))
+    mask_scale: Pair[Share] = setting((0.25, 0.35))
     """Smallest and largest area of a target block, as a share of the patch grid."""
     aspect_ratio: Pair[Positive] = setting((0.75, 1.5))
     """Smallest and largest height / width of a target block."""
@@ -185,15 +193,15 @@ class LossConfig:
 class TrainingConfig:
     """Optimizer, schedules and precision."""
 
-    epochs: int = setting(100, ge=1, on_resume="extend")
+    epochs: int = setting(20, ge=1, on_resume="extend")
     """Passes over the data."""
     max_iters: int | None = setting(None, ge=1, on_resume="extend")
     """End the run after this many micro-batches, inside an epoch if need be; schedules still span all ``epochs``."""
-    warmup_epochs: float = setting(10.0, ge=0, on_resume="elsewhere")
-    """Linear warm-up of the learning rate from 0, at most ``epochs``."""
+    warmup_epochs: float = setting(2.0, ge=0, on_resume="elsewhere")
+    """Linear warm-up of the learning rate from 0, at most ``epochs``: all of them by default where there are fewer."""
     lr: float = setting(1e-3, gt=0, on_resume="elsewhere")
     """Learning rate at the end of the warm-up."""
-    min_lr: float = setting(1e-6, ge=0, on_resume="elsewhere")
+    min_lr: float = setting(0.0, ge=0, on_resume="elsewhere")
     """Learning rate at the last step, at most ``lr``."""
     lr_schedule: Literal["cosine", "linear", "constant"] = setting("cosine", on_resume="elsewhere")
     """How the learning rate gets from ``lr`` to ``min_lr``; ``constant`` stays at ``lr``."""
@@ -224,6 +232,15 @@ class TrainingConfig:
     figures of its own, as it is not known beforehand."""
     time_limit: float | None = setting(None, gt=0, on_resume="allow")
     """Save and leave (exit code 75) after this many minutes; null: no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warmup_of_short_run(cls, given: Any) -> Any:
+        """The default warm-up is no longer than the run."""
+        values = values_of(given)
+        if type(values.get("epochs")) is int and values["epochs"] < cls.warmup_epochs:
+            return {"warmup_epochs": values["epochs"], **values}
+        return given
 
 
 @section()
@@ -336,4 +353,7 @@ def resolve_levels(config: Config) -> tuple[Level, ...]:
     if config.model.levels is not None:
         return tuple(config.model.levels)
     weights = config.loss.hierarchy_weights or [1.0] * config.model.num_levels
-    return tuple(Level(2**level, weight=weight) for level, weight in enumerate(weights))
+    pools: list[int | Literal["image"]] = [1, "image"]
+    if config.model.num_hierarchies is not None:
+        pools = [2**level for level in range(config.model.num_hierarchies)]
+    return tuple(Level(pool, weight=weight) for pool, weight in zip(pools, weights, strict=True))

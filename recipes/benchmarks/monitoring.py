@@ -46,6 +46,7 @@ CASES: dict[str, tuple[list[str], int, int, int]] = {
             *("--data.dataset=fake", "--data.fake_size=4000", "--data.image_size=224", "--data.batch_size=32"),
             *("--model.encoder_type=vit_small_patch16_224", "--model.patch_size=16", "--model.embed_dim=384"),
             *("--model.depth=12", "--model.num_heads=6", "--model.pos_embed=sincos", "--model.levels=null"),
+            "--model.num_hierarchies=3",
             *("--model.predictor.width=192", "--model.predictor.depth=6", "--model.predictor.num_heads=6"),
             *("--masking.num_masks=4", "--masking.mask_scale=[0.15, 0.2]", "--online_probe.every=null"),
             *("--collapse.every=null", "--collapse.batch_every=200"),

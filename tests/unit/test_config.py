@@ -23,7 +23,7 @@ from hjepa_engine.build import build_step, choose_device
 from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.options import json_schema, list_options
 from hjepa_engine.config.parsing import parse_yaml
-from hjepa_engine.config.schema import Level, resolve_levels
+from hjepa_engine.config.schema import Level, ModelConfig, resolve_levels
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe
@@ -37,15 +37,18 @@ CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 
 # Two epochs of two batches of eight 24 x 24 images on a 6 x 6 grid, one of the four steps warming up.
 TINY = """
-data: {dataset: fake, fake_size: 16, image_size: 24, batch_size: 8}
+data: {dataset: fake, fake_size: 16, image_size: 24, batch_size: 8, crop_scale: [0.3, 1], crop_ratio: [0.75, 1.333]}
 model:
   encoder_type: vit_tiny_patch16_224
   patch_size: 4
   embed_dim: 16
   depth: 2
   num_heads: 2
+  pos_embed: sincos
   predictor: {width: 8, depth: 1, num_heads: 2}
-training: {epochs: 2, warmup_epochs: 0.5, lr: 1e-2}
+  ema: {momentum: 0.996, momentum_end: 1.0}
+masking: {num_masks: 4, mask_scale: [0.15, 0.2]}
+training: {epochs: 2, warmup_epochs: 0.5, lr: 1e-2, min_lr: 1e-6}
 logging: {progress_bar: false}
 probe: {enabled: false, epochs: 1}
 pictures: {enabled: false}
@@ -219,9 +222,40 @@ def test_public_names_are_imported_when_they_are_asked_for():
 
 
 def test_levels_are_powers_of_two_weighted_as_asked():
-    assert resolve_levels(Config()) == (Level(1), Level(2), Level(4))
-    config = load_config(None, ["--model.num_hierarchies=2", "--loss.hierarchy_weights=[1, 0.5]"])
-    assert resolve_levels(config) == (Level(1, weight=1.0), Level(2, weight=0.5))
+    config = load_config(None, ["--model.num_hierarchies=3", "--loss.hierarchy_weights=[1, 0.5, 0.1]"])
+    assert resolve_levels(config) == (Level(1, weight=1.0), Level(2, weight=0.5), Level(4, weight=0.1))
+
+
+def test_levels_are_patches_and_the_whole_image_by_default():
+    assert resolve_levels(Config()) == (Level(1), Level("image"))
+    config = load_config(None, ["--loss.hierarchy_weights=[1, 0.5]"])
+    assert resolve_levels(config) == (Level(1, weight=1.0), Level("image", weight=0.5))
+
+
+def test_the_defaults_are_the_embedded_default_run():
+    """A file that says only ``training: {epochs: 1}`` trains it, in seconds."""
+    shipped, config = load_config(ROOT / "recipes" / "configs" / "digit_pages.yaml"), Config()
+    for section in ("data", "masking", "loss", "training", "checkpoint", "guard"):
+        assert getattr(config, section) == getattr(shipped, section), section
+    assert replace(config.model, levels=shipped.model.levels) == shipped.model
+    assert resolve_levels(config) == resolve_levels(shipped)
+
+
+@pytest.mark.parametrize(("training", "warmup"), [("{epochs: 1}", 1.0), ("{epochs: 2}", 2.0), ("{lr: 1}", 2.0)])
+def test_the_default_warmup_is_no_longer_than_the_run(tmp_path, training, warmup):
+    (tmp_path / "run.yaml").write_text(f"training: {training}")
+    assert load_config(tmp_path / "run.yaml").training.warmup_epochs == warmup
+
+
+def test_another_encoder_has_its_own_sizes_unless_they_are_given(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {encoder_type: vit_base_patch16_224, embed_dim: 32}")
+    for config in (
+        load_config(tmp_path / "base.yaml"),
+        Config(model=ModelConfig(encoder_type="vit_base_patch16_224", embed_dim=32)),
+    ):
+        model = config.model
+        assert (model.patch_size, model.embed_dim, model.depth, model.num_heads) == (None, 32, None, None)
+    assert Config().model.embed_dim == 64
 
 
 def test_every_option_is_described():
@@ -288,16 +322,16 @@ MALFORMED = [
     ("logging.log_frequency must be at least 1", "logging: {log_frequency: 0}"),
     # one key against another
     ("training.warmup_epochs must be at most training.epochs (5), got 6", "training: {epochs: 5, warmup_epochs: 6}"),
-    ("model.ema.momentum_warmup_epochs must be at most training.epochs", "model: {ema: {momentum_warmup_epochs: 101}}"),
+    ("model.ema.momentum_warmup_epochs must be at most training.epochs", "model: {ema: {momentum_warmup_epochs: 21}}"),
     ("training.min_lr must be at most training.lr", "training: {lr: 1e-3, min_lr: 1e-2}"),
-    ("data.image_size must be a multiple of model.patch_size (5), got 224", "model: {patch_size: 5}"),
+    ("data.image_size must be a multiple of model.patch_size (5), got 32", "model: {patch_size: 5}"),
     ("model.predictor.width must be a multiple of 4 and of num_heads (3)", "model: {predictor: {width: 8, num_heads: 3}}"),
     ("model.embed_dim must be a multiple of 4, got 18", "model: {embed_dim: 18}"),
     ("masking.aspect_ratio must be ordered", "masking: {aspect_ratio: [1.5, 0.75]}"),
     ("data.crop_ratio must be ordered", "data: {crop_ratio: [2, 1]}"),
-    ("loss.hierarchy_weights must have one value per level (3), got 2", "loss: {hierarchy_weights: [1, 1]}"),
-    ("training.level_lrs must have one value per level (3), got 1", "training: {level_lrs: [1e-3]}"),
-    ("loss.hierarchy_weights must weight at least one level above 0", "loss: {hierarchy_weights: [0, 0, 0]}"),
+    ("loss.hierarchy_weights must have one value per level (2), got 3", "loss: {hierarchy_weights: [1, 1, 1]}"),
+    ("training.level_lrs must have one value per level (2), got 1", "training: {level_lrs: [1e-3]}"),
+    ("loss.hierarchy_weights must weight at least one level above 0", "loss: {hierarchy_weights: [0, 0]}"),
     ("model.levels must weight at least one level above 0", "model: {levels: [{weight: 0}]}"),
     ("loss.hierarchy_weights must be null where", "{model: {levels: [{pool: 1}]}, loss: {hierarchy_weights: [1]}}"),
     ("model.num_hierarchies must be the number of", "model: {num_hierarchies: 2, levels: [{pool: 1}]}"),
@@ -836,8 +870,8 @@ EFFECTS = {
     "model.class_path": Effect("other modules", f"{ME}.own_modules", module_names, becomes=["body"]),
     "model.init_args": Effect("wider ones", "{width: 5}", num_parameters, (f"--model.class_path={ME}.own_modules",), 10),
     "model.encoder": Effect("another one is probed", "predictor", lambda c, t: build(c).encoder, becomes="predictor"),
-    "model.num_hierarchies": Effect("fewer heads", "2", shapes),
-    "model.levels": Effect("other levels", "[{pool: 1}, {pool: image}]", shapes),
+    "model.num_hierarchies": Effect("more heads", "3", shapes),
+    "model.levels": Effect("more levels", "[{pool: 1}, {pool: 2}, {pool: image}]", shapes),
     "model.predictor.width": Effect("wider predictor", "12", shapes),
     "model.predictor.depth": Effect("more blocks", "2", shapes),
     "model.predictor.num_heads": Effect("more heads", "4", heads, becomes=(2, 4)),
@@ -851,7 +885,7 @@ EFFECTS = {
     "masking.aspect_ratio": Effect("other masks", "[2, 2.5]", trained),
     "masking.context_scale": Effect("other masks", "[0.5, 0.6]", trained),
     "loss.type": Effect("another distance", "mse", loss_value),
-    "loss.hierarchy_weights": Effect("another sum", "[1, 0.5, 0.25]", loss_value),
+    "loss.hierarchy_weights": Effect("another sum", "[1, 0.5]", loss_value),
     "loss.variance_weight": Effect("one more term", "0.5", loss_terms),
     "loss.covariance_weight": Effect("one more term", "0.5", loss_terms),
     "loss.sigreg_weight": Effect("one more term", "0.5", loss_terms),
@@ -861,7 +895,7 @@ EFFECTS = {
     "training.lr": Effect("larger steps", "2e-2", trained),
     "training.min_lr": Effect("a larger last step", "5e-3", trained),
     "training.lr_schedule": Effect("larger last steps", "constant", trained),
-    "training.level_lrs": Effect("other heads", "[1e-2, 1e-3, 1e-2]", trained),
+    "training.level_lrs": Effect("other heads", "[1e-2, 1e-3]", trained),
     "training.weight_decay": Effect("smaller weights", "0.5", trained),
     "training.weight_decay_end": Effect("smaller weights", "0.5", trained),
     "training.optimizer": Effect("other steps", "sgd", trained),

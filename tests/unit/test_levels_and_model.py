@@ -27,6 +27,7 @@ FINE = Level()
 def config(levels=(FINE,), **model):
     """A 6 x 6 grid of gray 4 x 4 patches, width 16, two blocks."""
     sizes = {"encoder_type": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    sizes["pos_embed"] = "sincos"
     predictor = model.pop("predictor", PredictorConfig(width=8, depth=1, num_heads=2))
     return Config(
         data=DataConfig(image_size=24),
