@@ -23,6 +23,12 @@ def fields_of(cls: Any) -> dict[str, FieldInfo]:
     return fields
 
 
+def default_of(field: FieldInfo) -> Any:
+    """The default of a key."""
+    make: Any = field.default_factory
+    return field.default if make is None else make()
+
+
 def walk(cls: Any, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key and section below a section, each section before its keys."""
     for name, field in fields_of(cls).items():

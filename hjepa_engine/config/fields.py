@@ -18,8 +18,8 @@ from hjepa_engine.errors import ConfigError
 
 T = TypeVar("T")
 
-#: What happens where a key differs when a run goes on. ``refuse``: the run is refused. ``elsewhere``: only another run's
-#: checkpoint may be gone on from. ``allow``: nothing. ``extend``: nothing, but a finished run goes on.
+#: Whether a key may differ when a run is resumed. ``refuse``: it may not. ``elsewhere``: only when the checkpoint is another
+#: run's. ``allow``: it may. ``extend``: it may, and a finished run then goes on.
 OnResume = Literal["refuse", "elsewhere", "allow", "extend"]
 
 #: A number within a list: ``list[Positive]``. Other numbers have their bounds in :func:`setting`.
@@ -92,7 +92,7 @@ def on_resume(field: FieldInfo) -> OnResume:
 
 
 def _accept_mappings(cls: type, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-    """Strict is meant of the values in a section; a section itself may be given as a dict."""
+    """Values must be of their exact type, but a section may be given as a dict."""
     return {**handler(source), "strict": False}
 
 

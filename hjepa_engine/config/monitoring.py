@@ -144,7 +144,7 @@ class OnlineProbeConfig:
     train_images: int = setting(2000, ge=1)
     """Labeled images to learn from."""
     val_images: int = setting(1000, ge=1)
-    """Labeled images, held out, to judge on."""
+    """Labeled images, held out, to measure on."""
     neighbors: int = setting(20, ge=1)
     """Neighbors that vote in ``probe/knn``; all, where there are fewer."""
     temperature: float = setting(0.07, gt=0)

@@ -9,7 +9,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from hjepa_engine.config.describe import bounds_of, describe_bounds, fields_of, hints_of, is_section, type_words
+from hjepa_engine.config.describe import (
+    bounds_of,
+    default_of,
+    describe_bounds,
+    fields_of,
+    hints_of,
+    is_section,
+    type_words,
+)
 from hjepa_engine.config.fields import OnResume, on_resume
 from hjepa_engine.config.schema import Config
 
@@ -45,7 +53,7 @@ def list_options(cls: Any = Config, prefix: str = "", resume: OnResume = "refuse
         yield Option(
             key=prefix + name,
             type=type_words(hints_of(cls)[name]),
-            default=_as_written(field.get_default(call_default_factory=True)),
+            default=_as_written(default_of(field)),
             bounds=describe_bounds(bounds_of(field)),
             description=" ".join((field.description or "").split()),
             on_resume=inherited,
@@ -59,7 +67,7 @@ def _as_written(value: Any) -> Any:
     if not is_section(type(value)):
         return value
     fields = fields_of(type(value)).items()
-    given = ((name, getattr(value, name), field.get_default(call_default_factory=True)) for name, field in fields)
+    given = ((name, getattr(value, name), default_of(field)) for name, field in fields)
     return {name: _as_written(mine) for name, mine, default in given if mine != default}
 
 

@@ -14,7 +14,7 @@ from hjepa_engine.config.monitoring import (
     OnlineProbeConfig,
     PicturesConfig,
 )
-from hjepa_engine.config.validation import problems
+from hjepa_engine.config.validation import broken_rules
 from hjepa_engine.errors import ConfigError
 
 
@@ -277,10 +277,10 @@ class CheckpointConfig:
 
 @section()
 class ProbeConfig:
-    """The linear probe that judges the frozen encoder."""
+    """The linear probe that measures the frozen encoder."""
 
     enabled: bool = True
-    """Judge the encoder at the end of pretraining."""
+    """Measure the encoder at the end of pretraining."""
     features: Literal["mean", "concat"] = "mean"
     """What the probe reads: the mean of the patch tokens, or all of them side by side."""
     labels_per_class: int | None = setting(None, ge=1)
@@ -343,9 +343,9 @@ class Config:
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:1``."""
 
     def __post_init__(self) -> None:
-        problem = next(problems(self), None)
-        if problem:
-            raise ConfigError(problem)
+        rule = next(broken_rules(self), None)
+        if rule:
+            raise ConfigError(rule)
 
 
 def resolve_levels(config: Config) -> tuple[Level, ...]:

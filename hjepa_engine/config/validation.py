@@ -11,7 +11,7 @@ from hjepa_engine.metrics.names import ALPHA_REQ, COLLAPSE, FINAL_PROBES, KNN, L
 DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 
 
-def problems(config: Any) -> Iterator[str]:
+def broken_rules(config: Any) -> Iterator[str]:
     """What is wrong with a :class:`~hjepa_engine.config.schema.Config`, one line each: key, rule, value."""
     for key in (
         "data.crop_scale",
@@ -66,7 +66,7 @@ def problems(config: Any) -> Iterator[str]:
     checkpoint = config.checkpoint
     if checkpoint.init_parts is not None and checkpoint.init_from is None:
         yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"
-    yield from metric_problems(config)
+    yield from broken_metric_rules(config)
     if config.logging.watch != "none" and config.logging.watch_frequency % config.logging.log_frequency:
         yield (
             f"logging.watch_frequency must be a multiple of log_frequency ({config.logging.log_frequency}), "
@@ -89,7 +89,7 @@ def problems(config: Any) -> Iterator[str]:
         yield f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"
 
 
-def metric_problems(config: Any) -> Iterator[str]:
+def broken_metric_rules(config: Any) -> Iterator[str]:
     """Why ``checkpoint.metric`` would not be there, or not be new, when checkpoints are saved: none would be best."""
     metric, save, online = config.checkpoint.metric, config.checkpoint.save_frequency, config.online_probe
     collapse, where = config.collapse, f"where checkpoint.metric is {metric}"

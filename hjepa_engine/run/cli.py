@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from hjepa_engine.config.loading import dump_config, load_config
 from hjepa_engine.config.options import json_schema, list_options
+from hjepa_engine.config.parsing import dump_yaml
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError
 from hjepa_engine.utils.process import before_exit, make_streams_safe
@@ -157,6 +158,8 @@ def _options_help() -> str:
     lines = ["configuration keys, in the YAML file or as --KEY VALUE:"]
     for option in list_options():
         bounds = f", {option.bounds}" if option.bounds else ""
-        text = f"{option.description} [{option.type}{bounds}; default {option.default}]".replace("``", "")
+        text = f"{option.description} [{option.type}{bounds}; default {dump_yaml(option.default, flow=True)}]".replace(
+            "``", ""
+        )
         lines += [f"  --{option.key}", textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)

@@ -547,7 +547,7 @@ def test_the_generated_mistakes_are_many_and_reach_every_key():
 
 
 def test_every_rule_of_one_key_against_another_is_broken_once():
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_module.problems)))
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_module.broken_rules)))
     rules = [
         [part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
         for node in ast.walk(body)
