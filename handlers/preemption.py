@@ -27,7 +27,7 @@ class Preemption:
     same iteration, whichever of them was asked. The former signal handlers are restored when the run ends or is preempted;
     after another error, call :meth:`close`.
 
-    Listens to: ``STARTED``, ``TrainEvents.CHECKPOINT_READY``, ``COMPLETED``.
+    Listens to: ``STARTED``, ``TrainEvents.CHECKPOINT_READY``, ``RUN_FINALIZED``.
     Reads: ``engine.state.epoch_open``; ``engine.state.checkpoint`` and ``engine.state.optimizer_step``, for the message.
     Fires: ``TrainEvents.PREEMPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
 
@@ -50,7 +50,7 @@ class Preemption:
         self._trainer = engine
         engine.add_event_handler(Events.STARTED, self.listen)
         engine.add_event_handler(TrainEvents.CHECKPOINT_READY, self.check)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(TrainEvents.RUN_FINALIZED, self.finish)
 
     def watch(self, evaluator: StepEngine) -> None:
         """End long evaluations at an epoch's end too; they run again after the resume."""

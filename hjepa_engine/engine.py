@@ -209,6 +209,8 @@ class Trainer(StepEngine):
             self.fire(TrainEvents.EPOCH_FINALIZED)
             state.epoch_open = False
             self.fire(TrainEvents.CHECKPOINT_READY)
+        elif event == Events.COMPLETED:
+            self.fire(TrainEvents.RUN_FINALIZED)
         elif event == Events.STARTED:
             if state.iteration == 0:
                 self.fire(TrainEvents.LOG_METRICS)

@@ -44,6 +44,8 @@ class TrainEvents(EventEnum):
     Fires behind an iteration, and once more behind its epoch. [iteration]"""
     PREEMPTED = "preempted"
     """A stop request is about to end the run: save now. [iteration]"""
+    RUN_FINALIZED = "run_finalized"
+    """Last of a run, after every handler of ``COMPLETED``: a stop request that came too late for a checkpoint. [epoch]"""
 
 
 #: The counter of ``engine.state`` that an event's filters look at.
@@ -63,4 +65,5 @@ EVENT_TO_ATTR = {
     TrainEvents.EPOCH_FINALIZED: "epoch",
     TrainEvents.CHECKPOINT_READY: "iteration",
     TrainEvents.PREEMPTED: "iteration",
+    TrainEvents.RUN_FINALIZED: "epoch",
 }

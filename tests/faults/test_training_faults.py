@@ -231,7 +231,7 @@ def test_too_little_data_is_one_line_before_the_model_is_built(command, monkeypa
         raise AssertionError("the model is built")
 
     make()
-    monkeypatch.setattr(pretrain, "build_modules", refuse)
+    monkeypatch.setattr("hjepa_engine.build.build_modules", refuse)
     code, out, err = command(**FOLDER)
     assert (code, out, err.count("\n")) == (3, "", 1)
     assert says in err

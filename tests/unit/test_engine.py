@@ -64,7 +64,7 @@ def test_the_timeline_of_a_run_is_the_documented_one():
     epoch_ends = ["EPOCH_COMPLETED", "VALIDATION_COMPLETED", "LOG_METRICS", "EPOCH_FINALIZED", "CHECKPOINT_READY"]
     first = ["EPOCH_STARTED", *accumulated, *stepped, *committed, *stepped, *window, *committed, *epoch_ends]
     # Optimizer steps 3 and 4: the second window of the log ends with step 4, which is the epoch's end too.
-    assert recorder.seen == ["STARTED", "LOG_METRICS", *first, *first, "COMPLETED"]
+    assert recorder.seen == ["STARTED", "LOG_METRICS", *first, *first, "COMPLETED", "RUN_FINALIZED"]
 
 
 def test_the_pseudocode_of_the_documentation_fires_the_events_that_a_run_fires():
