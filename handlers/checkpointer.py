@@ -12,11 +12,12 @@ import ignite.distributed as idist
 from ignite.engine import Events
 
 from hjepa_engine.checkpoint.retention import Record, RetentionPolicy
-from hjepa_engine.checkpoint.state import flat_state, reproducibility_info
+from hjepa_engine.checkpoint.state import flat_state
 from hjepa_engine.checkpoint.writer import CheckpointWriter, StateCopy, describe_record
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.run.environment import reproducibility_info
 from hjepa_engine.utils.distributed import any_rank, rank_zero
 from hjepa_engine.utils.eta import total_iterations
 
@@ -155,7 +156,7 @@ class Checkpointer:
         name = f"epoch_{epoch:04d}_step_{state.optimizer_step:08d}"
         record = Record(name, state.iteration, state.optimizer_step, epoch, ends_epoch(state), score)
         description = describe_record(record, self.metric, state.metrics.since(0)[0])
-        description |= {"config": self.config, "environment": reproducibility_info(engine.device)}
+        description |= {"config": self.config, "environment": reproducibility_info(engine)}
         structure, tensors = flat_state(engine)
         copy = self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
         self.writer.keep_before = self.keep_before()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.state import Window, accumulation_window
+from hjepa_engine.utils.tensors import loss_of
 
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
@@ -89,7 +90,7 @@ class OptimizerStep:
     def step(self, engine: Trainer) -> None:
         """Backward; at the end of the window, step."""
         window = self._window(engine)
-        loss = engine.state.output["loss"] / (window.size - self._first)
+        loss = loss_of(engine.state.output) / (window.size - self._first)
         self.scaler.scale(loss).backward()
         self._loss = total = self._loss + loss.detach()
         engine.fire_event(TrainEvents.BACKWARD_COMPLETED)

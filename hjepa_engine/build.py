@@ -185,6 +185,8 @@ def build_run_optimizer(config: Config, modules: nn.ModuleDict) -> torch.optim.O
     """
     training = config.training
     groups = param_groups(modules, training.weight_decay)
+    if not groups:
+        raise ConfigError(f"the modules {', '.join(modules) or '(there are none)'} have no trainable parameters")
     try:
         return build_optimizer(training.optimizer, groups, training.lr, training.betas, **training.optimizer_args)
     except (ValueError, TypeError) as error:
@@ -214,32 +216,38 @@ def build_handlers(config: Config) -> list[Any]:
     return built
 
 
-def build_model(config: Config, make: Callable[..., nn.ModuleDict] | None = None) -> nn.ModuleDict:
+def build_model(config: Config, make: Callable[..., nn.ModuleDict] | nn.ModuleDict | None = None) -> nn.ModuleDict:
     """The modules of a run, initialized from ``config.seed``.
 
     Args:
         config: of the run.
-        make: from the configuration to the modules; by default what ``model.class_path`` names (called with
-            ``model.init_args``, and with ``config`` where it takes that), or H-JEPA's.
+        make: the modules, or a function that makes them, called with ``config`` where it takes an argument; by default what
+            ``model.class_path`` names (called with ``model.init_args``, and ``config`` if it names that), or H-JEPA's.
 
     Raises:
         ConfigError: the modules cannot be made, or are not an ``nn.ModuleDict``.
     """
-    model, given = config.model, make
-    if make is None and model.class_path is None:
+    path, arguments = config.model.class_path, config.model.init_args
+    if isinstance(make, nn.ModuleDict):
+        return make
+    if make is None and path is None:
         return build_modules(config)
-    with torch.random.fork_rng(devices=[]):
+    key, name = ("modules", getattr(make, "__name__", "it")) if make is not None else ("model.class_path", str(path))
+    if make is None:
+        make = _import("model", name)
+    elif isinstance(make, nn.Module) or not callable(make):
+        raise ConfigError(f"modules must be an nn.ModuleDict or a function that makes one, got {type(make).__name__}")
+    with torch.random.fork_rng(devices=[]), _arguments_of("model.init_args" if key == "model.class_path" else key):
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        if make is not None:
+        parameters = inspect.signature(make).parameters
+        if "config" in parameters:
+            modules = make(**arguments, config=config)
+        elif key == "modules" and any(each.default is each.empty for each in parameters.values()):
             modules = make(config)
         else:
-            make = _import("model", str(model.class_path))
-            with _arguments_of("model.init_args"):
-                takes_config = "config" in inspect.signature(make).parameters
-                modules = make(**model.init_args, **({"config": config} if takes_config else {}))
+            modules = make(**arguments)
     if not isinstance(modules, nn.ModuleDict):
-        name = model.class_path if given is None else getattr(given, "__name__", "modules")
-        raise ConfigError(f"model.class_path: {name} must return an nn.ModuleDict, got {type(modules).__name__}")
+        raise ConfigError(f"{key}: {name} must return an nn.ModuleDict, got {type(modules).__name__}")
     return modules
 
 

@@ -279,22 +279,3 @@ def load_pretrained(modules: nn.ModuleDict, source: Path, parts: Sequence[str] |
     if len(lines) == 1:
         raise CheckpointError(f"checkpoint.init_from: {where} has none of the modules {', '.join(modules)}")
     return "\n".join(lines)
-
-
-def reproducibility_changes(checkpoint: Checkpoint, environment: Mapping[str, Any]) -> list[str]:
-    """What differs from the environment that wrote a checkpoint; the run's bits may then differ too."""
-    return [
-        f"{name} is {environment[name]}, the checkpoint was written with {checkpoint.environment.get(name)}"
-        for name in environment
-        if checkpoint.environment.get(name) != environment[name]
-    ]
-
-
-def reproducibility_info(device: torch.device) -> State:
-    """What the bits of a run depend on, besides its configuration."""
-    return {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "processes": idist.get_world_size(),
-    }

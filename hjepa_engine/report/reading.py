@@ -205,8 +205,8 @@ def _read_checkpoints(path: Path) -> list[Checkpoint]:
 
 
 def _probe_results(path: Path, status: Mapping[str, Any]) -> dict[str, float]:
-    """Of the probe that was run last by hand, else of the one at the end of the run."""
-    for results in (_read_object(path / "linear_probe.json").get("accuracy"), status.get("results")):
+    """Of the probe at the end of the run, else of the one that was run last by hand, whose settings may differ."""
+    for results in (status.get("results"), _read_object(path / "linear_probe.json").get("accuracy")):
         if isinstance(results, dict) and results:
             return {name: float(value) for name, value in results.items() if isinstance(value, (int, float))}
     return {}

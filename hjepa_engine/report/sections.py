@@ -22,7 +22,7 @@ from hjepa_engine.report.verdict import Verdict
 _MAX_PICTURE = 4 * 2**20  # bytes
 _MAX_VALUE = 200  # characters; all of it is in config.yaml below
 #: What a final linear probe was trained on, as it is printed.
-PROBED = {"trained": "trained target encoder", "random": "random encoder", "pixels": "raw pixels"}
+PROBED = {"trained": "trained encoder", "random": "random encoder", "pixels": "raw pixels"}
 
 
 #: What is compared and, of each run, the value and the best value, which may be empty.

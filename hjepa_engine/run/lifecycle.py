@@ -14,8 +14,6 @@ from hjepa_engine.checkpoint.folder import load_one
 from hjepa_engine.checkpoint.state import (
     load_on_all_ranks,
     load_pretrained,
-    reproducibility_changes,
-    reproducibility_info,
     restore_state,
     resume,
 )
@@ -26,6 +24,7 @@ from hjepa_engine.data.loading import translate_worker_error
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, ConfigError, DataError, ForceQuit, Preempted
 from hjepa_engine.run.cli import exit_code_of, one_line
+from hjepa_engine.run.environment import reproducibility_changes, reproducibility_info
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.utils.distributed import rank_zero
 from hjepa_engine.utils.rng import seed_everything
@@ -102,7 +101,7 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
         follows = "; schedules follow the new length" if change.key == "training.epochs" else ""
         _print_once(f"  {change}{follows}")
     if idist.get_rank() == 0:
-        for difference in reproducibility_changes(checkpoint, reproducibility_info(trainer.device)):
+        for difference in reproducibility_changes(checkpoint, reproducibility_info(trainer)):
             logger.warning("bits may differ from a run without interruption: %s", difference)
         for remark in remarks:
             logger.warning("%s", remark)

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 
@@ -47,3 +48,15 @@ def import_object(path: str) -> Any:
     if not hasattr(module, name):
         raise ValueError(f"{path!r} cannot be imported: {module_name} has no {name}")
     return getattr(module, name)
+
+
+def qualified_name(found: Any) -> str:
+    """The dotted path of a function or class, also inside a ``partial``; of another object, that of its class.
+
+    >>> qualified_name(import_object), qualified_name(partial(len, [])), qualified_name(0)
+    ('hjepa_engine.utils.imports.import_object', 'builtins.len', 'builtins.int')
+    """
+    while isinstance(found, partial):
+        found = found.func
+    named = found if hasattr(found, "__qualname__") else type(found)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hjepa_engine.errors import ConfigError
 from hjepa_engine.types import Outputs
 
 
@@ -32,3 +33,25 @@ def detach(outputs: Outputs) -> Outputs:
         return [cut(item) for item in value] if isinstance(value, list) else value
 
     return {name: cut(value) for name, value in outputs.items()}
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """The loss that a step has returned.
+
+    Raises:
+        ConfigError: it is no scalar tensor with a graph, or there is none.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, dict) else None
+    if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
+        return loss
+    if isinstance(loss, Tensor):
+        got = f"a loss of shape {tuple(loss.shape)}" if loss.ndim else "a loss that depends on no trained parameter"
+    elif isinstance(outputs, dict):
+        got = (
+            f"a dict with {', '.join(map(str, outputs)) or 'nothing'}"
+            if loss is None
+            else f"a loss of type {type(loss).__name__}"
+        )
+    else:
+        got = type(outputs).__name__
+    raise ConfigError(f"the step must return a dict whose loss is a scalar tensor with a gradient, got {got}")

@@ -29,6 +29,7 @@ from hjepa_engine.build import (
 from hjepa_engine.config.changes import plain_config
 from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, open_split
 from hjepa_engine.engine import Trainer
+from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
     Checkpointer,
     CollapseGuard,
@@ -102,7 +103,9 @@ def build_trainer(config: Config, step: Step | None = None, modules: Modules | N
         modules: likewise.
     """
     device = choose_device(config.device)
-    made = modules if isinstance(modules, nn.ModuleDict) else build_model(config, modules)
+    if step is not None and not callable(step):
+        raise ConfigError(f"step must be a function (modules, batch), got {step!r}")
+    made = build_model(config, modules)
     return create_trainer(
         step or build_step(config),
         distribute(made, device),

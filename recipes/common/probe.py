@@ -76,12 +76,7 @@ def describe(results: dict[str, float], config: Config) -> str:
     """The table that recipes print."""
     labels = config.probe.labels_per_class
     how = f"{config.probe.features} tokens, {'all labels' if labels is None else f'{labels} labels per class'}"
-    own = config.step is not None or config.model.class_path is not None or config.model.encoder is not None
-    names = {
-        "trained": "trained encoder" if own else "trained target encoder",
-        "random": "random encoder",
-        "pixels": "raw pixels",
-    }
+    names = {"trained": "trained encoder", "random": "random encoder", "pixels": "raw pixels"}
     return "\n".join([f"linear probe ({how}):", *(f"  {names[n]:24}{100 * results[n]:5.1f} %" for n in results)])
 
 

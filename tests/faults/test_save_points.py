@@ -85,6 +85,7 @@ def test_a_manifest_describes_the_run(tmp_path):
     assert newest.record == Record("epoch_0001_step_00000007", 7, 7, 1, False, None)
     assert load_config(tmp_path / "config.yaml") == run.config
     assert newest.config["training"]["lr"] == run.config.training.lr and newest.config["seed"] == 0
-    assert newest.environment == {"torch": torch.__version__, "device": "cpu", "threads": 1, "processes": 1}
+    environment = {"torch": torch.__version__, "device": "cpu", "threads": 1, "processes": 1}
+    assert newest.environment == {**environment, "step": "hjepa_engine.steps.hjepa.hjepa_step"}
     assert newest.metrics["val/loss"] > 0 and newest.metric == "val/loss"
     assert newest.size == (newest.path / "state.safetensors").stat().st_size

@@ -11,6 +11,7 @@ from resuming import assert_same, outcome, train
 from torch import nn
 
 from hjepa_engine import load_config, load_encoder
+from hjepa_engine.build import build_model
 from hjepa_engine.errors import ConfigError, ExportError
 from hjepa_engine.recipes import linear_probe, pretrain
 from hjepa_engine.recipes.examples import mae, two_views
@@ -216,3 +217,59 @@ def test_what_cannot_be_built_is_one_line_with_its_key(tmp_path, values, message
     with pytest.raises(ConfigError, match=message) as error:
         pretrain.build(load_config(None, options({**NOISE, **values, "run_dir": str(tmp_path / "run")})))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda loss: {"other": loss}, "a dict with other"),
+        (lambda loss: None, "NoneType"),
+        (lambda loss: (loss, loss), "tuple"),
+        (lambda loss: loss, "Tensor"),
+        (lambda loss: {"loss": 1.0}, "a loss of type float"),
+        (lambda loss: {"loss": loss.detach()}, "a loss that depends on no trained parameter"),
+        (lambda loss: {"loss": loss[None]}, r"a loss of shape \(1,\)"),
+    ],
+)
+def test_a_step_without_a_loss_is_one_line(tmp_path, output, got):
+    def step(modules, batch):
+        return output(modules["body"](batch["images"]).square().mean())
+
+    values = {**NOISE, "probe.enabled": "false", "collapse.enabled": "false", "pictures.enabled": "false"}
+    config = load_config(None, options({**values, "run_dir": str(tmp_path / "run")}))
+    message = f"the step must return a dict whose loss is a scalar tensor with a gradient, got {got}$"
+    with pytest.raises(ConfigError, match=message):
+        pretrain.build(config, step=step, modules=small_modules).fit()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"modules": {"body": nn.Linear(2, 2)}},
+            "modules must be an nn.ModuleDict or a function that makes one, got dict",
+        ),
+        ({"modules": nn.Linear(2, 2)}, "modules must be an nn.ModuleDict or a function that makes one, got Linear"),
+        ({"modules": no_modules}, "modules: no_modules must return an nn.ModuleDict, got list"),
+        ({"modules": nn.ModuleDict()}, r"the modules \(there are none\) have no trainable parameters"),
+        ({"step": "own.step"}, r"step must be a function \(modules, batch\), got 'own.step'"),
+    ],
+)
+def test_wrong_parts_are_refused_when_they_are_given(tmp_path, parts, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrain.build(load_config(None, options({**NOISE, "run_dir": str(tmp_path / "run")})), **parts)
+
+
+def test_a_function_without_parameters_makes_modules_too():
+    config = load_config(None, options(NOISE))
+    assert [*build_model(config, lambda: nn.ModuleDict({"a": nn.Identity()}))] == ["a"]
+    assert [*build_model(config, lambda given: nn.ModuleDict({str(given.seed): nn.Identity()}))] == ["0"]
+
+
+def test_going_on_with_another_step_is_said(tmp_path, caplog):
+    values = SMALL | BY_LOSS | {"collapse.enabled": "false", "online_probe.every": "null", "probe.enabled": "false"}
+    train(tmp_path / "run", values | {"training.max_iters": 2}, step=small_step, modules=small_modules)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path / "run", values, step=Step(2.0), modules=small_modules)
+    (said,) = [line for line in caplog.messages if "step is" in line]
+    assert f"step is {ME}.Step, the checkpoint was written with {ME}.small_step" in said

@@ -244,8 +244,8 @@ def test_a_run_ends_with_its_folder_and_the_probes_table(finished):
     _, _, out, err = finished
     status = json.loads((finished[0] / "run" / "status.json").read_text())["results"]
     assert "run folder: run\n" in out
-    shown = dict(re.findall(r"^ +(trained target encoder|random encoder|raw pixels) +([\d.]+) %$", out, re.MULTILINE))
-    names = {"trained": "trained target encoder", "random": "random encoder", "pixels": "raw pixels"}
+    shown = dict(re.findall(r"^ +(trained encoder|random encoder|raw pixels) +([\d.]+) %$", out, re.MULTILINE))
+    names = {"trained": "trained encoder", "random": "random encoder", "pixels": "raw pixels"}
     assert shown == {names[name]: f"{100 * value:.1f}" for name, value in status.items()}
     assert status["pixels"] > 0.85  # digits are easy
     assert status["random"] > 0.15  # better than chance
@@ -286,7 +286,7 @@ def test_the_probe_command_prints_the_accuracies_of_the_run(finished, command, m
     results = json.loads((folder / "run" / "linear_probe.json").read_text())["accuracy"]
     (folder / "run" / "linear_probe.json").unlink()  # other tests compare the folder
     assert results == json.loads((folder / "run" / "status.json").read_text())["results"]
-    assert f"trained target encoder {100 * results['trained']:6.1f} %" in out
+    assert f"trained encoder        {100 * results['trained']:6.1f} %" in out
     assert f"raw pixels             {100 * results['pixels']:6.1f} %" in out
 
 

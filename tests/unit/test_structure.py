@@ -18,7 +18,7 @@ ARROWS = {
     "_version": "",
     "errors": "",
     "types": "",
-    "utils": "types",
+    "utils": "errors types",
     "events": "",
     "schedules": "",
     "losses": "types",
