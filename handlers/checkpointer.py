@@ -37,8 +37,8 @@ class Checkpointer:
         policy: which checkpoints to keep.
         metric: a checkpoint's score, if it was new when that was saved.
         every_epochs: save at the end of every N-th epoch, and of the run; None: only of the run.
-        every_steps: likewise after every N-th optimizer step.
-        every_minutes: likewise once this many minutes have passed since the last save.
+        every_steps: also save after every N-th optimizer step.
+        every_minutes: also save once this many minutes have passed since the last save.
         keep_before: asked at every save for an iteration; the newest checkpoint from before it is kept, whatever the policy
             says. None: no such iteration.
         config: the resolved configuration, for the manifest.

@@ -65,7 +65,7 @@ class Preemption:
             self._previous[name] = signal.signal(name, self._on_signal)
 
     def close(self) -> None:
-        """Restore the former signal handlers."""
+        """Restore the previous signal handlers."""
         while self._previous:
             name, former = self._previous.popitem()
             signal.signal(name, former)

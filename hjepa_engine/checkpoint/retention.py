@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
     @property
     def order(self) -> tuple[int, bool]:
-        """Where in the run it was saved; later places are greater."""
+        """When in the run it was saved; later is greater."""
         return self.iteration, self.ends_epoch
 
 

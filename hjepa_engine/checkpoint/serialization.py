@@ -33,7 +33,7 @@ _LARGEST_HEADER = 8 * 2**20  # what a larger one says may take any amount of mem
 
 
 def flatten(state: Any) -> tuple[str, dict[str, Tensor]]:
-    """``state`` as JSON with names in the place of tensors, and the tensors by name (their path, joined by dots).
+    """``state`` as JSON with names instead of tensors, and the tensors by name (their path, joined by dots).
 
     Args:
         state: dicts with text or integer keys, lists, tuples, tensors, numbers, texts, booleans and None, nested.

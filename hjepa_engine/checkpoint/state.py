@@ -226,8 +226,8 @@ def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     Raises:
         CheckpointError: there are none.
     """
-    places = (path, path / "model.safetensors", path / "encoder" / "model.safetensors")
-    exported = next((place for place in places if place.is_file()), None)
+    candidates = (path, path / "model.safetensors", path / "encoder" / "model.safetensors")
+    exported = next((file for file in candidates if file.is_file()), None)
     if exported is None or list_checkpoints(path / "checkpoints"):
         found = load_on_all_ranks(lambda: load_one(path))
         assert found is not None

@@ -76,12 +76,12 @@ class CheckpointWriter:
     def copy(
         self, name: str, structure: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
     ) -> StateCopy:
-        """Copy a state, after the former write, whose memory is reused."""
+        """Copy a state, after the previous write, whose memory is reused."""
         self.wait()
         return StateCopy(name, structure, self._snapshot.take(tensors), dict(description))
 
     def start(self, copy: StateCopy) -> None:
-        """Start to write a copy, after the former write."""
+        """Start to write a copy, after the previous write."""
         self.wait()
         self._in_flight = self._pool.submit(self._write, copy)
 
@@ -120,7 +120,7 @@ class CheckpointWriter:
         try:
             records = [checkpoint.record for checkpoint in list_checkpoints(self.folder)]
             self._look_for_score(description, records)
-            # The newest may lie, in the order of places, behind some that could not be read when the run began.
+            # The newest may lie, in the order of iterations, after some that could not be read when the run began.
             kept = {*self.policy(records), self.newest.name}
             good = [record for record in records if record.iteration < (self.keep_before or 0)]
             kept |= {record.name for record in good[:1]}  # newest first

@@ -27,7 +27,7 @@ _UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
-class _Place(NamedTuple):
+class _Located(NamedTuple):
     """Where in a configuration an error is."""
 
     key: str
@@ -48,7 +48,7 @@ def error_line(root: Any, prefix: str, cls: Any, error: ValidationError, data: M
         root: the section that all others are in, for keys that may have been meant.
         prefix: comes before every key.
         cls: the section that ``data`` was given for.
-        error: what pydantic says of it.
+        error: pydantic's description of it.
         data: its values.
     """
     details = error.errors(include_url=False)
@@ -58,18 +58,18 @@ def error_line(root: Any, prefix: str, cls: Any, error: ValidationError, data: M
         loc = (*loc, next(at for at, number in enumerate(first["input"]) if too_large(number)))
     if kind == "missing" and isinstance(loc[-1], int):  # a pair of one number
         loc, kind = loc[:-1], "tuple_type"
-    place = _locate(cls, loc, data, prefix)
-    key = place.key
-    if kind in _UNKNOWN and is_section(place.hint):
+    found = _locate(cls, loc, data, prefix)
+    key = found.key
+    if kind in _UNKNOWN and is_section(found.hint):
         start = f"{key}." if key else ""
-        return unknown_key(f"{start}{place.rest[0]}", [start + name for name in fields_of(place.hint)], root)
+        return unknown_key(f"{start}{found.rest[0]}", [start + name for name in fields_of(found.hint)], root)
     if kind == "missing":
         return f"{key} must be given"
     if kind == "value_error":
         return f"{key}.{first['ctx']['error']}".removeprefix(".")
-    if kind in _OUT_OF_BOUNDS and place.value is not place.whole:
+    if kind in _OUT_OF_BOUNDS and found.value is not found.whole:
         key = key.rpartition("[")[0]  # the line shows the whole list
-    return f"{key} must be {_rule(place, kind)}"
+    return f"{key} must be {_rule(found, kind)}"
 
 
 def too_large(value: Any) -> bool:
@@ -77,14 +77,14 @@ def too_large(value: Any) -> bool:
     return type(value) is int and abs(value) >= 2**63
 
 
-def _rule(place: _Place, kind: str) -> str:
-    value, hint = place.value, place.hint
+def _rule(found: _Located, kind: str) -> str:
+    value, hint = found.value, found.hint
     got = f"got {format_value(value)}"
     if kind == "too_large":
         return f"{type_words(hint)} below 2**63 in size, {got}"
-    if kind in _OUT_OF_BOUNDS and place.field is not None:
-        rules = [describe_bounds(bounds_of(place.field)), "" if math.isfinite(value) else "finite"]
-        among = "" if place.whole is value else f" in {format_value(list(place.whole))}"
+    if kind in _OUT_OF_BOUNDS and found.field is not None:
+        rules = [describe_bounds(bounds_of(found.field)), "" if math.isfinite(value) else "finite"]
+        among = "" if found.whole is value else f" in {format_value(list(found.whole))}"
         return f"{' and '.join(filter(None, rules))}, {got}{among}"
     if kind == "string_too_short":
         return f"a string that is not empty, {got}"
@@ -99,7 +99,7 @@ def _rule(place: _Place, kind: str) -> str:
     return f"{type_words(hint)}, {got}{note}"
 
 
-def _locate(cls: Any, loc: Sequence[int | str], data: Any, prefix: str) -> _Place:
+def _locate(cls: Any, loc: Sequence[int | str], data: Any, prefix: str) -> _Located:
     key, hint, field, value, whole = prefix.rstrip("."), cls, None, data, data
     for number, part in enumerate(loc):
         inner = without_none(hint)
@@ -115,8 +115,8 @@ def _locate(cls: Any, loc: Sequence[int | str], data: Any, prefix: str) -> _Plac
             key, hint = f"{key}.{part}", get_args(inner)[1]
             value = whole = value[part]
         else:
-            return _Place(key, inner, field, value, whole, loc[number:])
-    return _Place(key, hint, field, value, whole, ())
+            return _Located(key, inner, field, value, whole, loc[number:])
+    return _Located(key, hint, field, value, whole, ())
 
 
 def unknown_key(key: str, siblings: Sequence[str], root: Any) -> str:

@@ -1,4 +1,4 @@
-"""The configuration's sections on what a run says of itself: logging, collapse, guards, probes, pictures."""
+"""Monitoring sections of the configuration: logging, collapse, guards, probes, pictures."""
 
 from __future__ import annotations
 

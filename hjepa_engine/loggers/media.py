@@ -119,9 +119,9 @@ class Histogram:
         share = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=tensor.device)
         most = torch.finfo(torch.float64).max
         edges = (low - width).clamp(min=-most) * (1 - share) + (high + width).clamp(max=most) * share
-        place = torch.where(finite, torch.bucketize(tensor, edges[1:-1], right=True), bins)
+        bin_idx = torch.where(finite, torch.bucketize(tensor, edges[1:-1], right=True), bins)
         counts = torch.zeros(bins + 1, dtype=torch.int64, device=tensor.device)
-        counts.scatter_add_(0, place, torch.ones(1, dtype=torch.int64, device=tensor.device).expand_as(place))
+        counts.scatter_add_(0, bin_idx, torch.ones(1, dtype=torch.int64, device=tensor.device).expand_as(bin_idx))
         return torch.cat([counts.double(), edges])
 
     @classmethod

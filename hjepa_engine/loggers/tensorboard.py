@@ -38,7 +38,7 @@ class TensorBoardWriter:
 
         self._step = 0 if state is None else state["step"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Files are named by the second: without a suffix, one of a quick restart could replace the former.
+        # Files are named by the second: without a suffix, one of a quick restart could replace the previous one.
         self._events = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
         if state is not None:
             self._write(self._step + 1, session_log=SessionLog(status=SessionLog.START))

@@ -1,4 +1,4 @@
-"""Names of logged metrics that more than one place knows. Imports nothing: a configuration is checked without torch."""
+"""Names of logged metrics that more than one module uses. Imports nothing: a configuration is checked without torch."""
 
 from __future__ import annotations
 

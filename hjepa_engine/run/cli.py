@@ -67,7 +67,7 @@ def read_config(
         default: the file that is read without ``--config``.
         argv: the arguments.
         preview: what ``--preview`` does; None: there is no such option.
-        find_lr: likewise what ``--find_lr`` does.
+        find_lr: what ``--find_lr`` does.
 
     Raises:
         ConfigError: one line that says what is wrong.

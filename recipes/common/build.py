@@ -100,7 +100,7 @@ def build_trainer(config: Config, step: Step | None = None, modules: Modules | N
     Args:
         config: of the run.
         step: the configured one by default.
-        modules: likewise.
+        modules: the configured ones by default.
     """
     device = choose_device(config.device)
     if step is not None and not callable(step):

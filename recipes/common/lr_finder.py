@@ -93,7 +93,7 @@ class LearningRateSweep:
 
 
 def smoothed(losses: Sequence[float], keep: float = 0.8) -> list[float]:
-    """Exponential means of ``losses`` up to each: the former one counts ``keep``, without a bias to the first value."""
+    """Exponential means of ``losses`` up to each: the previous mean has weight ``keep``, with bias correction."""
     values, mean = [], 0.0
     for number, loss in enumerate(losses, start=1):
         mean = keep * mean + (1 - keep) * loss

@@ -1,4 +1,4 @@
-"""What a pretraining run says of itself while it goes on: handlers that look, and change nothing of the training."""
+"""Monitoring handlers of a pretraining run: they measure and do not change the training."""
 
 from __future__ import annotations
 
