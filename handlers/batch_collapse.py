@@ -14,14 +14,11 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.levels import as_tokens
 from hjepa_engine.metrics.collapse import FeatureStatistics, samples_needed
-from hjepa_engine.metrics.names import COLLAPSE_KEYS, collapse_metric
+from hjepa_engine.metrics.names import COLLAPSE_KEYS, COLLAPSE_OUTPUTS, collapse_metric
 from hjepa_engine.metrics.sampling import spread, stride_of
 from hjepa_engine.types import Outputs
 
 logger = logging.getLogger(__name__)
-
-#: Outputs of ``hjepa_step`` that are measured, by their name in the metrics.
-OUTPUTS = {"context": "context_tokens", "target": "target_tokens"}
 
 
 class BatchCollapse:
@@ -45,7 +42,9 @@ class BatchCollapse:
 
     per_rank = True  # each rank collects different samples
 
-    def __init__(self, every: int = 200, outputs: Mapping[str, str] = OUTPUTS, num_patches: int | None = None) -> None:
+    def __init__(
+        self, every: int = 200, outputs: Mapping[str, str] = COLLAPSE_OUTPUTS, num_patches: int | None = None
+    ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.every, self.due, self.outputs, self.num_patches = every, 0, dict(outputs), num_patches

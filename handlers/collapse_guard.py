@@ -44,7 +44,7 @@ class CollapseGuard:
         self.rollbacks = 0
         """How often the run was rolled back so far."""
         self._seen, self._is_new, self._is_named = 0, False, False
-        self._place = 0, 0  # optimizer step and iteration of what is new
+        self._noticed_at = 0, 0  # optimizer step and iteration of what is new
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -84,7 +84,7 @@ class CollapseGuard:
 
     def notice(self, engine: Trainer) -> None:
         """Note that there are new values; they are checked after all other handlers."""
-        self._is_new, self._place = bool(self.monitors), (engine.state.optimizer_step, engine.state.iteration)
+        self._is_new, self._noticed_at = bool(self.monitors), (engine.state.optimizer_step, engine.state.iteration)
 
     def check(self, engine: Trainer) -> None:
         """Check what is new. Collective."""
@@ -107,7 +107,7 @@ class CollapseGuard:
         """Verdicts of the rules on the new values."""
         fresh, self._seen = engine.state.metrics.since(self._seen)
         verdicts = [
-            monitor.update(fresh[monitor.rule.metric], *self._place)
+            monitor.update(fresh[monitor.rule.metric], *self._noticed_at)
             for monitor in self.monitors
             if monitor.rule.metric in fresh
         ]

@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.checkpoint.retention import RetentionPolicy
-from hjepa_engine.config.loading import dump_config
-from hjepa_engine.config.parsing import parse_yaml
+from hjepa_engine.config.changes import plain_config
 from hjepa_engine.config.schema import Config, TrainingConfig, resolve_levels
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.loggers.base import Writer
@@ -289,7 +288,7 @@ def build_writers(config: Config, folder: Path, log_folder: Path) -> list[Writer
         writers.append(
             WandbWriter(
                 folder=log_folder,
-                config=parse_yaml(dump_config(config)),
+                config=plain_config(config),
                 project=wandb.project,
                 name=options.experiment_name,
                 entity=wandb.entity,

@@ -85,7 +85,8 @@ def _from_checkpoint(folder: Path, checkpoint: str, encoder: nn.Module | None) -
             raise KeyError(
                 f"the model is {config.model.class_path}: pass load_encoder an encoder to load the weights into"
             )
-        encoder = encoder or TargetEncoder(**encoder_arguments(config))
+        if encoder is None:
+            encoder = TargetEncoder(**encoder_arguments(config))
         encoder.load_state_dict(state["modules"][name])
     except (KeyError, TypeError, RuntimeError) as error:
         what = (str(error.args[0] if error.args else error).splitlines() or [""])[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,23 +55,24 @@ def main(argv: Sequence[str], default: Path = DEFAULT_CONFIG, **parts: Any) -> N
         default: the configuration that is read without ``--config``.
         **parts: ``step``, ``modules`` and ``handlers`` for :func:`build`.
     """
+    build_parts = partial(build, **parts)
 
     def show(config: Config) -> None:
         from hjepa_engine.recipes.common.preview import preview
 
-        preview(config, lambda config: build(config, **parts))
+        preview(config, build_parts)
 
     def search(config: Config) -> None:
         from hjepa_engine.recipes.common.lr_finder import find_lr
 
-        find_lr(config, lambda config: build(config, **parts))
+        find_lr(config, build_parts)
 
     config = read_config(__doc__ or "", default, argv, show, search)
     if config is None:
         return
     from hjepa_engine.recipes.common.run import run_to_end
 
-    run_to_end(config, lambda: build(config, **parts))
+    run_to_end(config, build_parts)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hjepa_engine.config.fields import section, setting
 from hjepa_engine.metrics.health import COLLAPSED_SHARE, LOSS_SPIKE, SETTLING_STEPS, STD_DROP
-from hjepa_engine.metrics.names import TRAIN_LOSS, collapse_metric
+from hjepa_engine.metrics.names import COLLAPSE_OUTPUTS, TRAIN_LOSS, collapse_metric
 
 
 @section()
@@ -73,7 +73,7 @@ class CollapseConfig:
     modules: dict[str, str] | None = None
     """Encoders that are measured on the fixed images, by their name in the metrics; by default ``context`` and ``target``:
     ``context_encoder`` and ``target_encoder``, where these modules are there, else ``target``: ``model.encoder``."""
-    outputs: dict[str, str] = setting(lambda: {"context": "context_tokens", "target": "target_tokens"})
+    outputs: dict[str, str] = setting(COLLAPSE_OUTPUTS.copy)
     """Outputs of the step, tokens (B, N, D) or features (B, D), that are measured on training batches, by their name in the
     metrics."""
     alpha_req: bool = False

@@ -18,6 +18,8 @@ FINAL_PROBES = {"trained": "probe/linear", "random": "probe/linear_random", "pix
 ENCODERS = ("target", "context")
 #: Collapse metrics that are measured of encoders, levels and training batches alike.
 COLLAPSE_KEYS = ("std", "norm", "rank", "rank_share")
+#: Outputs of ``hjepa_step`` that are measured on training batches, by their name in the metrics.
+COLLAPSE_OUTPUTS = {"context": "context_tokens", "target": "target_tokens"}
 RANK_ME, ALPHA_REQ, LIDAR, SPECTRUM = "rank_me", "alpha_req", "lidar", "spectrum"
 
 #: How reports call metrics.

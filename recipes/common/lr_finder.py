@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from hjepa_engine import Config, TrainEvents
 from hjepa_engine.build import process_group
 from hjepa_engine.engine import Trainer
-from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
     DamagedImages,
     DataPosition,
@@ -24,7 +23,7 @@ from hjepa_engine.handlers import (
     StepSeed,
     TargetEncoderEMA,
 )
-from hjepa_engine.visualization.drawing import save
+from hjepa_engine.recipes.common.preview import save_preview
 from hjepa_engine.visualization.figures import draw_lr_sweep
 
 #: What a step needs. All else of this project that is attached to the trainer would write, measure or stop.
@@ -116,12 +115,9 @@ def find_lr(config: Config, build: Callable[[Config], Any], steps: int = 100) ->
         run = build(config)
         sweep = sweep_lr(run.trainer, run.data, steps)
         if idist.get_rank() == 0:
-            path = run.folder.path / "preview" / "lr_finder.png"
-            try:
-                lrs = sweep.lrs[: len(sweep.losses)]
-                save(draw_lr_sweep(lrs, sweep.losses, smoothed(sweep.losses), sweep.suggestion()), path)
-            except OSError as error:
-                raise ConfigError(f"run_dir {run.folder.path} cannot be written to: {error.strerror}") from error
+            lrs = sweep.lrs[: len(sweep.losses)]
+            figure = draw_lr_sweep(lrs, sweep.losses, smoothed(sweep.losses), sweep.suggestion())
+            path = save_preview(figure, run, "lr_finder.png")
             print(f"{run.describe()}\n\n{describe(sweep, config.training.lr, path)}")
 
 

@@ -61,7 +61,7 @@ def build_monitors(
         monitors += _collapse_monitors(config, trainer, train)
     if config.online_probe.every is not None:
         if encoder is None:
-            _say_missing("no online probe", trainer.modules, "model.encoder")
+            warn_no_encoder("no online probe", trainer.modules)
         else:
             monitors.append(_online_probe(config, trainer, encoder, train, val, preemption))
     if config.logging.watch != "none":
@@ -71,9 +71,11 @@ def build_monitors(
     return monitors
 
 
-def _say_missing(what: str, modules: nn.ModuleDict, key: str) -> None:
+def warn_no_encoder(consequence: str, modules: nn.ModuleDict) -> None:
+    """Warn, on rank 0, of what a run without an encoder does without."""
     if idist.get_rank() == 0:
-        logger.warning("%s: none of the modules %s is an encoder; %s names one", what, ", ".join(modules), key)
+        names = ", ".join(modules)
+        logger.warning("%s: none of the modules %s is an encoder; model.encoder names one", consequence, names)
 
 
 def _measured(config: Config, modules: nn.ModuleDict) -> dict[str, str]:
@@ -112,7 +114,7 @@ def _token_shape(config: Config, trainer: Trainer, name: str) -> tuple[int, int]
 def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit) -> list[Any]:
     options, names = config.collapse, _measured(config, trainer.modules)
     if not names:
-        _say_missing("collapse is not measured", trainer.modules, "model.encoder")
+        warn_no_encoder("collapse is not measured", trainer.modules)
         return []
     encoders = nn.ModuleDict({name: unwrap(trainer.modules[module]) for name, module in names.items()})
     has_levels = all(hasattr(encoder, "features") and hasattr(encoder, "grid") for encoder in encoders.values())

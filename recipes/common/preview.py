@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -51,20 +52,29 @@ def _preview(config: Config, run: Any) -> None:
     print("\n".join(table_of(config, schedules, steps, per_epoch)) + "\n")
     if masks is not None:
         print("\n".join(tokens_of(masks, levels, config.seed, steps)) + "\n")
-    folder = run.folder.path / "preview"
     keys = next(iter(run.data.batch_sampler))[: config.pictures.images]
     images = torch.stack([run.data.dataset[key]["image"] for key in keys])
     pixels = to_pixels(images, run.data.dataset.split.stats)
+    schedule_figure = figures.draw_schedules(lines_of(config, schedules), steps, per_epoch)
+    drawn = [save_preview(schedule_figure, run, "schedules.png")]
+    if masks is not None:
+        mask_figure = figures.draw_masks(pixels, masks.sample(len(images), config.seed), masks.grid, levels)
+        drawn.append(save_preview(mask_figure, run, "masks.png"))
+    print(f"drawn: {' and '.join(map(str, drawn))}")
+
+
+def save_preview(figure: Any, run: Any, name: str) -> Path:
+    """Write a figure to the run's folder ``preview``; returns the file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path: Path = run.folder.path / "preview" / name
     try:
-        save(figures.draw_schedules(lines_of(config, schedules), steps, per_epoch), folder / "schedules.png")
-        names = ["schedules.png"]
-        if masks is not None:
-            drawn = figures.draw_masks(pixels, masks.sample(len(images), config.seed), masks.grid, levels)
-            save(drawn, folder / "masks.png")
-            names.append("masks.png")
+        save(figure, path)
     except OSError as error:
         raise ConfigError(f"run_dir {run.folder.path} cannot be written to: {error.strerror}") from error
-    print(f"drawn: {' and '.join(str(folder / name) for name in names)}")
+    return path
 
 
 def lines_of(config: Config, schedules: Schedules) -> dict[str, dict[str, Callable[[int], float]]]:

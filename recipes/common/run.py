@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from hjepa_engine.build import build_model, process_group
 from hjepa_engine.data import shutdown_workers
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
+from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder
 from hjepa_engine.recipes.common.probe import as_metrics, describe, evaluate_encoders
 from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
@@ -26,7 +26,6 @@ from hjepa_engine.run.lifecycle import record_outcome, start_run
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
 
-logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind")
 
 
@@ -101,8 +100,8 @@ class Run:
         parts = [f"{'encoder' if self.encoder else 'modules'} of {parameters:.2f} M parameters"]
         if grid := getattr(model, "grid", None):
             parts.append(f" on {grid[0]} x {grid[1]} patches")
-        if "predictor" in self.modules and hasattr(unwrap(self.modules["predictor"]), "levels"):
-            parts.append(f", {len(unwrap(self.modules['predictor']).levels)} levels")
+        if levels := levels_of(self.modules):
+            parts.append(f", {len(levels)} levels")
         return (
             f"{data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
             f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
@@ -142,17 +141,12 @@ class Run:
 
     def _probe(self) -> dict[str, float]:
         if self.encoder is None:
-            if idist.get_rank() == 0:
-                names = ", ".join(self.modules)
-                logger.warning(
-                    "no linear probe: none of the modules %s is an encoder, model.encoder may name one", names
-                )
+            warn_no_encoder("no linear probe", self.modules)
             return {}
-        encoders = {
-            "trained": self.modules[self.encoder],
-            "random": self.initial_encoder or build_model(self.config)[self.encoder],
-            "pixels": None,
-        }
+        untrained = self.initial_encoder
+        if untrained is None:
+            untrained = build_model(self.config)[self.encoder]
+        encoders = {"trained": self.modules[self.encoder], "random": untrained, "pixels": None}
         return evaluate_encoders(self.config, encoders, self.folder.path, self.config.logging.progress_bar)
 
     def _train(self) -> None:
@@ -161,7 +155,7 @@ class Run:
         self.trainer.run(self.data, self.config.training.epochs if limit is None else None, limit and self.iterations)
 
 
-def run_to_end(config: Config, build: Callable[[], Run]) -> None:
+def run_to_end(config: Config, build: Callable[[Config], Run]) -> None:
     """Train the run unless it is finished already, in all processes; print where it is and what the probe found."""
     with process_group(config.device):
         folder = RunFolder(config)
@@ -169,7 +163,7 @@ def run_to_end(config: Config, build: Callable[[], Run]) -> None:
         idist.barrier()  # rank 0 is about to write there
         results = finished
         if finished is None:
-            run = build()
+            run = build(config)
             if idist.get_rank() == 0:
                 print(run.describe(), flush=True)
             results = run.fit()
