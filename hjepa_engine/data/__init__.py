@@ -1,6 +1,6 @@
 """Datasets, keyed augmentation, samplers and loaders."""
 
-from hjepa_engine.data.datasets import DatasetSplit, open_split
+from hjepa_engine.data.datasets import open_split
 from hjepa_engine.data.features import FeatureBatches, sample_per_class
 from hjepa_engine.data.fixed_subset import FixedImageSubset
 from hjepa_engine.data.loading import (
@@ -12,8 +12,10 @@ from hjepa_engine.data.loading import (
     train_transform,
 )
 from hjepa_engine.data.sampler import EpochBatchSampler
+from hjepa_engine.data.split import Contents, DatasetSplit
 
 __all__ = [
+    "Contents",
     "DatasetSplit",
     "FeatureBatches",
     "FixedImageSubset",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -17,34 +15,13 @@ from torchvision import datasets
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.config.validation import DOWNLOADABLE
+from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
+from hjepa_engine.data.split import DatasetSplit, SplitName
+from hjepa_engine.data.subset import random_split
 from hjepa_engine.errors import DataError
-from hjepa_engine.utils.rng import generator
 
-#: ``train``: pretraining images, labels unused; ``probe``: labeled images to train a probe on; ``val``: held-out images.
-SplitName = Literal["train", "probe", "val"]
-
-IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_STATS = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
-
-
-class ImageDataset(Protocol):
-    """A map-style dataset of (PIL image, class index) pairs."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
-
-
-@dataclass(frozen=True)
-class DatasetSplit:
-    """One split of a dataset."""
-
-    images: ImageDataset
-    num_classes: int
-    stats: tuple[tuple[float, ...], tuple[float, ...]]
-    """Mean and standard deviation of each channel, for pixels from 0 to 1."""
-    name_of: Callable[[int], str] = str
-    """Name of sample i in messages: its path, if it has one."""
+#: Classes of the handwritten digits, and of noise.
+DIGITS = tuple(map(str, range(10)))
 
 
 class _ArrayImages:
@@ -58,19 +35,6 @@ class _ArrayImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-class _Subset:
-    """Some samples of a dataset, like ``torch.utils.data.Subset`` but with the types needed here."""
-
-    def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[self.indices[index]]
 
 
 def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSplit:
@@ -90,18 +54,7 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
         hint = (
             "" if config.download or config.dataset not in DOWNLOADABLE else "; download it with --data.download true"
         )
-        raise DataError(f"data.dataset {config.dataset} in {_root(config)}: {reason}{hint}") from error
-
-
-def _root(config: DataConfig) -> Path:
-    return Path(config.data_path or "data")
-
-
-def _random_split(images: ImageDataset, split: SplitName, fraction: float, seed: int) -> tuple[_Subset, Sequence[int]]:
-    order = torch.randperm(len(images), generator=generator(seed, "validation split")).tolist()
-    held = max(1, round(fraction * len(images)))
-    indices = sorted(order[:held] if split == "val" else order[held:])
-    return _Subset(images, indices), indices
+        raise DataError(f"data.dataset {config.dataset} in {data_root(config)}: {reason}{hint}") from error
 
 
 def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -113,8 +66,8 @@ def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _digits(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-    subset, _ = _random_split(_ArrayImages(*_load_digits()), split, config.val_fraction, seed)
-    return DatasetSplit(subset, 10, ((0.305,), (0.376,)))
+    subset, _ = random_split(_ArrayImages(*_load_digits()), split, config.val_fraction, seed)
+    return DatasetSplit(subset, DIGITS, ((0.305,), (0.376,)))
 
 
 class _DigitPages:
@@ -144,41 +97,23 @@ class _DigitPages:
 
 def _digit_pages(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     images, labels = _load_digits()
-    held_out = _random_split(_ArrayImages(images, labels), split, config.val_fraction, seed)[1]
+    held_out = random_split(_ArrayImages(images, labels), split, config.val_fraction, seed)[1]
     length = _NUM_PAGES[split]
-    return DatasetSplit(_DigitPages(images[held_out], labels[held_out], length), 10, ((0.5,), (0.5,)))
+    return DatasetSplit(_DigitPages(images[held_out], labels[held_out], length), DIGITS, ((0.5,), (0.5,)))
 
 
-def _cifar(cls: type[Any], num_classes: int) -> Callable[[DataConfig, SplitName, int], DatasetSplit]:
+def _cifar(cls: type[Any]) -> Callable[[DataConfig, SplitName, int], DatasetSplit]:
     def opener(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-        images = cls(_root(config), train=split != "val", download=config.download)
-        return DatasetSplit(images, num_classes, CIFAR_STATS)
+        images = cls(data_root(config), train=split != "val", download=config.download)
+        return DatasetSplit(images, tuple(images.classes), CIFAR_STATS)
 
     return opener
 
 
 def _stl10(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     name = {"train": "train+unlabeled", "probe": "train", "val": "test"}[split]
-    return DatasetSplit(datasets.STL10(_root(config), name, download=config.download), 10, IMAGENET_STATS)
-
-
-def _folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-    """Images as ``<data_path>/train/<class>/*`` and ``<data_path>/{val,test}/<class>/*``, or ``<data_path>/<class>/*``."""
-    root = _root(config)
-    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    where = (held_out if held_out and split == "val" else root / "train") if (root / "train").is_dir() else root
-    folder = datasets.ImageFolder(str(where))
-    if where == held_out and folder.classes != (expected := datasets.folder.find_classes(root / "train")[0]):
-        raise DataError(
-            f"data.data_path: {where} must have the {len(expected)} class folders of {root / 'train'}, got "
-            f"{', '.join(folder.classes[:5])}{', ...' if len(folder.classes) > 5 else ''}"
-        )
-    images: ImageDataset = folder
-    indices: Sequence[int] = range(len(folder))
-    if held_out is None:
-        images, indices = _random_split(folder, split, config.val_fraction, seed)
-    stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
-    return DatasetSplit(images, len(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
+    images = datasets.STL10(data_root(config), name, download=config.download)
+    return DatasetSplit(images, tuple(images.classes), IMAGENET_STATS)
 
 
 class _Noise:
@@ -203,7 +138,7 @@ class _Noise:
 def _fake(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     shape = (3, config.image_size, config.image_size)
     offset = {"train": 0, "probe": 0, "val": config.fake_size}[split]
-    return DatasetSplit(_Noise(config.fake_size, shape, offset), 10, IMAGENET_STATS)
+    return DatasetSplit(_Noise(config.fake_size, shape, offset), DIGITS, IMAGENET_STATS)
 
 
 #: Datasets whose ``probe`` split differs from ``train``.
@@ -212,10 +147,10 @@ _NUM_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
 _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "digit_pages": _digit_pages,
     "digits": _digits,
-    "cifar10": _cifar(datasets.CIFAR10, 10),
-    "cifar100": _cifar(datasets.CIFAR100, 100),
+    "cifar10": _cifar(datasets.CIFAR10),
+    "cifar100": _cifar(datasets.CIFAR100),
     "stl10": _stl10,
-    "imagefolder": _folder,
-    "imagenet": _folder,
+    "imagefolder": open_folder,
+    "imagenet": open_folder,
     "fake": _fake,
 }

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.datasets import DatasetSplit
 from hjepa_engine.data.loading import KeyedDataset, collate, make_worker_init, resize_and_crop
+from hjepa_engine.data.split import DatasetSplit
 from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.datasets import DatasetSplit
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
+from hjepa_engine.data.split import DatasetSplit
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.utils.process import before_exit
 from hjepa_engine.utils.rng import derive_seed, seed_everything

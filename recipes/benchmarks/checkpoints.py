@@ -105,7 +105,7 @@ class _Images:
 
 def first_batches() -> None:
     """Time from the start of an epoch's rest to its first batch."""
-    source = DatasetSplit(_Images(), 1, ((0.5,) * 3, (0.5,) * 3))
+    source = DatasetSplit(_Images(), ("a",), ((0.5,) * 3, (0.5,) * 3))
     print(f"first batch of 256 out of {IMAGENET} images, after a resume at")
     for workers in (0, 2):
         config = DataConfig(dataset="fake", image_size=8, batch_size=256, num_workers=workers, pin_memory=False)

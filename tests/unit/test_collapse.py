@@ -12,6 +12,7 @@ from PIL import Image
 
 from hjepa_engine.config.schema import DataConfig, Level
 from hjepa_engine.data import DatasetSplit, FixedImageSubset, eval_transform, open_split
+from hjepa_engine.data.datasets import DIGITS
 from hjepa_engine.data.views import random_views
 from hjepa_engine.errors import DataError
 from hjepa_engine.levels import num_disjoint_cells, pool_sliding
@@ -447,11 +448,11 @@ class Shelf:
 
 
 def test_damaged_images_are_replaced_by_others():
-    images = FixedImageSubset(CONFIG, DatasetSplit(Shelf({2, 5}), 10, ((0.5,), (0.5,))), 10)
+    images = FixedImageSubset(CONFIG, DatasetSplit(Shelf({2, 5}), DIGITS, ((0.5,), (0.5,))), 10)
     assert images.labels[[0, 1, 3, 4, 6, 7, 8, 9]].tolist() == [0, 1, 3, 4, 6, 7, 8, 9]
     assert not {2, 5} & set(images.labels.tolist())
     with pytest.raises(DataError, match="could not be read"):
-        FixedImageSubset(CONFIG, DatasetSplit(Shelf(range(10)), 10, ((0.5,), (0.5,))), 10).load()
+        FixedImageSubset(CONFIG, DatasetSplit(Shelf(range(10)), DIGITS, ((0.5,), (0.5,))), 10).load()
 
 
 def gradients(size=32):

@@ -55,7 +55,7 @@ class Pictures:
 
 
 def source(count=20, damaged=()):
-    return DatasetSplit(Pictures(count, damaged), 3, ((0.5,) * 3, (0.25,) * 3), "pictures/{}.png".format)
+    return DatasetSplit(Pictures(count, damaged), ("a", "b", "c"), ((0.5,) * 3, (0.25,) * 3), "pictures/{}.png".format)
 
 
 # Order
@@ -147,7 +147,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_and_on_nothing_else():
     other = KeyedDataset(source(), train_transform(config, source()), seed=1)
     assert not torch.equal(other[3, 5]["image"], first)
     # Two equal images at two places are augmented differently.
-    same = DatasetSplit(Pictures(2), 3, source().stats)
+    same = DatasetSplit(Pictures(2), ("a", "b", "c"), source().stats)
     same.images.__class__ = type("Same", (Pictures,), {"__getitem__": lambda self, index: (picture(0), 0)})
     twins = KeyedDataset(same, train_transform(config, same), seed=0)
     assert not torch.equal(twins[0, 0]["image"], twins[0, 1]["image"])
@@ -197,7 +197,7 @@ def test_small_crops_show_small_parts():
 
     def uniform_views(scale):
         config = DataConfig(dataset="digits", image_size=8, crop_scale=scale)
-        transform = train_transform(config, DatasetSplit(Pictures(1), 1, ((0.0,), (1.0,))))
+        transform = train_transform(config, DatasetSplit(Pictures(1), ("a",), ((0.0,), (1.0,))))
         torch.manual_seed(0)
         views = [transform(half) for _ in range(60)]
         assert all(view.shape == (1, 8, 8) and view.min() >= 0 and view.max() <= 1 for view in views)
@@ -212,7 +212,7 @@ def test_crops_have_the_asked_width_over_height(ratio):
     ramp = torch.arange(64, dtype=torch.uint8) * 4
     pixels = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64).byte()], dim=2)
     config = DataConfig(dataset="fake", image_size=32, crop_scale=(0.3, 0.3), crop_ratio=(ratio, ratio))
-    transform = train_transform(config, DatasetSplit(Pictures(1), 1, ((0.0,) * 3, (1.0,) * 3)))
+    transform = train_transform(config, DatasetSplit(Pictures(1), ("a",), ((0.0,) * 3, (1.0,) * 3)))
     torch.manual_seed(0)
     for _ in range(10):
         width, height, _ = (channel.max() - channel.min() for channel in transform(Image.fromarray(pixels.numpy())))
@@ -517,7 +517,7 @@ def test_a_folder_may_mix_gray_transparent_and_color_images(tmp_path):
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGB", 3), ("RGBA", 3), ("L", 1)])
 def test_transforms_bring_any_image_to_the_data_sets_channels(mode, channels):
     config = DataConfig(dataset="digits" if channels == 1 else "fake", image_size=8, color_jitter=0.3)
-    opened = DatasetSplit(Pictures(1), 3, ((0.5,) * channels, (0.25,) * channels))
+    opened = DatasetSplit(Pictures(1), ("a", "b", "c"), ((0.5,) * channels, (0.25,) * channels))
     for transform in (train_transform(config, opened), eval_transform(config, opened)):
         assert transform(picture(0, mode)).shape == (channels, 8, 8)
 

@@ -1,0 +1,40 @@
+"""Image folders: their layouts, classes and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchvision import datasets
+
+from hjepa_engine.config.schema import DataConfig
+from hjepa_engine.data.split import DatasetSplit, ImageDataset, SplitName, Stats
+from hjepa_engine.data.subset import random_split
+from hjepa_engine.errors import DataError
+
+IMAGENET_STATS: Stats = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_STATS: Stats = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+def data_root(config: DataConfig) -> Path:
+    """Where the dataset lies."""
+    return Path(config.data_path or "data")
+
+
+def open_folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
+    """Images as ``<data_path>/train/<class>/*`` and ``<data_path>/{val,test}/<class>/*``, or ``<data_path>/<class>/*``."""
+    root = data_root(config)
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    where = (held_out if held_out and split == "val" else root / "train") if (root / "train").is_dir() else root
+    folder = datasets.ImageFolder(str(where))
+    if where == held_out and folder.classes != (expected := datasets.folder.find_classes(root / "train")[0]):
+        raise DataError(
+            f"data.data_path: {where} must have the {len(expected)} class folders of {root / 'train'}, got "
+            f"{', '.join(folder.classes[:5])}{', ...' if len(folder.classes) > 5 else ''}"
+        )
+    images: ImageDataset = folder
+    indices: Sequence[int] = range(len(folder))
+    if held_out is None:
+        images, indices = random_split(folder, split, config.val_fraction, seed)
+    stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
+    return DatasetSplit(images, tuple(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
