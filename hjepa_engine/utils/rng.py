@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 Part = int | str
+_WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def derive_seed(*parts: Part) -> int:
@@ -62,3 +63,60 @@ def uniform_rows(first: int, count: int, width: int, *parts: Part) -> NDArray[np
     blocks = -(-width // 8)  # each counter value yields eight numbers
     bits = np.random.Philox(key=derive_seed(*parts), counter=first * blocks)
     return np.random.Generator(bits).random((count, 8 * blocks), dtype=np.float32)[:, :width]
+
+
+def keyed_uniform(keys: NDArray[np.int64], width: int, *parts: Part) -> NDArray[np.float32]:
+    """Uniform numbers in [0, 1) for each of several keys: (B, width).
+
+    A row is a function of ``parts`` and of its own key, whichever keys are beside it.
+
+    Args:
+        keys: (B, 2), a sample's epoch (below 2**32) and index, both from 0.
+        width: numbers per key.
+        *parts: names the draw.
+    """
+    number, blocks = len(keys), -(-width // 4)
+    epochs, indices = (np.repeat(keys[:, column].astype(np.uint64), blocks) for column in (0, 1))
+    block = np.tile(np.arange(blocks, dtype=np.uint64), number)
+    words = philox(np.stack([block, epochs, indices & _WORD, indices >> _HALF]), derive_seed(*parts))
+    # 24 bits, as many as the fraction of a float32 has: 1.0 cannot come up.
+    return (words.T.reshape(number, 4 * blocks)[:, :width] >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def path_hash(path: str) -> int:
+    """A 64-bit hash of a relative path with forward slashes (BLAKE2b), the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def in_validation(hashes: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Whether a sample is held out, by its own hash (:func:`path_hash`) and ``seed`` alone: other samples do not matter.
+
+    Args:
+        hashes: (N,).
+        fraction: share held out, on average.
+        seed: of the run.
+    """
+    words = hashes.astype(np.uint64)
+    zeros = np.zeros_like(words)
+    drawn = philox(np.stack([zeros, zeros, words & _WORD, words >> _HALF]), derive_seed(seed, "validation split"))[0]
+    return drawn < np.uint64(min(round(fraction * 2**32), 2**32))
+
+
+def philox(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """Philox4x32-10 (Salmon et al., SC 2011) of many counters at once.
+
+    Args:
+        counters: (4, n), words of 32 bits.
+        key: 64 bits.
+
+    Returns:
+        Random words of 32 bits, (4, n).
+    """
+    a, b, c, d = counters
+    low, high = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, c = (second >> _HALF) ^ b ^ np.uint64(low), (first >> _HALF) ^ d ^ np.uint64(high)
+        b, d = second & _WORD, first & _WORD
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([a, b, c, d])
