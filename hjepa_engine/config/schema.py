@@ -74,6 +74,11 @@ class DataConfig:
     """Number of ``fake`` images."""
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.image_size, self.image_size
+
+    @property
     def in_chans(self) -> int:
         """Channels of the images."""
         return 1 if self.dataset in ("digit_pages", "digits") else 3

@@ -1,0 +1,105 @@
+"""Crop boxes, keyed by sample, and cropping a batch of images at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hjepa_engine.utils.rng import Part, keyed_uniform
+
+_ATTEMPTS = 10
+
+
+def random_boxes(
+    sizes: NDArray[np.int64],
+    keys: NDArray[np.int64],
+    *parts: Part,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> NDArray[np.int64]:
+    """Boxes of random resized crops, drawn as ``torchvision.transforms.v2.RandomResizedCrop`` does.
+
+    Area and aspect ratio are drawn up to ten times until the box fits; if none does, it is the largest centered box whose
+    ratio is allowed.
+
+    Args:
+        sizes: height and width of each image, (B, 2).
+        keys: epoch and index of each image, (B, 2).
+        *parts: names the draw.
+        scale: smallest and largest area, as a share of the image.
+        ratio: smallest and largest width / height.
+
+    Returns:
+        top, left, height, width of each box, (B, 4).
+    """
+    draws = keyed_uniform(keys, 2 * _ATTEMPTS + 2, *parts).astype(np.float64)
+    height, width = sizes[:, :1], sizes[:, 1:]
+    share = scale[0] + (scale[1] - scale[0]) * draws[:, :_ATTEMPTS]
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * draws[:, _ATTEMPTS:-2])
+    area = height * width * share
+    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.argmax(axis=1)[:, None]
+    chosen = np.concatenate([np.take_along_axis(sides, first, axis=1) for sides in (heights, widths)], axis=1)
+    found = fits.any(axis=1)[:, None]
+    box = np.where(found, chosen, _allowed(sizes, ratio))
+    corner = np.where(found, np.floor(draws[:, -2:] * (sizes - box + 1)), (sizes - box) // 2)
+    return np.concatenate([corner, box], axis=1).astype(np.int64)
+
+
+def _allowed(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> NDArray[np.float64]:
+    """Height and width of the largest box with an allowed ratio, (B, 2)."""
+    height, width = sizes.T.astype(np.float64)
+    own = width / height
+    heights = np.where(own < ratio[0], np.rint(width / ratio[0]), height)
+    widths = np.where(own > ratio[1], np.rint(height * ratio[1]), width)
+    return np.maximum(np.stack([heights, widths], axis=1), 1)
+
+
+def center_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest centered box of an image of ``size`` (H, W) that is shaped like ``target``: top, left, height, width."""
+    (height, width), (target_height, target_width) = size, target
+    box_height = min(height, max(1, round(width * target_height / target_width)))
+    box_width = min(width, max(1, round(height * target_width / target_height)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], mirrored: Tensor | None = None) -> Tensor:
+    """Cut a box out of each image and resize it, as bilinear interpolation with antialiasing does.
+
+    Interpolation is separable and linear, so that two matrix products crop, resize and mirror a whole batch. Differs from
+    ``torchvision.transforms.v2.functional.resized_crop`` by rounding only.
+
+    Args:
+        images: (B, C, H, W), floating point.
+        boxes: top, left, height, width of each box in pixels, (B, 4).
+        size: height and width of the result.
+        mirrored: which images are mirrored left to right, (B,), bool.
+
+    Returns:
+        (B, C, *size).
+    """
+    number, channels, full_height, full_width = images.shape
+    top, left, height, width = boxes.to(images.device, images.dtype).unbind(dim=1)
+    rows = _weights(top, height, full_height, size[0])
+    columns = _weights(left, width, full_width, size[1], mirrored)
+    # Two plain batched products: those with broadcasting copy the weights for every channel.
+    wide = torch.bmm(images.reshape(number, channels * full_height, full_width), columns.mT)
+    wide = wide.view(number, channels, full_height, size[1]).transpose(1, 2).reshape(number, full_height, -1)
+    return torch.bmm(rows, wide).view(number, size[0], channels, size[1]).transpose(1, 2).contiguous()
+
+
+def _weights(start: Tensor, length: Tensor, full: int, number: int, mirrored: Tensor | None = None) -> Tensor:
+    """How much each of ``full`` pixels counts for each of ``number`` output pixels: a triangle filter, (B, number, full)."""
+    position = torch.arange(full, device=start.device) + 0.5 - start[:, None]
+    scale = length / number
+    centers = scale[:, None] * (torch.arange(number, device=start.device) + 0.5)
+    if mirrored is not None:
+        centers = torch.where(mirrored[:, None], length[:, None] - centers, centers)
+    distance = (position[:, None] - centers[:, :, None]).abs() / scale.clamp(min=1)[:, None, None]
+    inside = (position > 0) & (position < length[:, None])
+    weights = (1 - distance).clamp(min=0) * inside[:, None]
+    return weights / weights.sum(dim=2, keepdim=True)
