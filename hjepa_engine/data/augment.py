@@ -83,8 +83,7 @@ class TrainTransform:
         """Crop boxes (B, 4) of images of ``sizes`` (B, 2); None: the images are used as they are."""
         config = self.config
         if {*config.crop_scale, *config.crop_ratio} != {1.0}:
-            scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
-            return random_boxes(sizes, keys, self.seed, "crop", scale=scale, ratio=ratio)
+            return random_boxes(sizes, keys, self.seed, "crop", scale=config.crop_scale, ratio=config.crop_ratio)
         if (sizes == config.size).all():
             return None
         return np.concatenate([np.zeros_like(sizes), sizes], axis=1)  # the whole image

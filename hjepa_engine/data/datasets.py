@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -16,25 +15,13 @@ from torchvision import datasets
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
+from hjepa_engine.data.memory import DigitPages, MemoryImages
 from hjepa_engine.data.split import DatasetSplit, SplitName
 from hjepa_engine.data.subset import random_split
 from hjepa_engine.errors import DataError
 
 #: Classes of the handwritten digits, and of noise.
 DIGITS = tuple(map(str, range(10)))
-
-
-class _ArrayImages:
-    """Images in memory."""
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
 def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSplit:
@@ -62,58 +49,38 @@ def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return (digits.images * (255 / 16)).astype(np.uint8), digits.target
+    return (digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
+
+
+def _digits_of(config: DataConfig, split: SplitName, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images, labels = _load_digits()
+    chosen = random_split(len(images), split, config.val_fraction, seed)
+    return images[chosen], labels[chosen]
 
 
 def _digits(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-    subset, _ = random_split(_ArrayImages(*_load_digits()), split, config.val_fraction, seed)
-    return DatasetSplit(subset, DIGITS, ((0.305,), (0.376,)))
-
-
-class _DigitPages:
-    """Pages of ``side`` x ``side`` handwritten digits of one class, each dark on light or light on dark.
-
-    Digits and polarities are drawn from torch's global generator, so :class:`KeyedDataset` draws new pages every epoch.
-    The label of page i is i mod 10. A linear classifier cannot read the class from the pixels, because the sign of each
-    digit is random; and all that masked and visible digits have in common is their class.
-    """
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], length: int, side: int = 4) -> None:
-        self.by_class = [images[labels == label] for label in range(10)]
-        self.length, self.side = length, side
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        label, count = index % 10, self.side**2
-        pool = self.by_class[label]
-        digits = pool[torch.randint(len(pool), (count,)).numpy()]
-        inverted = torch.randint(2, (count, 1, 1)).numpy().astype(bool)
-        digits = np.where(inverted, 255 - digits, digits)
-        rows = digits.reshape(self.side, self.side, 8, 8).transpose(0, 2, 1, 3)
-        return Image.fromarray(rows.reshape(8 * self.side, 8 * self.side)), label
+    images, labels = _digits_of(config, split, seed)
+    pixels = torch.from_numpy(images)[:, None]
+    return DatasetSplit(MemoryImages(pixels, torch.from_numpy(labels)), DIGITS, ((0.305,), (0.376,)))
 
 
 def _digit_pages(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-    images, labels = _load_digits()
-    held_out = random_split(_ArrayImages(images, labels), split, config.val_fraction, seed)[1]
-    length = _NUM_PAGES[split]
-    return DatasetSplit(_DigitPages(images[held_out], labels[held_out], length), DIGITS, ((0.5,), (0.5,)))
+    pages = DigitPages(*_digits_of(config, split, seed), length=_NUM_PAGES[split], name=split)
+    return DatasetSplit(pages, DIGITS, ((0.5,), (0.5,)))
 
 
-def _cifar(cls: type[Any]) -> Callable[[DataConfig, SplitName, int], DatasetSplit]:
-    def opener(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-        images = cls(data_root(config), train=split != "val", download=config.download)
-        return DatasetSplit(images, tuple(images.classes), CIFAR_STATS)
-
-    return opener
+def _cifar(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.dataset]
+    found = cls(data_root(config), train=split != "val", download=config.download)
+    pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return DatasetSplit(MemoryImages(pixels, torch.tensor(found.targets)), tuple(found.classes), CIFAR_STATS)
 
 
 def _stl10(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     name = {"train": "train+unlabeled", "probe": "train", "val": "test"}[split]
-    images = datasets.STL10(data_root(config), name, download=config.download)
-    return DatasetSplit(images, tuple(images.classes), IMAGENET_STATS)
+    found = datasets.STL10(data_root(config), name, download=config.download)
+    images = MemoryImages(torch.from_numpy(found.data), torch.from_numpy(found.labels).long())
+    return DatasetSplit(images, tuple(found.classes), IMAGENET_STATS)
 
 
 class _Noise:
@@ -147,8 +114,8 @@ _NUM_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
 _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "digit_pages": _digit_pages,
     "digits": _digits,
-    "cifar10": _cifar(datasets.CIFAR10),
-    "cifar100": _cifar(datasets.CIFAR100),
+    "cifar10": _cifar,
+    "cifar100": _cifar,
     "stl10": _stl10,
     "imagefolder": open_folder,
     "imagenet": open_folder,

@@ -9,7 +9,7 @@ from torchvision import datasets
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.split import DatasetSplit, ImageDataset, SplitName, Stats
-from hjepa_engine.data.subset import random_split
+from hjepa_engine.data.subset import Subset, random_split
 from hjepa_engine.errors import DataError
 
 IMAGENET_STATS: Stats = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,6 +35,7 @@ def open_folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit
     images: ImageDataset = folder
     indices: Sequence[int] = range(len(folder))
     if held_out is None:
-        images, indices = random_split(folder, split, config.val_fraction, seed)
+        indices = random_split(len(folder), split, config.val_fraction, seed)
+        images = Subset(folder, indices)
     stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
     return DatasetSplit(images, tuple(folder.classes), stats, lambda index: folder.samples[indices[index]][0])

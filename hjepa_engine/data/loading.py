@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
+from hjepa_engine.data.memory import BatchedImages
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
 from hjepa_engine.data.split import DatasetSplit
 from hjepa_engine.errors import ConfigError, DataError
@@ -51,8 +53,13 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         for attempt in range(_MAX_ATTEMPTS):
             index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
             seed_everything(self.seed, "sample", epoch, wanted)
+            images = self.split.images
             try:
-                image, label = self.split.images[index]
+                if isinstance(images, BatchedImages):
+                    pixels, labels = images.gather(np.array([[epoch, index]]), self.seed)
+                    image, label = pixels[0], int(labels[0])
+                else:
+                    image, label = images[index]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, if corrupt
                 damaged.append(f"{self.split.name_of(index)}: {error}")
                 continue

@@ -24,9 +24,8 @@ class Subset:
         return self.images[self.indices[index]]
 
 
-def random_split(images: ImageDataset, split: SplitName, fraction: float, seed: int) -> tuple[Subset, Sequence[int]]:
-    """One side of a random split, for a dataset that never changes, and the indices of its samples."""
-    order = torch.randperm(len(images), generator=generator(seed, "validation split")).tolist()
-    held = max(1, round(fraction * len(images)))
-    indices = sorted(order[:held] if split == "val" else order[held:])
-    return Subset(images, indices), indices
+def random_split(length: int, split: SplitName, fraction: float, seed: int) -> list[int]:
+    """Indices of one side of a random split, for a dataset that never changes."""
+    order: list[int] = torch.randperm(length, generator=generator(seed, "validation split")).tolist()
+    held = max(1, round(fraction * length))
+    return sorted(order[:held] if split == "val" else order[held:])

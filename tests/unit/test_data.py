@@ -1,5 +1,6 @@
 """Order, augmentation, damaged images, loaders and data sets, with real files."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -404,47 +405,56 @@ def test_digits_are_split_into_disjoint_parts_by_seed():
     config = DataConfig(dataset="digits")
 
     def members(split, seed=0):
-        return set(open_split(config, split, seed).images.indices)
+        return {image.numpy().tobytes() for image in open_split(config, split, seed).images.pixels}
 
     train, val = members("train"), members("val")
-    assert len(train) + len(val) == 1797 and len(val) == 359
+    assert len(train) == 1438 and len(val) == 359  # no digit is there twice
     assert not train & val and members("probe") == train
     assert members("val", seed=1) != val
     assert len(open_split(DataConfig(dataset="digits", val_fraction=0.5), "val").images) == 898
     opened = open_split(config, "train")
     image, label = opened.images[0]
-    assert (image.size, image.mode, opened.num_classes) == ((8, 8), "L", 10) and 0 <= label <= 9
+    assert (image.shape, image.dtype, opened.num_classes) == ((1, 8, 8), torch.uint8, 10) and 0 <= label <= 9
+
+
+def epoch_keys(epoch, number):
+    return np.stack([np.full(number, epoch), np.arange(number)], axis=1)
 
 
 def test_digit_pages_hold_digits_of_their_class_from_their_own_split():
     config = DataConfig(dataset="digit_pages")
-    train, probe, val = (open_split(config, split) for split in ("train", "probe", "val"))
-    assert val.num_classes == 10 and len(train.images) > len(probe.images) > len(val.images) > 0
-
-    def known(split):
-        """Single digits of the split by their bytes, and their class."""
-        single = open_split(DataConfig(dataset="digits"), split).images
-        return {single[index][0].tobytes(): single[index][1] for index in range(len(single))}
-
-    for opened, split in ((train, "train"), (probe, "probe"), (val, "val")):
-        singles = known(split)
-        for index in range(12):
-            torch.manual_seed(index)
-            page, label = opened.images[index]
-            assert label == index % 10 and page.mode == "L" and page.size == (32, 32)
-            for row in range(4):
-                for column in range(4):
-                    digit = page.crop((8 * column, 8 * row, 8 * column + 8, 8 * row + 8))
-                    inverse = digit.point(lambda value: 255 - value)
-                    assert label in {singles.get(digit.tobytes()), singles.get(inverse.tobytes())}
+    opened = {split: open_split(config, split) for split in ("train", "probe", "val")}
+    assert [len(split.images) for split in opened.values()] == [6400, 2000, 1000]
+    for name, split in opened.items():
+        single = open_split(DataConfig(dataset="digits"), name).images
+        known = {digit.numpy().tobytes(): label for digit, label in (single[i] for i in range(len(single)))}
+        pages, labels = split.images.gather(epoch_keys(2, 50), seed=0)
+        assert pages.shape == (50, 1, 32, 32) and pages.dtype == torch.uint8 and labels.tolist() == [*range(10)] * 5
+        digits = pages.unfold(2, 8, 8).unfold(3, 8, 8).reshape(50, 16, 64)
+        dark = 0
+        for page, label in zip(digits, labels.tolist(), strict=True):
+            for digit in page:
+                as_drawn, inverse = known.get(digit.numpy().tobytes()), known.get((255 - digit).numpy().tobytes())
+                assert label in (as_drawn, inverse)
+                dark += as_drawn is not None
+        assert 330 < dark < 470  # of 800, half
 
 
-def test_digit_pages_are_other_ones_in_every_epoch_and_the_same_in_every_process():
-    opened = open_split(DataConfig(dataset="digit_pages"), "train")
-    dataset = KeyedDataset(opened, v2.functional.pil_to_tensor, seed=0)
-    assert torch.equal(dataset[0, 3]["image"], dataset[0, 3]["image"])
-    assert not torch.equal(dataset[0, 3]["image"], dataset[1, 3]["image"])
-    assert not torch.equal(dataset[0, 3]["image"], dataset[0, 13]["image"])
+def test_digit_pages_are_other_ones_in_every_epoch_and_split_and_whatever_the_batch():
+    train, val = (open_split(DataConfig(dataset="digit_pages"), split).images for split in ("train", "val"))
+    together = train.gather(epoch_keys(0, 20), seed=0)[0]
+    assert torch.equal(train.gather(epoch_keys(0, 20)[3:4], seed=0)[0][0], together[3])
+    assert not torch.equal(together[3], together[13])
+    assert not torch.equal(train.gather(epoch_keys(1, 20), seed=0)[0][3], together[3])
+    assert not torch.equal(train.gather(epoch_keys(0, 20), seed=1)[0][3], together[3])
+
+    def polarities(pages):
+        """Whether the corner of each digit, which no stroke reaches, is light."""
+        return pages[:, 0, ::8, ::8] > 127
+
+    # Labels go by index in both splits: equal signs would tell a probe the label of a validation page.
+    same = polarities(together) == polarities(val.gather(epoch_keys(0, 20), seed=0)[0])
+    assert 0.35 < same.float().mean() < 0.65
 
 
 def test_fake_images_of_training_and_validation_differ():

@@ -1,0 +1,91 @@
+"""Small datasets as one uint8 tensor, out of which whole batches are taken at once."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hjepa_engine.utils.rng import keyed_uniform
+
+
+@runtime_checkable
+class BatchedImages(Protocol):
+    """A dataset that makes whole batches, in the main process."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
+        """Pixels (B, C, H, W), uint8, and labels (B,) of samples by epoch and index, (B, 2)."""
+
+
+class MemoryImages:
+    """Images in memory.
+
+    Args:
+        pixels: (N, C, H, W), uint8.
+        labels: (N,), int64; -1: none.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index], int(self.labels[index])
+
+    def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
+        """See :class:`BatchedImages`; the same images in every epoch."""
+        idx = torch.from_numpy(keys[:, 1])
+        return self.pixels[idx.to(self.pixels.device)], self.labels[idx]
+
+    def to(self, device: torch.device) -> MemoryImages:
+        """The same with its pixels on ``device``."""
+        return MemoryImages(self.pixels.to(device), self.labels)
+
+
+class DigitPages:
+    """Pages of ``side`` x ``side`` handwritten digits of one class, each dark on light or light on dark.
+
+    Digits and polarities are drawn by (seed, epoch, index): every epoch has new pages. The label of page i is i mod 10. A
+    linear classifier cannot read the class from the pixels, because the sign of each digit is random; and all that masked
+    and visible digits have in common is their class.
+
+    Args:
+        digits: (n, 8, 8), uint8.
+        labels: (n,), from 0 to 9; every class is there.
+        length: number of pages.
+        name: of the split; pages of another one are drawn independently.
+        side: digits in a row and in a column.
+    """
+
+    def __init__(
+        self, digits: NDArray[np.uint8], labels: NDArray[np.int64], length: int, name: str, side: int = 4
+    ) -> None:
+        self.digits = torch.from_numpy(digits[np.argsort(labels, kind="stable")])
+        self.counts = np.bincount(labels, minlength=10)
+        self.firsts = self.counts.cumsum() - self.counts
+        self.length, self.name, self.side = length, name, side
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pages, labels = self.gather(np.array([[0, index]]), 0)
+        return pages[0], int(labels[0])
+
+    def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
+        """See :class:`BatchedImages`."""
+        number, side, per_page = len(keys), self.side, self.side**2
+        draws, labels = keyed_uniform(keys, 2 * per_page, seed, "page", self.name), keys[:, 1] % 10
+        picks = self.firsts[labels, None] + (draws[:, :per_page] * self.counts[labels, None]).astype(np.int64)
+        inverted = torch.from_numpy(draws[:, per_page:] < 0.5).view(number, per_page, 1, 1)
+        digits = self.digits[torch.from_numpy(picks)]
+        digits = torch.where(inverted, 255 - digits, digits)
+        rows = digits.view(number, side, side, 8, 8).transpose(2, 3)
+        return rows.reshape(number, 1, 8 * side, 8 * side), torch.from_numpy(labels)
