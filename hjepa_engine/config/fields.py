@@ -26,6 +26,8 @@ OnResume = Literal["refuse", "elsewhere", "allow", "extend"]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+#: As above, an integer.
+Count = Annotated[int, Field(ge=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 #: Two of a kind, also from a list, as YAML has no tuples.
 Pair = Annotated[tuple[T, T], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]

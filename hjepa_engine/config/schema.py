@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema, model_validator
 
-from hjepa_engine.config.fields import BelowOne, NonNegative, Pair, Positive, Share, section, setting, values_of
+from hjepa_engine.config.fields import BelowOne, Count, NonNegative, Pair, Positive, Share, section, setting, values_of
 from hjepa_engine.config.monitoring import (
     CollapseConfig,
     GuardConfig,
@@ -48,8 +48,14 @@ class DataConfig:
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
     download: bool = setting(False, on_resume="allow")
     """Fetch CIFAR or STL-10 if it is not there."""
-    image_size: int = setting(32, ge=1)
-    """Height and width of the images in pixels; a multiple of the patch size."""
+    image_size: Count | Pair[Count] = 32
+    """Height and width of the images in pixels, a multiple of the patch size: one number, or ``[H, W]``."""
+    in_chans: int | None = setting(None, ge=1)
+    """Channels of the images; null: 1 for the digits, else 3. With 1, color becomes gray; with 3, gray is repeated; an alpha
+    channel counts only with 4. Other numbers must be the images' own."""
+    max_pixels: int = setting(178_956_970, ge=1, on_resume="allow")
+    """Largest number of pixels to decode; larger JPEG and JPEG 2000 files are decoded at a reduced size, others are damaged
+    images."""
     batch_size: int = setting(64, ge=1)
     """Images of a micro-batch over all processes."""
     num_workers: int = setting(0, ge=0, on_resume="allow")
@@ -74,14 +80,14 @@ class DataConfig:
     """Number of ``fake`` images."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.image_size, self.image_size
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.in_chans or (1 if self.dataset in ("digit_pages", "digits") else 3)
 
     @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return 1 if self.dataset in ("digit_pages", "digits") else 3
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 @section()

@@ -54,7 +54,7 @@ def broken_rules(config: Any) -> Iterator[str]:
             yield f"{key} must be at most training.epochs ({training.epochs}), got {value}"
     if training.min_lr > training.lr:
         yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
-    if model.patch_size is not None and config.data.image_size % model.patch_size:
+    if model.patch_size is not None and any(side % model.patch_size for side in config.data.size):
         yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
     predictor = model.predictor
     if predictor.width % 4 or predictor.width % predictor.num_heads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import ignite.distributed as idist
 import numpy as np
@@ -35,7 +36,11 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
     try:
         # One rank downloads; the others wait for it.
         with idist.one_rank_first(local=True) if config.download else nullcontext():
-            return _OPENERS[config.dataset](config, split, seed)
+            opened = _OPENERS[config.dataset](config, split, seed)
+            channels = config.channels
+            if len(opened.stats[0]) != channels:
+                opened = replace(opened, stats=((0.5,) * channels, (0.25,) * channels))
+            return opened
     except (OSError, RuntimeError) as error:  # torchvision's, if files are missing or a download fails
         reason = str(error).splitlines()[0]
         hint = (
@@ -103,7 +108,7 @@ class _Noise:
 
 
 def _fake(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
-    shape = (3, config.image_size, config.image_size)
+    shape = (3, *config.size)
     offset = {"train": 0, "probe": 0, "val": config.fake_size}[split]
     return DatasetSplit(_Noise(config.fake_size, shape, offset), DIGITS, IMAGENET_STATS)
 

@@ -37,5 +37,5 @@ def open_folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit
     if held_out is None:
         indices = random_split(len(folder), split, config.val_fraction, seed)
         images = Subset(folder, indices)
-    stats = CIFAR_STATS if config.image_size <= 32 else IMAGENET_STATS
+    stats = CIFAR_STATS if max(config.size) <= 32 else IMAGENET_STATS
     return DatasetSplit(images, tuple(folder.classes), stats, lambda index: folder.samples[indices[index]][0])

@@ -13,13 +13,14 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
+from hjepa_engine.data.decode import DamagedImageError, damage
 from hjepa_engine.data.memory import BatchedImages
+from hjepa_engine.data.pixels import image_size, to_pixels
 from hjepa_engine.data.sampler import EpochBatchSampler, SampleKey
 from hjepa_engine.data.split import DatasetSplit
 from hjepa_engine.errors import ConfigError, DataError
@@ -55,15 +56,15 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             seed_everything(self.seed, "sample", epoch, wanted)
             images = self.split.images
             try:
-                if isinstance(images, BatchedImages):
-                    pixels, labels = images.gather(np.array([[epoch, index]]), self.seed)
-                    image, label = pixels[0], int(labels[0])
-                else:
-                    image, label = images[index]
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, if corrupt
+                with damage():
+                    if isinstance(images, BatchedImages):
+                        pixels, labels = images.gather(np.array([[epoch, index]]), self.seed)
+                        image, label = pixels[0], int(labels[0])
+                    else:
+                        image, label = images[index]
+                return {"image": self.transform(image), "label": label, "damaged": damaged}
+            except DamagedImageError as error:
                 damaged.append(f"{self.split.name_of(index)}: {error}")
-                continue
-            return {"image": self.transform(image), "label": label, "damaged": damaged}
         raise DataError(f"{_MAX_ATTEMPTS} images in a row could not be read, the last one: {damaged[-1]}")
 
 
@@ -78,20 +79,20 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def train_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
     """Training augmentation: the random affine map, resized crop, flip and color jitter that ``config`` enables."""
-    size = config.image_size
+    size = config.size
     steps: list[Any] = []
     if config.random_affine:
-        steps += [v2.Resize((size, size), antialias=True), v2.RandomAffine(**_affine(config.random_affine))]
+        steps += [v2.Resize(size, antialias=True), v2.RandomAffine(**_affine(config.random_affine))]
     if {*config.crop_scale, *config.crop_ratio} == {1.0}:
-        steps.append(v2.Resize((size, size), antialias=True))  # no crop; free if the size is right already
+        steps.append(v2.Resize(size, antialias=True))  # no crop; free if the size is right already
     else:
         steps.append(v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), ratio=tuple(config.crop_ratio)))
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
     if config.color_jitter:
         strength = config.color_jitter
-        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4 if config.in_chans == 3 else 0))
-    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps, *_normalize(split)])
+        steps.append(v2.ColorJitter(strength, strength, strength, strength / 4 if config.channels == 3 else 0))
+    return v2.Compose([_Pixels(config), *steps, *_normalize(split)])
 
 
 def eval_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
@@ -101,9 +102,8 @@ def eval_transform(config: DataConfig, split: DatasetSplit) -> v2.Compose:
 
 def resize_and_crop(config: DataConfig) -> v2.Compose:
     """Evaluation transform without normalization: resize the shorter side, center-crop; uint8."""
-    size = config.image_size
-    steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
-    return v2.Compose([v2.ToImage(), _Channels(config.in_chans), *steps])
+    size = config.size
+    return v2.Compose([_Pixels(config), _Cover(size), v2.CenterCrop(size)])
 
 
 def _affine(strength: float) -> dict[str, Any]:
@@ -120,16 +120,30 @@ def _normalize(split: DatasetSplit) -> list[Any]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
-class _Channels(torch.nn.Module):
-    """Expand gray images to ``channels``, so that a folder may mix gray and color; drop the alpha channel."""
+class _Cover(torch.nn.Module):
+    """Resize images so that they just cover ``size`` (H, W)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
-        self.channels = channels
+        self.size = size
 
     def forward(self, image: Tensor) -> Tensor:
-        colors = image[:-1] if image.shape[0] in (2, 4) else image
-        return colors.expand(self.channels, -1, -1) if colors.shape[0] == 1 else colors
+        (height, width), (rows, columns) = image.shape[-2:], self.size
+        by_height = rows * width >= columns * height
+        size = (rows, int(rows * width / height)) if by_height else (int(columns * height / width), columns)
+        return v2.functional.resize(image, list(size), antialias=True)
+
+
+class _Pixels(torch.nn.Module):
+    """The pixels of any image, in its own size."""
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__()
+        self.channels, self.max_pixels = config.channels, config.max_pixels
+
+    def forward(self, image: Any) -> Tensor:
+        size = image_size(image, self.channels, self.max_pixels)
+        return to_pixels(image, self.channels, size, max_pixels=self.max_pixels)
 
 
 def build_loader(

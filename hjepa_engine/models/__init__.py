@@ -29,7 +29,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
     return {
         "name": model.encoder_type,
         "img_size": config.data.image_size,
-        "in_chans": config.data.in_chans,
+        "in_chans": config.data.channels,
         "pos_embed": model.pos_embed,
         "activation_checkpointing": model.activation_checkpointing,
         **{name: value for name, value in overrides.items() if value is not None},

@@ -105,7 +105,7 @@ def _token_shape(config: Config, trainer: Trainer, name: str) -> tuple[int, int]
     encoder, data = unwrap(trainer.modules[name]), config.data
     if hasattr(encoder, "grid") and hasattr(encoder, "embed_dim"):
         return encoder.grid[0] * encoder.grid[1], encoder.embed_dim
-    image = {"images": torch.zeros(1, data.in_chans, data.image_size, data.image_size)}
+    image = {"images": torch.zeros(1, data.channels, *data.size)}
     evaluator = create_evaluator(feature_map_step, nn.ModuleDict({name: encoder}), trainer.device)
     tokens: torch.Tensor = evaluator.run([image]).output[name]
     return tokens.shape[1], tokens.shape[2]

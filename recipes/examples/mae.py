@@ -8,6 +8,8 @@ decoder are as small as the images.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -43,7 +45,7 @@ class Decoder(nn.Module):
 def build_modules(config: Config, width: int = 48) -> nn.ModuleDict:
     """``encoder`` as ``model`` in the configuration describes it, and a ``decoder`` that is thrown away afterwards."""
     encoder = ContextEncoder(**encoder_arguments(config))
-    num_pixels = config.data.in_chans * (config.data.image_size // encoder.grid[0]) ** 2
+    num_pixels = config.data.channels * math.prod(encoder.vit.patch_embed.patch_size)
     return nn.ModuleDict({"encoder": encoder, "decoder": Decoder(encoder, num_pixels, width)})
 
 
@@ -54,7 +56,7 @@ def mae_step(modules: nn.ModuleDict, batch: Batch, mask_ratio: float = 0.75) -> 
     visible = order[:, : round(num_patches * (1 - mask_ratio))]
     tokens = modules["encoder"](images, visible)
     decoded = modules["decoder"](tokens, visible).float()
-    side = images.shape[-1] // round(num_patches**0.5)
+    side = round((images.shape[-2:].numel() / num_patches) ** 0.5)
     pixels = F.layer_norm(patches := F.unfold(images, side, stride=side).mT, patches.shape[-1:])
     hidden = torch.ones_like(order, dtype=torch.float).scatter(1, visible, 0.0)
     loss = ((decoded - pixels).square().mean(dim=-1) * hidden).sum() / hidden.sum()

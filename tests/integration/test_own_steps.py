@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        size = config.data.in_chans * config.data.image_size**2
+        size = config.data.channels * math.prod(config.data.size)
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(size, 6), nn.BatchNorm1d(6))
 
     def forward(self, images):
@@ -123,7 +124,7 @@ def test_monitors_probes_and_export_take_the_names_that_the_configuration_gives(
     values = run.trainer.state.metrics
     assert 1 <= values["collapse/target_rank"] <= 6 and "probe/linear_random" in metrics_in(run)
     body = Classifier(run.config)
-    images = torch.rand(3, run.config.data.in_chans, run.config.data.image_size, run.config.data.image_size)
+    images = torch.rand(3, run.config.data.channels, *run.config.data.size)
     loaded = load_encoder(tmp_path / "run", encoder=body)
     torch.testing.assert_close(loaded(images), run.modules["body"].eval()(images), rtol=0, atol=0)
 

@@ -398,7 +398,7 @@ def test_the_set_is_evenly_spaced_and_equals_what_evaluation_sees(dataset):
     assert [len(batch["images"]) for batch in batches] == [3, 3, 1] and len(images) == 3
     starts = [number * len(source.images) // 7 for number in range(8)]
     assert all(start <= index < end for start, index, end in zip(starts, images.indices, starts[1:], strict=False))
-    assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (7, config.in_chans, 20, 20)
+    assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (7, config.channels, 20, 20)
     again = torch.cat([batch["images"] for batch in FixedImageSubset(config, source, 7)])
     seen = torch.cat([batch["images"] for batch in batches])
     assert torch.equal(seen, again)

@@ -724,6 +724,16 @@ def damage(config, tools):
     return finished(config, tools)[1]
 
 
+def too_large(config, tools):
+    """Names of unreadable images among 20 small ones and one of 16 x 16 pixels."""
+    folder = tools.folder / "large" / "train" / "cat"
+    folder.mkdir(parents=True)
+    for image in range(21):
+        Image.new("RGB", (16, 16) if image == 1 else (8, 8), (image, 0, 0)).save(folder / f"{image}.png")
+    lines = [line for _ in range(3) for batch in loader(config) for line in batch["damaged"]]
+    return {Path(line.partition(": ")[0]).name for line in lines}
+
+
 def stderr(config, tools):
     tools.capsys.readouterr()
     finished(config, tools)
@@ -839,6 +849,10 @@ EFFECTS = {
     "data.data_path": Effect("another folder's images", "other", pictures_of, ("--data.dataset=imagefolder",), [3, 1]),
     "data.download": Effect("torchvision fetches", "true", downloads, ("--data.dataset=cifar10",), 1),
     "data.image_size": Effect("larger images", "32", batch_shape, becomes=(8, 3, 32, 32)),
+    "data.in_chans": Effect("color becomes gray", "1", batch_shape, becomes=(8, 1, 24, 24)),
+    "data.max_pixels": Effect(
+        "one is too large", "100", too_large, ("--data.dataset=imagefolder", "--data.data_path=large"), {"1.png"}
+    ),
     "data.batch_size": Effect("fewer images in a batch", "4", batch_shape, becomes=(4, 3, 24, 24)),
     "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).num_workers, becomes=2),
     "data.pin_memory": Effect("the loader does not pin", "false", pinned, becomes=False),
