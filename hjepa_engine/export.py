@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hjepa_engine.checkpoint.folder import find_checkpoint, load_one
 from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import ExportError
 from hjepa_engine.models import encoder_arguments, encoder_name
-from hjepa_engine.models.encoder import TargetEncoder
+from hjepa_engine.models.encoder import ContextEncoder, TargetEncoder
 from hjepa_engine.types import unwrap
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
@@ -46,7 +46,12 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error
 
 
-def load_encoder(run_dir: str | Path, checkpoint: str | None = None, encoder: nn.Module | None = None) -> Any:
+def load_encoder(
+    run_dir: str | Path,
+    checkpoint: str | None = None,
+    encoder: nn.Module | None = None,
+    img_size: int | Sequence[int] | None = None,
+) -> Any:
     """Load the target encoder of a run, in eval mode: normalized images (B, C, H, W) to patch tokens (B, N, D).
 
     Args:
@@ -54,18 +59,35 @@ def load_encoder(run_dir: str | Path, checkpoint: str | None = None, encoder: nn
         checkpoint: ``latest``, ``best`` or a checkpoint's name; works while the run is training. None: the encoder that
             the finished run exported.
         encoder: for runs that train a model of your own: an encoder with the same parameters, to load the weights into.
+        img_size: H and W of the images in pixels, or one number, where they are not those of the run: multiples of the patch
+            size, for which the position embeddings are interpolated.
 
     Raises:
-        ExportError: there is no exported encoder, or its files are invalid or do not match.
+        ExportError: there is no exported encoder, or its files are invalid or do not match, or the patches do not divide
+            ``img_size``.
         CheckpointError: there is no such checkpoint, or it is corrupt.
     """
-    folder = Path(run_dir)
+    loaded = _load(Path(run_dir), checkpoint, encoder)
+    if img_size is not None:
+        if not isinstance(loaded, ContextEncoder):
+            raise ExportError(
+                f"img_size must be null for an encoder of your own, {type(loaded).__name__}, got {img_size}"
+            )
+        try:
+            loaded.set_img_size(img_size)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ExportError(f"the encoder of {run_dir}: {str(error).splitlines()[0]}") from error
+    return loaded.requires_grad_(False).eval()
+
+
+def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None) -> nn.Module:
     if checkpoint is not None:
-        return _from_checkpoint(folder, checkpoint, encoder).requires_grad_(False).eval()
+        return _from_checkpoint(folder, checkpoint, encoder)
+    run_dir = folder
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"
     try:
-        return _from_export(folder, encoder).requires_grad_(False).eval()
+        return _from_export(folder, encoder)
     except FileNotFoundError as error:
         raise ExportError(
             f"{run_dir} has no exported encoder: {error.filename or error} is missing; before the run ends, load it from a "

@@ -25,7 +25,7 @@ class ContextEncoder(nn.Module):
 
     Args:
         name: any of timm's vision transformers (``timm.list_models("vit_*")``).
-        img_size: H = W of the images, in pixels.
+        img_size: H and W of the images, in pixels; one number where they are equal.
         in_chans: C of the images.
         pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained, initialized by timm.
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
@@ -39,7 +39,7 @@ class ContextEncoder(nn.Module):
     def __init__(
         self,
         name: str,
-        img_size: int,
+        img_size: int | Sequence[int],
         *,
         in_chans: int = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
@@ -47,10 +47,11 @@ class ContextEncoder(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        height, width = size = _sides(img_size)
         #: Arguments that build the same encoder, for the export.
         self.arguments = {
             "name": name,
-            "img_size": img_size,
+            "img_size": height if height == width else size,
             "in_chans": in_chans,
             "pos_embed": pos_embed,
             "activation_checkpointing": activation_checkpointing,
@@ -60,7 +61,7 @@ class ContextEncoder(nn.Module):
             near = ", ".join(difflib.get_close_matches(name, timm.list_models("vit_*"), 3)) or "see timm.list_models()"
             raise ValueError(f"unknown encoder {name!r}, similar names: {near}")
         tokens = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0}
-        arguments = {"img_size": img_size, "in_chans": in_chans, **tokens, **overrides}
+        arguments = {"img_size": size, "in_chans": in_chans, **tokens, **overrides}
         try:
             vit = timm.create_model(name, **arguments)
         except (TypeError, AssertionError) as error:
@@ -70,19 +71,44 @@ class ContextEncoder(nn.Module):
             ) from error
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
-        if any(img_size % side for side in vit.patch_embed.patch_size):
-            sides = " x ".join(map(str, vit.patch_embed.patch_size))
-            raise ValueError(f"img_size must be a multiple of the patch size {sides}, got {img_size}")
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
+        self._check_patches(size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.num_patches, self.embed_dim, self.depth = vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
         if pos_embed == "sincos":
-            assert vit.pos_embed is not None
-            with torch.no_grad():
-                prefix = vit.pos_embed.shape[1] - self.num_patches
-                vit.pos_embed[0, :prefix] = 0
-                vit.pos_embed[0, prefix:] = sincos_2d(self.grid, self.embed_dim)
-            vit.pos_embed.requires_grad_(False)
+            self._set_sincos()
+
+    def set_img_size(self, img_size: int | Sequence[int]) -> None:
+        """Take images of another size from now on: learned positions are interpolated (timm), fixed ones computed anew.
+
+        Args:
+            img_size: H and W in pixels, multiples of the patch size; one number where they are equal.
+
+        Raises:
+            ValueError: they are none.
+        """
+        height, width = size = _sides(img_size)
+        self._check_patches(size)
+        self.vit.set_input_size(img_size=size)
+        self.grid, self.num_patches = tuple(self.vit.patch_embed.grid_size), self.vit.patch_embed.num_patches
+        self.arguments["img_size"] = height if height == width else size
+        if self.arguments["pos_embed"] == "sincos":
+            self._set_sincos()
+
+    def _check_patches(self, size: tuple[int, int]) -> None:
+        sides = self.vit.patch_embed.patch_size
+        if any(length % side for length, side in zip(size, sides, strict=True)):
+            patch, got = (" x ".join(map(str, pair)) for pair in (sides, size))
+            raise ValueError(f"img_size must be a multiple of the patch size {patch}, got {got}")
+
+    @torch.no_grad()
+    def _set_sincos(self) -> None:
+        table = self.vit.pos_embed
+        assert table is not None
+        prefix = table.shape[1] - self.num_patches
+        table[0, :prefix] = 0
+        table[0, prefix:] = sincos_2d(self.grid, self.embed_dim)
+        table.requires_grad_(False)
 
     def forward(self, images: Tensor, patch_idx: Tensor | None = None) -> Tensor:
         """Patch tokens after the last norm.
@@ -119,6 +145,13 @@ class ContextEncoder(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: position embeddings and prefix tokens."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+
+def _sides(img_size: Any) -> tuple[int, int]:
+    sides = tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size)
+    if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
+        raise ValueError(f"img_size must be H and W, or one positive integer, got {img_size!r}")
+    return sides
 
 
 class TargetEncoder(ContextEncoder):
