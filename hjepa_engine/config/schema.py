@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema, model_validator
 
-from hjepa_engine.config.fields import BelowOne, Count, NonNegative, Pair, Positive, Share, section, setting, values_of
+from hjepa_engine.config.fields import (
+    BelowOne,
+    Count,
+    NonNegative,
+    Pair,
+    Positive,
+    Share,
+    ShareOrNone,
+    section,
+    setting,
+    values_of,
+)
 from hjepa_engine.config.monitoring import (
     CollapseConfig,
     GuardConfig,
@@ -56,6 +67,12 @@ class DataConfig:
     max_pixels: int = setting(178_956_970, ge=1, on_resume="allow")
     """Largest number of pixels to decode; larger JPEG and JPEG 2000 files are decoded at a reduced size, others are damaged
     images."""
+    mean: Literal["auto"] | list[ShareOrNone] | None = setting(None, on_resume="elsewhere")
+    """Mean of each channel, subtracted from pixels from 0 to 1. ``auto``: measured on 1,024 training images when the run
+    starts, and kept by the run; null: the data set's own (ImageNet's for folders, CIFAR's up to 32 pixels), or as ``auto``
+    where it has none."""
+    std: Literal["auto"] | list[Share] | None = setting(None, on_resume="elsewhere")
+    """Standard deviation of each channel, by which they are divided then; as ``mean``."""
     batch_size: int = setting(64, ge=1)
     """Images of a micro-batch over all processes."""
     num_workers: int = setting(0, ge=0, on_resume="allow")
@@ -82,7 +99,17 @@ class DataConfig:
     @property
     def channels(self) -> int:
         """Channels of the images."""
-        return self.in_chans or (1 if self.dataset in ("digit_pages", "digits") else 3)
+        return self.in_chans or self._own_channels
+
+    @property
+    def measures_stats(self) -> bool:
+        """Whether the mean or the standard deviation of the channels is measured."""
+        has_own = self.channels == self._own_channels
+        return any(given == "auto" or (given is None and not has_own) for given in (self.mean, self.std))
+
+    @property
+    def _own_channels(self) -> int:
+        return 1 if self.dataset in ("digit_pages", "digits") else 3
 
     @property
     def size(self) -> tuple[int, int]:

@@ -25,6 +25,9 @@ def broken_rules(config: Any) -> Iterator[str]:
         if low > high:
             yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
     model, loss, training = config.model, config.loss, config.training
+    for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
+        if isinstance(values, list) and len(values) != config.data.channels:
+            yield f"{key} must have one value per channel ({config.data.channels}), got {values}"
     if config.data.download and config.data.dataset not in DOWNLOADABLE:
         yield f"data.download must be false where data.dataset is {config.data.dataset}, got True"
     if model.levels is not None:

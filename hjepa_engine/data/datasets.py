@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 
 import ignite.distributed as idist
 import numpy as np
@@ -15,6 +14,7 @@ from torchvision import datasets
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.config.validation import DOWNLOADABLE
+from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
 from hjepa_engine.data.memory import DigitPages, MemoryImages
 from hjepa_engine.data.split import DatasetSplit, SplitName
@@ -37,10 +37,10 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
         # One rank downloads; the others wait for it.
         with idist.one_rank_first(local=True) if config.download else nullcontext():
             opened = _OPENERS[config.dataset](config, split, seed)
-            channels = config.channels
-            if len(opened.stats[0]) != channels:
-                opened = replace(opened, stats=((0.5,) * channels, (0.25,) * channels))
-            return opened
+            train = opened
+            if split != "train" and config.measures_stats:
+                train = _OPENERS[config.dataset](config, "train", seed)
+            return with_stats(config, opened, train, seed)
     except (OSError, RuntimeError) as error:  # torchvision's, if files are missing or a download fails
         reason = str(error).splitlines()[0]
         hint = (

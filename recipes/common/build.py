@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ from hjepa_engine.models import ContextEncoder, encoder_name
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Run
 from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.run.normalization import fix_stats, recall_stats
 from hjepa_engine.types import Step, unwrap
 
 #: What ``build`` takes for modules: the modules, or a function that makes them for a configuration.
@@ -69,13 +71,17 @@ class Data(NamedTuple):
     val_loader: DataLoader[dict[str, Any]]
     sampler: EpochBatchSampler
     """Order of the training data."""
+    config: Config
+    """That of the run, with the normalization that was measured."""
 
 
 def build_run(
     config: Config, *, step: Step | None = None, modules: Modules | None = None, handlers: Sequence[Any] = ()
 ) -> Run:
     """See :func:`hjepa_engine.recipes.pretrain.build`."""
-    data, folder = build_data(config), RunFolder(config)
+    data = build_data(recall_stats(config))
+    config = data.config
+    folder = RunFolder(config)
     trainer = build_trainer(config, step, modules)
     encoder = encoder_name(config, trainer.modules)
     attached = [*default_handlers(config, trainer, data, folder), *build_handlers(config), *handlers]
@@ -88,10 +94,12 @@ def build_run(
 
 def build_data(config: Config) -> Data:
     """Training and validation images, with their loaders."""
-    train, val = (open_split(config.data, split, config.seed) for split in ("train", "val"))
+    train = open_split(config.data, "train", config.seed)
+    config = replace(config, data=fix_stats(config.data, train.stats))
+    val = open_split(config.data, "val", config.seed)
     loader, sampler = build_loader(config.data, train, config.seed, train=True)
     val_loader, _ = build_loader(config.data, val, config.seed, train=False)
-    return Data(train, val, loader, val_loader, sampler)
+    return Data(train, val, loader, val_loader, sampler, config)
 
 
 def build_trainer(config: Config, step: Step | None = None, modules: Modules | None = None) -> Trainer:

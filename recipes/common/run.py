@@ -23,6 +23,7 @@ from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.run.lifecycle import record_outcome, start_run
+from hjepa_engine.run.normalization import recall_stats
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
 
@@ -158,6 +159,7 @@ class Run:
 def run_to_end(config: Config, build: Callable[[Config], Run]) -> None:
     """Train the run unless it is finished already, in all processes; print where it is and what the probe found."""
     with process_group(config.device):
+        config = recall_stats(config)
         folder = RunFolder(config)
         finished = folder.finished_results()
         idist.barrier()  # rank 0 is about to write there

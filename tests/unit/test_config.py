@@ -853,6 +853,8 @@ EFFECTS = {
     "data.max_pixels": Effect(
         "one is too large", "100", too_large, ("--data.dataset=imagefolder", "--data.data_path=large"), {"1.png"}
     ),
+    "data.mean": Effect("darker", "[0.9, 0.9, 0.9]", views),
+    "data.std": Effect("more contrast", "[0.1, 0.1, 0.1]", views),
     "data.batch_size": Effect("fewer images in a batch", "4", batch_shape, becomes=(4, 3, 24, 24)),
     "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).num_workers, becomes=2),
     "data.pin_memory": Effect("the loader does not pin", "false", pinned, becomes=False),
