@@ -15,6 +15,12 @@ from hjepa_engine.data.decode import DamagedImageError, check_size
 Box = tuple[int, int, int, int]
 
 
+def wrong_bands(bands: int, channels: int, mode: str = "") -> DamagedImageError:
+    """An image has another number of bands than is asked for, or turned into."""
+    what = f"{bands} band{'s' if bands != 1 else ''}{f' ({mode})' if mode else ''}"
+    return DamagedImageError(f"{what}, but data.in_chans is {channels}")
+
+
 def bands_last(image: Any, channels: int | None) -> NDArray[Any]:
     """An array or tensor as (H, W, C)."""
     is_tensor = isinstance(image, Tensor)
@@ -34,10 +40,11 @@ def bands_last(image: Any, channels: int | None) -> NDArray[Any]:
 def cut_array(image: Any, channels: int, box: Box | None, max_pixels: int) -> list[Image.Image]:
     """The bands of a part of an array."""
     array = bands_last(image, channels)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_size(array.shape[:2], max_pixels)
     bands = array.shape[2]
     if bands != channels and {bands, channels} != {1, 3}:
-        raise DamagedImageError(f"{bands} bands, but data.in_chans is {channels}")
+        raise wrong_bands(bands, channels)
     if array.dtype.kind == "f":
         array = in_unit_range(array)
     elif array.dtype not in (np.bool_, np.uint8, np.uint16, np.uint32):
@@ -60,7 +67,7 @@ def cut_array(image: Any, channels: int, box: Box | None, max_pixels: int) -> li
 
 def in_unit_range(pixels: NDArray[Any]) -> NDArray[Any]:
     """Floats from 0 to 1, or a refusal."""
-    low, high = float(pixels.min()), float(pixels.max())
+    low, high = float(pixels.min()) + 0.0, float(pixels.max()) + 0.0  # -0 is 0
     if not (low >= -1e-6 and high <= 1 + 1e-6):
         raise DamagedImageError(f"floating-point pixels must be from 0 to 1, got {low:g} to {high:g}")
     return pixels.clip(0, 1)

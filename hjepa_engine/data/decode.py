@@ -77,7 +77,7 @@ def read_bands(source: Path | bytes) -> NDArray[Any]:
     try:
         import tifffile
     except ImportError as error:
-        raise DamagedImageError("Pillow cannot read this TIFF: pip install tifffile") from error
+        raise DamagedImageError("Pillow cannot read this TIFF, tifffile can: pip install tifffile") from error
     with tifffile.TiffFile(BytesIO(source) if isinstance(source, bytes) else source) as file:
         page = file.pages.first
         check_size(page.shape[-2:] if page.axes.startswith("S") else page.shape[:2])

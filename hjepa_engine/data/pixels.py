@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from hjepa_engine.data.arrays import Box, bands_last, cut_array, in_unit_range
+from hjepa_engine.data.arrays import Box, bands_last, cut_array, in_unit_range, wrong_bands
 from hjepa_engine.data.decode import MAX_PIXELS, DamagedImageError, check_size, damage, read_bands
 
 #: Left, top, right, bottom, as Pillow has it.
@@ -200,7 +200,7 @@ def _in_channels(image: Image.Image, channels: int) -> Image.Image:
     mode = image.mode
     if mode == "F":
         if channels not in (1, 3):
-            raise DamagedImageError(f"1 band, but data.in_chans is {channels}")
+            raise wrong_bands(1, channels)
         return image
     if mode == "1":
         image = image.convert("L")
@@ -217,7 +217,7 @@ def _in_channels(image: Image.Image, channels: int) -> Image.Image:
     if bands == channels or (bands == 1 and channels == 3):
         return image
     if channels not in (1, 3):
-        raise DamagedImageError(f"{bands} bands ({mode}), but data.in_chans is {channels}")
+        raise wrong_bands(bands, channels, mode)
     if channels == 1 and bands == 2:
         return image.getchannel(0)
     return image.convert("L" if channels == 1 or bands == 2 else "RGB")
@@ -249,7 +249,7 @@ def _has_more_bands(image: Image.Image, channels: int) -> bool:
     if image.mode == "L" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
         return True  # Pillow takes signed bytes for unsigned ones
     if samples > bands + 1 and samples != channels:
-        raise DamagedImageError(f"{samples} bands, but data.in_chans is {channels}")
+        raise wrong_bands(samples, channels)
     return samples > bands and samples == channels
 
 
