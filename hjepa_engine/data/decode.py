@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import warnings
 from collections.abc import Iterator
@@ -32,8 +33,9 @@ IMAGE_EXTENSIONS = frozenset(
 MAX_PIXELS = 178_956_970
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Pillow warns of what it then reads or refuses, without the name of the file; sizes are checked here.
+# Pillow and tifffile warn of what they then read or refuse, without the name of the file; sizes are checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 class DamagedImageError(ValueError):

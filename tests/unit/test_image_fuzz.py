@@ -81,7 +81,7 @@ def survive(number, seed):
     read, lines = 0, []
     for count in range(number):
         name, content = files[count % len(files)]
-        content, channels, began = mutate(content, rng), rng.choice((1, 3, 3, 4, 5)), time.monotonic()
+        content, channels, began = mutate(content, rng), rng.choice((1, 1, 3, 3, 3, 3, 4, 5)), time.monotonic()
         try:
             image = open_image(content, name)
             size = image_size(image, channels, MAX_PIXELS)
