@@ -42,6 +42,7 @@ class Checkpointer:
         keep_before: asked at every save for an iteration; the newest checkpoint from before it is kept, whatever the policy
             says. None: no such iteration.
         config: the resolved configuration, for the manifest.
+        data: description of the data, for the manifest.
         on_saved: called with path and manifest fields of every checkpoint, in the writing thread.
     """
 
@@ -56,13 +57,15 @@ class Checkpointer:
         every_minutes: float | None = None,
         keep_before: Callable[[], int | None] = lambda: None,
         config: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
         on_saved: Callable[[Path, Mapping[str, Any]], None] | None = None,
     ) -> None:
         for name, value in (("epochs", every_epochs), ("steps", every_steps), ("minutes", every_minutes)):
             if value is not None and value <= 0:
                 raise ValueError(f"every_{name} must be positive or None, got {value}")
         self.writer = CheckpointWriter(Path(folder), policy or RetentionPolicy(), on_saved)
-        self.metric, self.config = metric, json.loads(json.dumps(dict(config or {})))
+        self.metric = metric
+        self.config, self.data = (json.loads(json.dumps(dict(each or {}))) for each in (config, data))
         self.every_epochs, self.every_steps, self.every_minutes = every_epochs, every_steps, every_minutes
         self.keep_before = keep_before
         self._open_end: StateCopy | None = None
@@ -156,7 +159,7 @@ class Checkpointer:
         name = f"epoch_{epoch:04d}_step_{state.optimizer_step:08d}"
         record = Record(name, state.iteration, state.optimizer_step, epoch, ends_epoch(state), score)
         description = describe_record(record, self.metric, state.metrics.since(0)[0])
-        description |= {"config": self.config, "environment": reproducibility_info(engine)}
+        description |= {"config": self.config, "data": self.data, "environment": reproducibility_info(engine)}
         structure, tensors = flat_state(engine)
         copy = self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
         self.writer.keep_before = self.keep_before()

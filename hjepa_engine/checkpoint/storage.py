@@ -57,6 +57,8 @@ class Checkpoint:
     """The run's resolved configuration; empty if the run had none."""
     environment: dict[str, Any]
     """Versions, device, number of threads and processes of the run that wrote it."""
+    data: dict[str, Any]
+    """Description of its data; empty if the run had none."""
 
 
 def write_checkpoint(
@@ -145,6 +147,7 @@ def read_manifest(path: Path) -> Checkpoint:
             str(file["sha256"]),
             dict(manifest["config"]),
             dict(manifest["environment"]),
+            dict(manifest.get("data", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise (

@@ -1,6 +1,7 @@
 """Datasets, keyed augmentation, samplers and loaders."""
 
-from hjepa_engine.data.datasets import open_split
+from hjepa_engine.data.contents import data_changes, describe
+from hjepa_engine.data.datasets import describe_data, open_split
 from hjepa_engine.data.features import FeatureBatches, sample_per_class
 from hjepa_engine.data.fixed_subset import FixedImageSubset
 from hjepa_engine.data.loading import (
@@ -22,6 +23,9 @@ __all__ = [
     "KeyedDataset",
     "build_loader",
     "collate",
+    "data_changes",
+    "describe",
+    "describe_data",
     "eval_transform",
     "open_split",
     "sample_per_class",

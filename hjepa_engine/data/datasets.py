@@ -15,6 +15,7 @@ from torchvision import datasets
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.data.channel_stats import with_stats
+from hjepa_engine.data.contents import Description, describe
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
 from hjepa_engine.data.memory import DigitPages, MemoryImages
 from hjepa_engine.data.split import DatasetSplit, SplitName
@@ -47,6 +48,17 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
             "" if config.download or config.dataset not in DOWNLOADABLE else "; download it with --data.download true"
         )
         raise DataError(f"data.dataset {config.dataset} in {data_root(config)}: {reason}{hint}") from error
+
+
+def describe_data(config: DataConfig, seed: int = 0) -> Description | None:
+    """See :func:`~hjepa_engine.data.describe`; None for a dataset that never changes, which is not opened.
+
+    Raises:
+        DataError: as :func:`open_split`.
+    """
+    if config.dataset in UNCHANGING_DATASETS:
+        return None
+    return describe(open_split(config, "train", seed), open_split(config, "val", seed))
 
 
 def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -115,6 +127,8 @@ def _fake(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
 
 #: Datasets whose ``probe`` split differs from ``train``.
 DATASETS_WITH_PROBE_SPLIT = ("digit_pages", "stl10")
+#: Datasets whose images follow from their name and the configuration.
+UNCHANGING_DATASETS = ("digit_pages", "digits", "cifar10", "cifar100", "stl10", "fake")
 _NUM_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
 _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "digit_pages": _digit_pages,

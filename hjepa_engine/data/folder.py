@@ -8,7 +8,8 @@ from pathlib import Path
 from torchvision import datasets
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.split import DatasetSplit, ImageDataset, SplitName, Stats
+from hjepa_engine.data.contents import fingerprint_folders
+from hjepa_engine.data.split import Contents, DatasetSplit, ImageDataset, SplitName, Stats
 from hjepa_engine.data.subset import Subset, random_split
 from hjepa_engine.errors import DataError
 
@@ -38,4 +39,8 @@ def open_folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit
         indices = random_split(len(folder), split, config.val_fraction, seed)
         images = Subset(folder, indices)
     stats = CIFAR_STATS if max(config.size) <= 32 else IMAGENET_STATS
-    return DatasetSplit(images, tuple(folder.classes), stats, lambda index: folder.samples[indices[index]][0])
+    paths = [Path(folder.samples[index][0]) for index in indices]
+    contents = Contents(
+        fingerprint_folders((path.relative_to(where).as_posix(), path.stat().st_size) for path in paths)
+    )
+    return DatasetSplit(images, tuple(folder.classes), stats, lambda index: str(paths[index]), contents)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,10 @@ import ignite.distributed as idist
 from hjepa_engine.config.changes import LENGTH_KEYS, MAY_CHANGE, Change, config_changes, plain_config
 from hjepa_engine.config.loading import dump_config, load_config
 from hjepa_engine.config.schema import Config
-from hjepa_engine.errors import ConfigError
+from hjepa_engine.data.contents import Description
+from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.run.environment import describe_environment
+from hjepa_engine.run.other_data import accepted_changes
 from hjepa_engine.utils.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -27,14 +29,15 @@ _OF_CHECKPOINTS = ("epoch_", "damaged_", "index.json")
 
 
 class RunFolder:
-    """The folder of one run: ``config.yaml``, ``environment.json``, ``status.json`` and what handlers write.
+    """The folder of one run: ``config.yaml``, ``data.json``, ``environment.json``, ``status.json``, what handlers write.
 
     Args:
         config: of the run; ``run_dir`` names the folder, ``runs/<logging.experiment_name>`` by default.
+        data: description of its data; None: it is not known.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, data: Description | None = None) -> None:
+        self.config, self.data = config, data
         self.path = Path(config.run_dir or Path("runs") / config.logging.experiment_name)
         self._locks: list[Any] = []
         self._newest: Path | None = None
@@ -84,11 +87,15 @@ class RunFolder:
                 f"{f' and {len(refused) - 3} more' if len(refused) > 3 else ''}; choose another --run_dir"
             )
 
-    def finished_results(self) -> dict[str, float] | None:
+    def finished_results(self, describe_data: Callable[[], Description | None]) -> dict[str, float] | None:
         """Results of the run if it is complete here; None if there is something to do.
+
+        Args:
+            describe_data: opens the data of a finished run and describes it; None: it never changes.
 
         Raises:
             ConfigError: the folder holds a run with another configuration.
+            DataError: it holds a finished run with other data, or the data cannot be opened.
         """
         status = None if self.config.checkpoint.resume == "never" else self.status()
         if status is None:
@@ -96,8 +103,30 @@ class RunFolder:
         changes = self.changes()
         self.refuse(changes, f"run_dir {self.path}")
         if status.get("state") == "done" and not any(change.key.startswith(LENGTH_KEYS) for change in changes):
-            return dict(status["results"])
+            return None if self._has_grown(describe_data) else dict(status["results"])
         return None
+
+    def _has_grown(self, describe_data: Callable[[], Description | None]) -> bool:
+        """Whether the finished run in the folder may go on with data that has grown."""
+        saved = self._saved_data()
+        if not saved:
+            return False
+        try:
+            now = describe_data()
+        except DataError as error:
+            raise DataError(
+                f"run_dir {self.path} holds a finished run whose data cannot be compared: {error}"
+            ) from error
+        return bool(accepted_changes(saved, now, f"run_dir {self.path}", self.config.data.allow_growth))
+
+    def _saved_data(self) -> Description:
+        """What ``data.json`` says; empty where there is none."""
+        try:
+            return dict(json.loads((self.path / "data.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"run_dir {self.path} holds a damaged data.json; choose another one") from error
 
     def lock(self) -> None:
         """Lock the folder and that of the checkpoints against other processes; the lock of a dead process is gone.
@@ -151,7 +180,7 @@ class RunFolder:
         return self.path / f"previous_{number}"
 
     def enter(self) -> None:
-        """Write ``config.yaml`` and ``environment.json`` once the run is about to start.
+        """Write ``config.yaml``, ``data.json`` and ``environment.json`` once the run is about to start.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -161,6 +190,8 @@ class RunFolder:
             for stray in self.path.glob(".*.tmp"):
                 stray.unlink()
             replace_file(self.path / "config.yaml", dump_config(self.config))
+            if self.data is not None:
+                replace_file(self.path / "data.json", json.dumps(self.data, indent=1) + "\n")
             replace_file(self.path / "environment.json", json.dumps(describe_environment(self.config), indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"run_dir {self.path} cannot be written to: {error.strerror}") from error

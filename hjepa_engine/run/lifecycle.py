@@ -26,6 +26,7 @@ from hjepa_engine.errors import CheckpointError, ConfigError, DataError, ForceQu
 from hjepa_engine.run.cli import exit_code_of, one_line
 from hjepa_engine.run.environment import reproducibility_changes, reproducibility_info
 from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.run.other_data import accepted_changes, rebase, refuse_inside_epoch
 from hjepa_engine.utils.distributed import rank_zero
 from hjepa_engine.utils.rng import seed_everything
 
@@ -46,7 +47,7 @@ def start_run(trainer: Trainer, folder: RunFolder, *, epoch_length: int, iterati
     Raises:
         CheckpointError: there is no usable checkpoint where one must be, or it does not fit.
         ConfigError: the configuration is another one, or asks for less than was trained already.
-        DataError: epochs have another length now.
+        DataError: the data is other than before, or epochs have another length now.
     """
     found = _find_start(trainer, folder, epoch_length, iterations)
     rank_zero(folder.enter)
@@ -85,6 +86,11 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
         return None
     checkpoint, remarks = found
     state = trainer.state
+    growth = accepted_changes(checkpoint.data, folder.data, str(checkpoint.path), config.data.allow_growth)
+    if growth:
+        refuse_inside_epoch(checkpoint)
+        _print_once(f"the data has grown: {'; '.join(map(str, growth))}")
+        _print_once(f"  {rebase(trainer, epoch_length, config.training.accumulation_steps)}")
     if state.epoch_length != epoch_length:
         raise DataError(
             f"an epoch of the data has {epoch_length} batches, it had {state.epoch_length} when {checkpoint.path} was saved"

@@ -28,7 +28,7 @@ from hjepa_engine.build import (
     steps_per_epoch,
 )
 from hjepa_engine.config.changes import plain_config
-from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, open_split
+from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, describe, open_split
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
@@ -81,7 +81,7 @@ def build_run(
     """See :func:`hjepa_engine.recipes.pretrain.build`."""
     data = build_data(recall_stats(config))
     config = data.config
-    folder = RunFolder(config)
+    folder = RunFolder(config, describe(data.train, data.val))
     trainer = build_trainer(config, step, modules)
     encoder = encoder_name(config, trainer.modules)
     attached = [*default_handlers(config, trainer, data, folder), *build_handlers(config), *handlers]
@@ -157,6 +157,7 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
             every_minutes=checkpoint.save_every_minutes,
             keep_before=lambda: guard.first_untrusted_iteration,
             config=plain_config(config),
+            data=folder.data,
             on_saved=lambda path, saved: folder.write_status("running", step=saved["step"], checkpoint=path),
         ),
         preemption,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, GuardStop, Rollback
 from hjepa_engine.handlers import Checkpointer, CollapseGuard
+from hjepa_engine.run.other_data import rebase
 from hjepa_engine.utils.distributed import rank_zero
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def train_with_rollbacks(
             return
         except Rollback as request:
             number, left = guard.rollbacks + 1, trainer.state.optimizer_step
-            checkpoint = _go_back(trainer, checkpointer.writer, run_folder / "metrics.jsonl", request, number)
+            checkpoint = _go_back(trainer, checkpointer, run_folder / "metrics.jsonl", request, number)
             guard.rollbacks = number
             if idist.get_rank() == 0:
                 logger.warning(
@@ -58,21 +59,25 @@ def train_with_rollbacks(
             rank_zero(lambda: _forget_later(checkpointer.writer, trainer.state.iteration))
 
 
-def _go_back(trainer: Trainer, writer: CheckpointWriter, log: Path, request: Rollback, number: int) -> Checkpoint:
+def _go_back(trainer: Trainer, checkpointer: Checkpointer, log: Path, request: Rollback, number: int) -> Checkpoint:
     """Restore the newest checkpoint from before ``request.before``. Collective."""
+    writer, epoch_length = checkpointer.writer, trainer.state.epoch_length
     rank_zero(writer.wait)
-    found = load_on_all_ranks(lambda: _newest_before(writer.folder, request.before))
+    found = load_on_all_ranks(lambda: _newest_before(writer.folder, request.before, checkpointer.data))
     if found is None:
         raise GuardStop(f"{request}; {writer.folder} holds no checkpoint from before iteration {request.before}")
     checkpoint, state = found
     rank_zero(lambda: _keep_log(log, number))
     restore_state(trainer, state)
+    if trainer.state.epoch_length != epoch_length:  # it is from before the data has grown
+        rebase(trainer, epoch_length, checkpointer.config["training"]["accumulation_steps"])
     return checkpoint
 
 
-def _newest_before(folder: Path, iteration: int) -> tuple[Checkpoint, Any] | None:
+def _newest_before(folder: Path, iteration: int, data: Mapping[str, Any]) -> tuple[Checkpoint, Any] | None:
     for checkpoint in list_checkpoints(folder):
-        if checkpoint.record.iteration < iteration:
+        # Inside an epoch of data that has grown since, nothing can go on.
+        if checkpoint.record.iteration < iteration and (checkpoint.record.ends_epoch or checkpoint.data == data):
             try:
                 return checkpoint, read_state(checkpoint)
             except (CorruptCheckpoint, OSError) as error:

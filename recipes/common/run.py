@@ -14,7 +14,7 @@ from torch import nn
 
 from hjepa_engine import Config
 from hjepa_engine.build import build_model, process_group
-from hjepa_engine.data import shutdown_workers
+from hjepa_engine.data import describe_data, shutdown_workers
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder
@@ -161,7 +161,7 @@ def run_to_end(config: Config, build: Callable[[Config], Run]) -> None:
     with process_group(config.device):
         config = recall_stats(config)
         folder = RunFolder(config)
-        finished = folder.finished_results()
+        finished = folder.finished_results(lambda: describe_data(config.data, config.seed))
         idist.barrier()  # rank 0 is about to write there
         results = finished
         if finished is None:

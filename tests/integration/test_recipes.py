@@ -187,6 +187,7 @@ def test_a_run_leaves_its_folder(finished):
     assert {path.name for path in run.iterdir()} == {
         *(f"probe_{name}.jsonl" for name in ("trained", "random", "pixels")),
         "config.yaml",
+        "data.json",
         "environment.json",
         "status.json",
         "metrics.jsonl",

@@ -7,7 +7,7 @@ import signal
 import socket
 
 import pytest
-from helpers import NOISE, largest_difference, options, same_bits, weights_of
+from helpers import NOISE, largest_difference, options, same_bits, sign_again, weights_of
 from ignite.engine import Events
 from PIL import Image
 from resuming import Drawer, Steps, contents, outcome, train
@@ -94,6 +94,8 @@ OTHER = {
     "data.num_workers": 1,
     "data.pin_memory": "false",
     "data.max_damaged": 0.5,
+    "data.max_pixels": 10_000,
+    "data.allow_growth": "true",
     "checkpoint.keep_last_n": 3,
     "logging.log_frequency": 3,
     "collapse.every": 7,
@@ -242,13 +244,15 @@ def test_the_newest_checkpoint_is_still_known_after_a_start_that_saved_nothing(c
     assert command()[2] == 4
 
 
-def test_epochs_of_another_length_are_an_error_of_the_data(tmp_path):
+def test_epochs_of_another_length_are_an_error_of_the_data_where_a_checkpoint_does_not_describe_it(tmp_path):
     for number in range(40):
         path = tmp_path / "images" / "train" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (24, 24), (number, 3, 5)).save(path)
     values = {**PLAIN, "data.dataset": "imagefolder", "data.data_path": str(tmp_path / "images"), "data.batch_size": 4}
     length = train(tmp_path / "run", values, stop=4).trainer.state.epoch_length
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        sign_again(checkpoint.path, data={})
     for number in range(20):
         (tmp_path / "images" / "train" / f"class{number % 2}" / f"{number}.png").unlink()
     with pytest.raises(DataError, match=rf"an epoch of the data has \d batches, it had {length} when .*00000004 was"):

@@ -31,6 +31,7 @@ from hjepa_engine.models import build_modules
 from hjepa_engine.recipes.common.probe import probe, read_features
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.run.other_data import accepted_changes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -700,6 +701,18 @@ def pictures_of(config, tools):
     return [len(open_split(config.data, split).images) for split in ("train", "val")]
 
 
+def growth(config, tools):
+    """Of a run's data by one image."""
+    old, new = (
+        {name: {"images": size, "folders": {}, "classes": [], "fingerprint": str(size)} for name in ("train", "val")}
+        for size in (4, 5)
+    )
+    try:
+        return "grown" if accepted_changes(old, new, "run", config.data.allow_growth) else "equal"
+    except RunError:
+        return "refused"
+
+
 def downloads(config, tools):
     calls = []
 
@@ -873,6 +886,7 @@ EFFECTS = {
         ("--data.dataset=imagefolder", "--data.data_path=damaged", "--data.batch_size=25"),
         "done",
     ),
+    "data.allow_growth": Effect("a run goes on with more images", "true", growth, becomes="grown"),
     "data.fake_size": Effect("more images", "40", lambda c, t: len(loader(c).dataset), becomes=40),
     "model.encoder_type": Effect("CLIP's has a norm before its blocks", "vit_base_patch16_clip_224", shapes),
     "model.patch_size": Effect("fewer patches", "8", grid, becomes=(3, 3)),
