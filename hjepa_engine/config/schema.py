@@ -54,6 +54,10 @@ class DataConfig:
     )
     """``digit_pages``: pages of handwritten digits of one class; ``digits``: single ones, both from scikit-learn, nothing to
     download; ``imagenet``: as ``imagefolder``; ``fake``: noise, for timing."""
+    class_path: str | None = None
+    """Dotted path of a function or class that makes a map-style data set of your own, instead of ``dataset``."""
+    init_args: dict[str, Any] = setting(dict)
+    """Its arguments."""
     data_path: str | None = setting(None, on_resume="allow")
     """Where the data set lies or is downloaded to; ``data`` by default. An image folder has ``train/<class>/*`` and
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
@@ -111,7 +115,7 @@ class DataConfig:
 
     @property
     def _own_channels(self) -> int:
-        return 1 if self.dataset in ("digit_pages", "digits") else 3
+        return 1 if self.class_path is None and self.dataset in ("digit_pages", "digits") else 3
 
     @property
     def size(self) -> tuple[int, int]:

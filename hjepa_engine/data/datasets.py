@@ -18,6 +18,7 @@ from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.contents import Description, describe
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
 from hjepa_engine.data.memory import DigitPages, MemoryImages
+from hjepa_engine.data.own import open_own
 from hjepa_engine.data.split import DatasetSplit, SplitName
 from hjepa_engine.data.subset import random_split
 from hjepa_engine.errors import DataError
@@ -27,7 +28,7 @@ DIGITS = tuple(map(str, range(10)))
 
 
 def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSplit:
-    """Open one split of ``config.dataset``.
+    """Open one split of the data set that ``config.class_path`` or ``config.dataset`` names.
 
     A dataset without a validation split is split at random by ``val_fraction`` and ``seed``.
 
@@ -37,16 +38,19 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
     try:
         # One rank downloads; the others wait for it.
         with idist.one_rank_first(local=True) if config.download else nullcontext():
-            opened = _OPENERS[config.dataset](config, split, seed)
+            opener = _OPENERS[config.dataset] if config.class_path is None else open_own
+            opened = opener(config, split, seed)
             train = opened
             if split != "train" and config.measures_stats:
-                train = _OPENERS[config.dataset](config, "train", seed)
+                train = opener(config, "train", seed)
             return with_stats(config, opened, train, seed)
     except (OSError, RuntimeError) as error:  # torchvision's, if files are missing or a download fails
         reason = str(error).splitlines()[0]
         hint = (
             "" if config.download or config.dataset not in DOWNLOADABLE else "; download it with --data.download true"
         )
+        if config.class_path is not None:
+            raise DataError(f"data.class_path {config.class_path}: {reason}") from error
         raise DataError(f"data.dataset {config.dataset} in {data_root(config)}: {reason}{hint}") from error
 
 
@@ -56,7 +60,7 @@ def describe_data(config: DataConfig, seed: int = 0) -> Description | None:
     Raises:
         DataError: as :func:`open_split`.
     """
-    if config.dataset in UNCHANGING_DATASETS:
+    if config.class_path is None and config.dataset in UNCHANGING_DATASETS:
         return None
     return describe(open_split(config, "train", seed), open_split(config, "val", seed))
 

@@ -30,7 +30,7 @@ from hjepa_engine.build import (
 from hjepa_engine.config.changes import plain_config
 from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, describe, open_split
 from hjepa_engine.engine import Trainer
-from hjepa_engine.errors import ConfigError
+from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.handlers import (
     Checkpointer,
     CollapseGuard,
@@ -95,6 +95,11 @@ def build_run(
 def build_data(config: Config) -> Data:
     """Training and validation images, with their loaders."""
     train = open_split(config.data, "train", config.seed)
+    if config.data.class_path is not None and not train.num_classes:
+        for key, asked in (("probe.enabled", config.probe.enabled), ("online_probe.every", config.online_probe.every)):
+            if asked:
+                off = "false" if key == "probe.enabled" else "null"
+                raise DataError(f"{key} must be {off} where {config.data.class_path} names no classes, got {asked}")
     config = replace(config, data=fix_stats(config.data, train.stats))
     val = open_split(config.data, "val", config.seed)
     loader, sampler = build_loader(config.data, train, config.seed, train=True)

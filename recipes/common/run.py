@@ -104,7 +104,7 @@ class Run:
         if levels := levels_of(self.modules):
             parts.append(f", {len(levels)} levels")
         return (
-            f"{data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
+            f"{data.class_path or data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
             f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -529,6 +530,10 @@ def own_modules(width=3):
     return nn.ModuleDict({"body": nn.Linear(1, width)})
 
 
+def own_data(size=12, split="train"):
+    return [np.zeros((24, 24, 3), np.uint8)] * size
+
+
 def own_step(modules, batch):
     return {"loss": modules["body"](batch["images"][:, 0, 0, :1]).square().mean()}
 
@@ -859,6 +864,10 @@ SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_si
 
 EFFECTS = {
     "data.dataset": Effect("digits are gray", "digits", batch_shape, becomes=(8, 1, 24, 24)),
+    "data.class_path": Effect("other images", f"{ME}.own_data", lambda c, t: len(loader(c).dataset), becomes=12),
+    "data.init_args": Effect(
+        "more of them", "{size: 20}", lambda c, t: len(loader(c).dataset), (f"--data.class_path={ME}.own_data",), 20
+    ),
     "data.data_path": Effect("another folder's images", "other", pictures_of, ("--data.dataset=imagefolder",), [3, 1]),
     "data.download": Effect("torchvision fetches", "true", downloads, ("--data.dataset=cifar10",), 1),
     "data.image_size": Effect("larger images", "32", batch_shape, becomes=(8, 3, 32, 32)),

@@ -1,0 +1,96 @@
+"""Data sets of the user's own, by class_path."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+
+from hjepa_engine.config import Config
+from hjepa_engine.config.schema import DataConfig
+from hjepa_engine.data import build_loader, open_split
+from hjepa_engine.errors import ConfigError, DataError
+from hjepa_engine.recipes.pretrain import build
+
+
+class Labeled(list):
+    classes = ("a", "b")
+
+
+def items(kind="tuple", size=40, label=1):
+    image = {
+        "array": np.full((32, 32, 3), 51, np.uint8),
+        "tensor": torch.full((3, 32, 32), 0.2),
+    }.get(kind, Image.new("RGB", (32, 32), (51, 51, 51)))
+    return Labeled([{"dict": {"image": image, "label": label}, "alone": image}.get(kind, (image, label))] * size)
+
+
+def unlabeled(size=40):
+    return list(items(size=size))
+
+
+def named_splits(split):
+    return [np.zeros((32, 32, 3), np.uint8)] * {"train": 30, "val": 10}[split]
+
+
+def config(name, **values):
+    return DataConfig(class_path=f"{__name__}.{name}", batch_size=8, **values)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "alone", "array", "tensor"])
+def test_items_of_every_kind_give_the_same_pixels(kind):
+    data = config("items", init_args={"kind": kind}, mean=[0.0] * 3, std=[1.0] * 3)
+    batch = next(iter(build_loader(data, open_split(data, "val"), 0, train=False)[0]))
+    torch.testing.assert_close(batch["images"], torch.full_like(batch["images"], 0.2))
+    assert set(batch["labels"].tolist()) == {-1 if kind == "alone" else 1}
+
+
+def test_without_splits_of_its_own_samples_stay_in_their_split_when_others_are_added():
+    def held_out(size):
+        return open_split(config("items", init_args={"size": size}), "val").images.indices
+
+    assert held_out(40) == [index for index in held_out(80) if index < 40]
+    train = open_split(config("items"), "train").images.indices
+    assert sorted(train + held_out(40)) == list(range(40))
+
+
+def test_a_function_that_takes_a_split_is_asked_for_each():
+    assert [len(open_split(config("named_splits"), name).images) for name in ("train", "probe", "val")] == [30, 30, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "init_args", "error", "says"),
+    [
+        ("missing", {}, ConfigError, "data.class_path: '.*missing' cannot be imported"),
+        ("items", {"sise": 3}, ConfigError, "data.init_args: .*sise"),
+        ("items", {"size": 0}, DataError, "has no images for the val split"),
+        ("config", {"name": "items"}, ConfigError, "must make a data set with __len__ and __getitem__"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(name, init_args, error, says):
+    with pytest.raises(error, match=says):
+        open_split(config(name, init_args=init_args), "val")
+
+
+def test_a_label_that_is_no_class_is_refused_by_its_sample():
+    images = open_split(config("items", init_args={"label": 2}), "train").images
+    with pytest.raises(DataError, match=r"the label of sample .* must be from 0 to 1, or -1 for none, got 2"):
+        images[0]
+
+
+def test_probes_without_labels_are_refused_before_the_run(tmp_path):
+    with pytest.raises(DataError, match=r"probe\.enabled must be false where .*unlabeled names no classes, got True"):
+        build(Config(data=config("unlabeled"), run_dir=str(tmp_path)))
+
+
+def test_the_documented_data_set_can_be_trained_on(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (tmp_path / "shapes.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = DataConfig(class_path="shapes.Shapes", batch_size=8)
+    assert open_split(data, "val").classes == ("lying", "standing")
+    batch = next(iter(build_loader(data, open_split(data, "train"), 0, train=True)[0]))
+    assert batch["images"].shape == (8, 3, 32, 32) and not batch["damaged"]
+    sys.modules.pop("shapes")
