@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import ROOT
 from PIL import Image
+from resuming import RICH, assert_same, outcome, train
 
 from hjepa_engine.config import Config
 from hjepa_engine.config.schema import DataConfig
@@ -94,3 +95,17 @@ def test_the_documented_data_set_can_be_trained_on(tmp_path, monkeypatch):
     batch = next(iter(build_loader(data, open_split(data, "train"), 0, train=True)[0]))
     assert batch["images"].shape == (8, 3, 32, 32) and not batch["damaged"]
     sys.modules.pop("shapes")
+
+
+def noise(size=20, split="train"):
+    """Images of noise with labels of two classes."""
+    generator = np.random.default_rng(size if split == "train" else 0)
+    images = generator.integers(0, 256, (size, 24, 24, 3), dtype=np.uint8)
+    return Labeled((image, index % 2) for index, image in enumerate(images))
+
+
+def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_bits(tmp_path):
+    values = {**RICH, "data.class_path": f"{__name__}.noise", "training.epochs": 2}
+    whole = outcome(train(tmp_path / "whole", values))
+    train(tmp_path / "halves", values, stop=7)
+    assert_same(outcome(train(tmp_path / "halves", {**values, "data.num_workers": 1})), whole)
