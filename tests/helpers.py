@@ -165,10 +165,10 @@ def pretraining(
     training, seed = config.training, config.seed
     handlers: dict[str, Any] = {}
     source = open_split(config.data, "train", seed)
-    loader, sampler = build_loader(config.data, source, seed, train=True)
-    val_data, _ = build_loader(config.data, open_split(config.data, "val", seed), seed, train=False)
+    loader = build_loader(config.data, source, seed, train=True)
+    val_data = build_loader(config.data, open_split(config.data, "val", seed), seed, train=False)
     if data is None:
-        data, handlers["position"] = loader, DataPosition(sampler)
+        data, handlers["position"] = loader, DataPosition(loader.sampler)
     modules = build_modules(config)
     optimizer = build_run_optimizer(config, modules)
     schedules = build_schedules(config, steps_per_epoch(len(data), training.accumulation_steps))

@@ -4,32 +4,23 @@ from hjepa_engine.data.contents import data_changes, describe
 from hjepa_engine.data.datasets import describe_data, open_split
 from hjepa_engine.data.features import FeatureBatches, sample_per_class
 from hjepa_engine.data.fixed_subset import FixedImageSubset
-from hjepa_engine.data.loading import (
-    KeyedDataset,
-    build_loader,
-    collate,
-    eval_transform,
-    shutdown_workers,
-    train_transform,
-)
+from hjepa_engine.data.loading import ImageLoader, build_loader
 from hjepa_engine.data.sampler import EpochBatchSampler
 from hjepa_engine.data.split import Contents, DatasetSplit
+from hjepa_engine.data.workers import shutdown_workers
 
 __all__ = [
     "Contents",
     "DatasetSplit",
     "FeatureBatches",
     "FixedImageSubset",
-    "KeyedDataset",
+    "ImageLoader",
     "build_loader",
-    "collate",
     "data_changes",
     "describe",
     "describe_data",
-    "eval_transform",
     "open_split",
     "sample_per_class",
     "shutdown_workers",
-    "train_transform",
     "EpochBatchSampler",
 ]

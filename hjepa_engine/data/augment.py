@@ -32,11 +32,14 @@ class EvalTransform:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Transform a batch."""
-        images = _as_float(pixels)
+        return normalize(_as_float(self.crop(pixels)), self.stats)
+
+    def crop(self, pixels: Tensor) -> Tensor:
+        """The centers of images that have another size, as floats; others as they are."""
         size = (pixels.shape[2], pixels.shape[3])
-        if size != self.size:
-            images = resample(images, torch.tensor([center_box(size, self.size)] * len(images)), self.size)
-        return normalize(images, self.stats)
+        if size == self.size:
+            return pixels
+        return resample(_as_float(pixels), torch.tensor([center_box(size, self.size)] * len(pixels)), self.size)
 
 
 class TrainTransform:

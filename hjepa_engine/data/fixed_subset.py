@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.loading import KeyedDataset, collate, make_worker_init, resize_and_crop
+from hjepa_engine.data.augment import EvalTransform
+from hjepa_engine.data.reading import ImageReader, PixelBatch, as_is
 from hjepa_engine.data.split import DatasetSplit
+from hjepa_engine.data.workers import make_worker_init
+from hjepa_engine.errors import DataError
 from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 
 class FixedImageSubset:
-    """A random sample from each of ``count`` equal segments of a split, with evaluation transforms, kept as uint8.
+    """A random sample from each of ``count`` equal segments of a split, with evaluation transforms, kept in memory.
 
-    Images are read at first use and normalized on every pass. The global random generators are left as they were.
-
-    Iterating yields batches with ``images`` (B, C, H, W), normalized, and ``labels`` (B,).
+    Images are read at first use and normalized on every pass; damaged ones are left out. The global random generators are
+    left as they were. Iterating yields batches with ``images`` (B, C, H, W), normalized, ``labels`` (B,) and ``damaged``.
 
     Args:
         config: the data section.
@@ -53,35 +54,47 @@ class FixedImageSubset:
         # A random sample, not the first: with cyclic labels (digit pages), firsts would cover few classes.
         drawn = [a + derive_seed(seed, "image set", a) % (b - a) for a, b in pairwise(starts)]
         self.indices = drawn[rank::world_size]
+        self._transform = EvalTransform(config, split.stats)
         self._images: Tensor | None = None
         self._labels: Tensor | None = None
+        self._damaged: list[str] = []
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return -(-len(self.pixels) // self.batch_size)
 
     def load(self) -> None:
         """Read the images, unless they are in memory already."""
         if self._images is None:
-            dataset = KeyedDataset(self.split, resize_and_crop(self.config), self.seed)
             workers = self.config.num_workers if len(self.indices) > 1000 else 0
             keys = [(0, index) for index in self.indices]
-            loader: DataLoader[dict[str, Any]] = DataLoader(
-                dataset,
-                64,
-                sampler=keys,
-                num_workers=workers,
-                collate_fn=collate,
-                worker_init_fn=make_worker_init(workers),
-                generator=torch.Generator(),
-            )
+            reader = ImageReader(self.config, self.split, self.seed)
+            chunks = [keys[start : start + 64] for start in range(0, len(keys), 64)]
+            batches: Iterable[PixelBatch] = map(reader.__getitems__, chunks)
+            if not reader.is_batched:
+                batches = DataLoader(
+                    reader,
+                    batch_sampler=chunks,
+                    num_workers=workers,
+                    collate_fn=as_is,
+                    worker_init_fn=make_worker_init(workers),
+                    generator=torch.Generator(),
+                )
             with preserve_rng_state():
-                batches = list(loader)
-            self._images = torch.cat([batch["images"] for batch in batches])
-            self._labels = torch.cat([batch["labels"] for batch in batches])
+                found = list(batches)
+            self._damaged = [line for batch in found for line in batch.damaged]
+            found = [batch for batch in found if len(batch.pixels)]
+            if not found:
+                raise DataError(
+                    f"{len(keys)} of {len(keys)} images could not be read, the last one: {self._damaged[-1]}"
+                )
+            pixels = [self._transform.crop(batch.pixels) for batch in found]
+            if len({part.dtype for part in pixels}) > 1:
+                pixels = [part / 255 if part.dtype == torch.uint8 else part for part in pixels]
+            self._images, self._labels = torch.cat(pixels), torch.cat([batch.labels for batch in found])
 
     @property
     def pixels(self) -> Tensor:
-        """The images (n, C, H, W), uint8."""
+        """The images (n, C, H, W) that can be read, uint8 or float32 from 0 to 1."""
         self.load()
         assert self._images is not None
         return self._images
@@ -94,6 +107,7 @@ class FixedImageSubset:
         return self._labels
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*self.split.stats)])
-        for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield {"images": normalize(pixels), "labels": labels}
+        parts = zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+        for number, (pixels, labels) in enumerate(parts):
+            damaged = self._damaged if number == 0 else []
+            yield {"images": self._transform(pixels), "labels": labels, "damaged": damaged}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torchvision import datasets
@@ -43,4 +44,8 @@ def open_folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit
     contents = Contents(
         fingerprint_folders((path.relative_to(where).as_posix(), path.stat().st_size) for path in paths)
     )
-    return DatasetSplit(images, tuple(folder.classes), stats, lambda index: str(paths[index]), contents)
+    return DatasetSplit(images, tuple(folder.classes), stats, partial(_path_of, paths), contents)
+
+
+def _path_of(paths: Sequence[Path], index: int) -> str:
+    return str(paths[index])

@@ -20,7 +20,7 @@ from hjepa_engine.checkpoint.state import (
 from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.config.changes import MAY_CHANGE_ELSEWHERE, Change, config_changes
-from hjepa_engine.data.loading import translate_worker_error
+from hjepa_engine.data.workers import translate_worker_error
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError, ConfigError, DataError, ForceQuit, Preempted
 from hjepa_engine.run.cli import exit_code_of, one_line

@@ -16,6 +16,15 @@ def any_rank(flag: bool) -> bool:
     return bool(idist.all_reduce(int(flag), op="MAX")) if idist.get_world_size() > 1 else flag
 
 
+def gather_objects(value: Result) -> list[Result]:
+    """The small values of all ranks, in their order. Collective."""
+    if idist.get_world_size() == 1:
+        return [value]
+    found: list[Result | None] = [None] * idist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
+
+
 def rank_zero(action: Callable[[], Result]) -> Result:
     """The result of ``action``, which only rank 0 runs; if it raises, all ranks do. Collective.
 

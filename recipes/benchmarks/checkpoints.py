@@ -111,8 +111,8 @@ def first_batches() -> None:
         config = DataConfig(dataset="fake", image_size=8, batch_size=256, num_workers=workers, pin_memory=False)
         times = []
         for share in (0.0, 0.5, 0.95):
-            loader, sampler = build_loader(config, source, 0, train=True)
-            sampler.set_position(3, int(share * len(loader)))
+            loader = build_loader(config, source, 0, train=True)
+            loader.sampler.set_position(3, int(share * len(loader)))
             start = time.perf_counter()
             next(iter(loader))
             times.append(f"{share:4.0%} of the epoch {time.perf_counter() - start:.2f} s")

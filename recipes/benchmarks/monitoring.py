@@ -27,7 +27,7 @@ from hjepa_engine import Config, load_config
 from hjepa_engine.data import open_split
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.handlers import CollapseMonitor, OnlineProbe, StepTiming, Throughput
+from hjepa_engine.handlers import CollapseMonitor, DamagedImages, OnlineProbe, StepTiming, Throughput
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Run
 from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
@@ -106,7 +106,7 @@ def monitors_table(options: list[str], iterations: int) -> None:
         config, trainer = configured(options, folder), run.trainer
         windows, readings = Counter[str](), Counter[str]()
         images, val = open_split(config.data, "train"), open_split(config.data, "val")
-        monitors = [Throughput(), *build_monitors(config, trainer, images, val, run.preemption)]
+        monitors = [Throughput(), *build_monitors(config, trainer, images, val, run.preemption, DamagedImages())]
         due = {type(monitor).__name__: monitor for monitor in monitors if hasattr(monitor, "due")}
 
         def count() -> None:

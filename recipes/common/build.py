@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from hjepa_engine import Config, create_evaluator, create_trainer
 from hjepa_engine.build import (
@@ -28,7 +27,7 @@ from hjepa_engine.build import (
     steps_per_epoch,
 )
 from hjepa_engine.config.changes import plain_config
-from hjepa_engine.data import DatasetSplit, EpochBatchSampler, build_loader, describe, open_split
+from hjepa_engine.data import DatasetSplit, ImageLoader, build_loader, describe, open_split
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.handlers import (
@@ -67,10 +66,8 @@ class Data(NamedTuple):
 
     train: DatasetSplit
     val: DatasetSplit
-    loader: DataLoader[dict[str, Any]]
-    val_loader: DataLoader[dict[str, Any]]
-    sampler: EpochBatchSampler
-    """Order of the training data."""
+    loader: ImageLoader
+    val_loader: ImageLoader
     config: Config
     """That of the run, with the normalization that was measured."""
 
@@ -102,9 +99,10 @@ def build_data(config: Config) -> Data:
                 raise DataError(f"{key} must be {off} where {config.data.class_path} names no classes, got {asked}")
     config = replace(config, data=fix_stats(config.data, train.stats))
     val = open_split(config.data, "val", config.seed)
-    loader, sampler = build_loader(config.data, train, config.seed, train=True)
-    val_loader, _ = build_loader(config.data, val, config.seed, train=False)
-    return Data(train, val, loader, val_loader, sampler, config)
+    device = choose_device(config.device)
+    loader = build_loader(config.data, train, config.seed, train=True, device=device)
+    val_loader = build_loader(config.data, val, config.seed, train=False, device=device)
+    return Data(train, val, loader, val_loader, config)
 
 
 def build_trainer(config: Config, step: Step | None = None, modules: Modules | None = None) -> Trainer:
@@ -147,9 +145,12 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
         handler.attach(evaluator)
     StepSeed(config.seed).attach(evaluator)
     MetricAverager(prefix="").attach(evaluator)
+    largest_share = config.data.max_damaged
+    DamagedImages(largest_share, len(data.val.images), "validation", "damaged").attach(evaluator)
+    damaged = DamagedImages(largest_share, len(data.train.images))
     guard, checkpoint = CollapseGuard(**vars(config.guard)), config.checkpoint
     return [
-        *_training(config, trainer, data, scale=lambda: guard.lr_multiplier),
+        *_training(config, trainer, data, damaged, scale=lambda: guard.lr_multiplier),
         guard,
         Validation(evaluator, data.val_loader),
         MetricsLogger(build_writers(config, folder.path, folder.log_path)),
@@ -169,11 +170,13 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
         *([EarlyStopping(config.training.early_stopping)] if config.training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
         *_export(config, trainer, data, folder),
-        *build_monitors(config, trainer, data.train, data.val, preemption),
+        *build_monitors(config, trainer, data.train, data.val, preemption, damaged),
     ]
 
 
-def _training(config: Config, trainer: Trainer, data: Data, scale: Callable[[], float]) -> list[Any]:
+def _training(
+    config: Config, trainer: Trainer, data: Data, damaged: DamagedImages, scale: Callable[[], float]
+) -> list[Any]:
     """What changes weights, and what it needs; ``scale`` gives a factor of every learning rate."""
     training, modules = config.training, trainer.modules
     optimizer = build_run_optimizer(config, modules)
@@ -182,8 +185,8 @@ def _training(config: Config, trainer: Trainer, data: Data, scale: Callable[[], 
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
     lr_schedule = partial(ParamSchedule, optimizer, "lr", scale=scale)
     handlers = [
-        DataPosition(data.sampler),
-        DamagedImages(config.data.max_damaged),
+        DataPosition(data.loader.sampler),
+        damaged,
         StepSeed(config.seed),
         *_masks(config, trainer, training.accumulation_steps),
         OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),

@@ -21,6 +21,7 @@ from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
     BatchCollapse,
     CollapseMonitor,
+    DamagedImages,
     GpuStats,
     OnlineProbe,
     ParameterHistograms,
@@ -42,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_monitors(
-    config: Config, trainer: Trainer, train: DatasetSplit, val: DatasetSplit, preemption: Preemption
+    config: Config,
+    trainer: Trainer,
+    train: DatasetSplit,
+    val: DatasetSplit,
+    preemption: Preemption,
+    damaged: DamagedImages,
 ) -> list[Any]:
     """The configured monitors, to be attached to the trainer.
 
@@ -52,13 +58,14 @@ def build_monitors(
         train: the training images.
         val: the validation images.
         preemption: ends long probes when the run is asked to stop.
+        damaged: counts the training images that cannot be read.
     """
     monitors: list[Any] = [StepTiming()]
     encoder = encoder_name(config, trainer.modules)
     if config.logging.system_metrics:
         monitors.append(GpuStats())
     if config.collapse.enabled:
-        monitors += _collapse_monitors(config, trainer, train)
+        monitors += _collapse_monitors(config, trainer, train, damaged)
     if config.online_probe.every is not None:
         if encoder is None:
             warn_no_encoder("no online probe", trainer.modules)
@@ -111,7 +118,7 @@ def _token_shape(config: Config, trainer: Trainer, name: str) -> tuple[int, int]
     return tokens.shape[1], tokens.shape[2]
 
 
-def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit) -> list[Any]:
+def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit, damaged: DamagedImages) -> list[Any]:
     options, names = config.collapse, _measured(config, trainer.modules)
     if not names:
         warn_no_encoder("collapse is not measured", trainer.modules)
@@ -131,6 +138,7 @@ def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit) ->
         )
     images = FixedImageSubset(config.data, train, count, 64, config.seed, idist.get_rank(), idist.get_world_size())
     evaluator = create_evaluator(partial(feature_map_step, levels=levels), encoders, trainer.device, trainer.amp_dtype)
+    damaged.attach(evaluator)
     every = options.every or max(1, 50 * count // (config.data.batch_size * config.training.accumulation_steps))
     epoch_ends = config.checkpoint.metric.startswith("collapse/")
     return [

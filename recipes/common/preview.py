@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import torch
 
 from hjepa_engine import Config
 from hjepa_engine.build import Schedules, build_schedules, process_group, steps_per_epoch
@@ -52,9 +51,9 @@ def _preview(config: Config, run: Any) -> None:
     print("\n".join(table_of(config, schedules, steps, per_epoch)) + "\n")
     if masks is not None:
         print("\n".join(tokens_of(masks, levels, config.seed, steps)) + "\n")
-    keys = next(iter(run.data.batch_sampler))[: config.pictures.images]
-    images = torch.stack([run.data.dataset[key]["image"] for key in keys])
-    pixels = to_pixels(images, run.data.dataset.split.stats)
+    images = next(iter(run.data))["images"][: config.pictures.images].cpu()
+    run.data.close()
+    pixels = to_pixels(images, run.data.split.stats)
     schedule_figure = figures.draw_schedules(lines_of(config, schedules), steps, per_epoch)
     drawn = [save_preview(schedule_figure, run, "schedules.png")]
     if masks is not None:

@@ -16,6 +16,7 @@ from hjepa_engine import Config, create_evaluator, load_config, load_encoder
 from hjepa_engine.build import build_model, choose_device
 from hjepa_engine.data import build_loader, open_split, sample_per_class
 from hjepa_engine.evaluator import labeled_features
+from hjepa_engine.handlers import DamagedImages
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.metrics.names import FINAL_PROBES, PROBE
 from hjepa_engine.models import encoder_name
@@ -31,8 +32,12 @@ def read_features(config: Config, encoder: nn.Module | None, device: torch.devic
     splits: list[Labeled] = []
     for split in ("probe", "val"):
         source = open_split(config.data, split, config.seed)
-        data = build_loader(config.data, source, config.seed, train=False, replicate=True)[0]
+        data = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
+        name = {"probe": "probe", "val": "validation"}[split]
+        damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
+        damaged.attach(evaluator)
         splits.append(labeled_features(evaluator, data, device=torch.device("cpu")))
+        evaluator.detach(damaged)
     (features, labels), val = splits
     if config.probe.labels_per_class is not None:
         chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)

@@ -14,7 +14,7 @@ from torch import nn
 
 from hjepa_engine import Config
 from hjepa_engine.build import build_model, process_group
-from hjepa_engine.data import describe_data, shutdown_workers
+from hjepa_engine.data import ImageLoader, describe_data
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder
@@ -36,8 +36,8 @@ class Run:
 
     config: Config
     trainer: Trainer
-    data: torch.utils.data.DataLoader[dict[str, Any]]
-    val_data: torch.utils.data.DataLoader[dict[str, Any]]
+    data: ImageLoader
+    val_data: ImageLoader
     folder: RunFolder
     handlers: list[Any]
     """All that are attached, in that order."""
@@ -126,7 +126,8 @@ class Run:
         finally:
             self.logger.close()
             self.preemption.close()
-            shutdown_workers(self.data, self.val_data)
+            self.data.close()
+            self.val_data.close()
             self.folder.unlock()
 
     def _train_and_probe(self) -> dict[str, float]:
@@ -152,7 +153,7 @@ class Run:
 
     def _train(self) -> None:
         limit = self.config.training.max_iters
-        shutdown_workers(self.data)  # a rollback has left them in the middle of an epoch
+        self.data.close()  # a rollback has left them in the middle of an epoch
         self.trainer.run(self.data, self.config.training.epochs if limit is None else None, limit and self.iterations)
 
 

@@ -100,7 +100,7 @@ def test_loader_processes_do_not_change_the_bits_of_a_resumed_run(
     values = {**RICH, "data.num_workers": number}
     train(tmp_path, values, stop=stop)
     run = train(tmp_path, values)
-    assert run.data.num_workers == number and run.data.persistent_workers is persistent
+    assert run.data.processes.num_workers == number and run.data.processes.persistent_workers is persistent
     assert_same(outcome(run, with_generators=False), uninterrupted(RICH, with_generators=False))
 
 
@@ -207,7 +207,7 @@ KINDS = {
     "covariance": ({"loss.covariance_weight": 0.1, "loss.sigreg_weight": 0, "training.level_lrs": None}, (7,)),
     "max_iters": ({"training.max_iters": 13}, (5, 13)),
     "skipping": ({"training.non_finite": "skip", "loss.type": f"{__name__}.sometimes_nan"}, (4, 7)),
-    "stopping early": ({"training.early_stopping": 1, "training.lr": 0.3, "training.epochs": 6}, (5, 9)),
+    "stopping early": ({"training.early_stopping": 1, "training.lr": 1.0, "training.epochs": 6}, (5, 9)),
 }
 
 

@@ -555,7 +555,7 @@ def module_names(config, tools):
 
 
 def loader(config, split="train"):
-    return build_loader(config.data, open_split(config.data, split, config.seed), config.seed, train=True)[0]
+    return build_loader(config.data, open_split(config.data, split, config.seed), config.seed, train=True)
 
 
 def views(config, tools):
@@ -896,7 +896,7 @@ EFFECTS = {
         "done",
     ),
     "data.allow_growth": Effect("a run goes on with more images", "true", growth, becomes="grown"),
-    "data.fake_size": Effect("more images", "40", lambda c, t: len(loader(c).dataset), becomes=40),
+    "data.fake_size": Effect("more images", "40", lambda c, t: len(loader(c).reader), becomes=40),
     "model.encoder_type": Effect("CLIP's has a norm before its blocks", "vit_base_patch16_clip_224", shapes),
     "model.patch_size": Effect("fewer patches", "8", grid, becomes=(3, 3)),
     "model.embed_dim": Effect("wider tokens", "24", shapes),

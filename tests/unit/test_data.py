@@ -1,10 +1,11 @@
 """Order, augmentation, damaged images, loaders and data sets, with real files."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
@@ -13,14 +14,12 @@ from hjepa_engine.data import (
     DatasetSplit,
     EpochBatchSampler,
     FeatureBatches,
-    KeyedDataset,
     build_loader,
-    collate,
-    eval_transform,
     open_split,
     sample_per_class,
-    train_transform,
 )
+from hjepa_engine.data.augment import TrainTransform
+from hjepa_engine.data.reading import ImageReader
 from hjepa_engine.errors import DataError
 
 
@@ -135,106 +134,60 @@ def test_impossible_batches_are_refused(arguments):
 # Augmentation
 
 
+def view(config, key, seed=0, split=None):
+    """The training's view of one sample."""
+    opened = split or source()
+    augment = TrainTransform(config, opened.stats, seed)
+    batch = ImageReader(config, opened, seed, augment).__getitems__([key])
+    return augment(batch.pixels, batch.keys, is_cropped=True)[0]
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_and_on_nothing_else():
     config = DataConfig(dataset="fake", image_size=8, color_jitter=0.5, horizontal_flip=0.5, random_affine=0.5)
-    dataset = KeyedDataset(source(), train_transform(config, source()), seed=0)
-    first = dataset[3, 5]["image"]
+    first = view(config, (3, 5))
     torch.manual_seed(123)
-    dataset[0, 0], dataset[3, 4]
-    assert torch.equal(dataset[3, 5]["image"], first)
-    again = KeyedDataset(source(), train_transform(config, source()), seed=0)
-    assert torch.equal(again[3, 5]["image"], first)
-    assert not torch.equal(dataset[4, 5]["image"], first)
-    other = KeyedDataset(source(), train_transform(config, source()), seed=1)
-    assert not torch.equal(other[3, 5]["image"], first)
+    assert torch.equal(view(config, (3, 5)), first)
+    assert not torch.equal(view(config, (4, 5)), first)
+    assert not torch.equal(view(config, (3, 5), seed=1), first)
     # Two equal images at two places are augmented differently.
     same = DatasetSplit(Pictures(2), ("a", "b", "c"), source().stats)
     same.images.__class__ = type("Same", (Pictures,), {"__getitem__": lambda self, index: (picture(0), 0)})
-    twins = KeyedDataset(same, train_transform(config, same), seed=0)
-    assert not torch.equal(twins[0, 0]["image"], twins[0, 1]["image"])
+    assert not torch.equal(view(config, (0, 0), split=same), view(config, (0, 1), split=same))
 
 
-def center(config):
-    """The evaluation's view of picture 5, and the training views of 20 epochs."""
-    steps = train_transform(config, source())
-    dataset = KeyedDataset(source(), steps, seed=0)
-    return torch.stack([dataset[epoch, 5]["image"] for epoch in range(20)])
-
-
-PLAIN = {"dataset": "fake", "image_size": 8, "crop_scale": (1.0, 1.0), "crop_ratio": (1.2, 1.2)}
+PLAIN = {"dataset": "fake", "image_size": 8, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 
 
 def test_without_augmentation_every_epoch_sees_the_whole_image():
-    views = center(DataConfig(**PLAIN))
-    assert (views == views[0]).all()
+    views = [view(DataConfig(**PLAIN), (epoch, 5)) for epoch in range(3)]
     by_hand = v2.functional.resize(v2.functional.pil_to_tensor(picture(5)), [8, 8], antialias=True)
-    assert torch.allclose(views[0], (by_hand / 255 - 0.5) / 0.25, atol=1e-6)
+    for found in views:
+        assert torch.allclose(found, (by_hand / 255 - 0.5) / 0.25, atol=2 / 255 / 0.25)
 
 
 @pytest.mark.parametrize("name", ["crop_scale", "color_jitter", "random_affine"])
 def test_each_random_step_makes_the_epochs_differ(name):
-    value = (0.3, 1.0) if name == "crop_scale" else 0.5
-    views = center(DataConfig(**{**PLAIN, name: value}))
-    assert len({tuple(view.flatten().tolist()) for view in views}) > 15
-    assert views.shape == (20, 3, 8, 8)
-
-
-def test_a_flip_is_the_mirror_image_and_happens_as_often_as_asked():
-    plain = center(DataConfig(**PLAIN))[0]
-    always = center(DataConfig(**PLAIN, horizontal_flip=1.0))
-    assert (always == plain.flip(-1)).all()
-    sometimes = center(DataConfig(**PLAIN, horizontal_flip=0.5))
-    flipped = [torch.equal(view, plain.flip(-1)) for view in sometimes]
-    assert all(
-        torch.equal(view, plain.flip(-1) if flip else plain) for view, flip in zip(sometimes, flipped, strict=True)
-    )
-    assert 4 <= sum(flipped) <= 16
-
-
-def test_small_crops_show_small_parts():
-    """Of a picture with a single bright half, a crop of a tenth shows one half alone more often than a crop of all."""
-    half = Image.new("L", (40, 40))
-    half.paste(255, (0, 0, 20, 40))
-
-    def uniform_views(scale):
-        config = DataConfig(dataset="digits", image_size=8, crop_scale=scale)
-        transform = train_transform(config, DatasetSplit(Pictures(1), ("a",), ((0.0,), (1.0,))))
-        torch.manual_seed(0)
-        views = [transform(half) for _ in range(60)]
-        assert all(view.shape == (1, 8, 8) and view.min() >= 0 and view.max() <= 1 for view in views)
-        return sum(bool((view.max() - view.min()) < 0.5) for view in views)
-
-    assert uniform_views((0.05, 0.1)) > 20 and uniform_views((0.9, 1.0)) == 0
-
-
-@pytest.mark.parametrize("ratio", [0.5, 2.0])
-def test_crops_have_the_asked_width_over_height(ratio):
-    """Red is the column, green the row: the range of each in a crop tells its width and height."""
-    ramp = torch.arange(64, dtype=torch.uint8) * 4
-    pixels = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64).byte()], dim=2)
-    config = DataConfig(dataset="fake", image_size=32, crop_scale=(0.3, 0.3), crop_ratio=(ratio, ratio))
-    transform = train_transform(config, DatasetSplit(Pictures(1), ("a",), ((0.0,) * 3, (1.0,) * 3)))
-    torch.manual_seed(0)
-    for _ in range(10):
-        width, height, _ = (channel.max() - channel.min() for channel in transform(Image.fromarray(pixels.numpy())))
-        assert (width / height).item() == pytest.approx(ratio, rel=0.1)
-        assert (width * height).item() == pytest.approx(0.3 * (252 / 255) ** 2, rel=0.15)
+    config = DataConfig(**{**PLAIN, name: (0.3, 1.0) if name == "crop_scale" else 0.5})
+    views = [view(config, (epoch, 5)) for epoch in range(20)]
+    assert len({tuple(found.flatten().tolist()) for found in views}) > 10
+    assert {found.shape for found in views} == {(3, 8, 8)}
 
 
 def test_evaluation_resizes_the_shorter_side_and_cuts_the_middle_out():
     config = DataConfig(dataset="fake", image_size=10)
     # 20 x 10: already 10 high; columns 5 to 14 are the middle.
     wide = picture(1, size=(20, 10))
-    view = eval_transform(config, source())(wide)
+    opened = DatasetSplit([(wide, 0), (picture(1, size=(30, 60)), 1)], ("a", "b"), source().stats)
+    (batch,) = build_loader(config, opened, 0, train=False)
     pixels = v2.functional.pil_to_tensor(wide)[:, :, 5:15]
-    assert torch.allclose(view, (pixels / 255 - 0.5) / 0.25, atol=1e-6)
-    assert eval_transform(config, source())(picture(1, size=(30, 60))).shape == (3, 10, 10)
+    assert torch.allclose(batch["images"][0], (pixels / 255 - 0.5) / 0.25, atol=1e-6)
+    assert batch["images"].shape == (2, 3, 10, 10)
 
 
 @pytest.mark.parametrize(("dataset", "channels"), [("digits", 1), ("fake", 3)])
 def test_real_data_is_normalized(dataset, channels):
     config = DataConfig(dataset=dataset, image_size=8, fake_size=64, batch_size=64)
-    images = next(iter(build_loader(config, open_split(config, "train"), 0, train=False)[0]))["images"]
+    images = next(iter(build_loader(config, open_split(config, "train"), 0, train=False)))["images"]
     assert images.shape == (64, channels, 8, 8) and images.dtype == torch.float32
     if dataset == "digits":
         assert abs(images.mean().item()) < 0.1 and abs(images.std().item() - 1) < 0.1
@@ -269,10 +222,10 @@ def damaged_folder(root):
 def folder_batches(root, epochs=2, **changes):
     config = DataConfig(dataset="imagefolder", data_path=str(root), image_size=8, batch_size=3, val_fraction=0.1)
     config = DataConfig(**{**vars(config), **changes})
-    loader, sampler = build_loader(config, open_split(config, "train"), 0, train=True)
+    loader = build_loader(config, open_split(config, "train"), 0, train=True)
     found = []
     for epoch in range(epochs):
-        sampler.set_position(epoch)
+        loader.sampler.set_position(epoch)
         found += list(loader)
     return found
 
@@ -291,47 +244,64 @@ def test_every_kind_of_damage_is_survived_and_the_substitute_has_its_own_label(t
     bad = damaged_folder(tmp_path / "images")
     config = DataConfig(dataset="imagefolder", data_path=str(tmp_path / "images"), image_size=8, val_fraction=0.01)
     opened = open_split(config, "train")
-    dataset = KeyedDataset(opened, eval_transform(config, opened), seed=0)
-    readable = {}
-    for index in range(len(dataset)):
-        if opened.name_of(index) not in bad:
-            readable[tuple(dataset[0, index]["image"].flatten().tolist())] = dataset[0, index]["label"]
-    met = 0
-    for index in range(len(dataset)):
+    reader = ImageReader(config, opened, 0, TrainTransform(config, opened.stats, 0))
+    readable, met = {}, 0
+    for index in sorted(range(len(reader)), key=lambda index: opened.name_of(index) in bad):
+        pixels, labels, _, damaged = reader.__getitems__([(0, index)])
         if opened.name_of(index) in bad:
-            sample = dataset[0, index]
             met += 1
-            assert sample["damaged"][0].startswith(opened.name_of(index))
-            assert readable[tuple(sample["image"].flatten().tolist())] == sample["label"]
+            assert damaged[0].startswith(opened.name_of(index))
+            assert readable[tuple(pixels.flatten().tolist())] == labels.item()
+        else:
+            readable[tuple(pixels.flatten().tolist())] = labels.item()
     assert met >= 4
 
 
-def test_substitutes_are_the_same_in_every_process_and_others_in_other_epochs():
-    def images(epoch, damaged):
-        dataset = KeyedDataset(source(damaged=damaged), v2.functional.pil_to_tensor, seed=0)
-        return dataset[epoch, 2]["image"]
+def training_reader(damaged, count=20):
+    config = DataConfig(**PLAIN)
+    opened = source(count, damaged=damaged)
+    return ImageReader(config, opened, 0, TrainTransform(config, opened.stats, 0))
 
-    assert torch.equal(images(0, {2, 3}), images(0, {2, 3}))
-    found = {tuple(images(epoch, {2, 3}).flatten().tolist()) for epoch in range(12)}
-    assert len(found) > 3
-    originals = {tuple(v2.functional.pil_to_tensor(picture(index)).flatten().tolist()) for index in range(20)}
-    assert found <= originals
+
+def test_substitutes_are_the_same_in_every_process_and_others_in_other_epochs():
+    def image(epoch):
+        return training_reader({2, 3}).__getitems__([(epoch, 2)]).pixels
+
+    assert torch.equal(image(0), image(0))
+    assert len({tuple(image(epoch).flatten().tolist()) for epoch in range(12)}) > 3
 
 
 def test_nothing_readable_is_a_data_error_that_names_a_file():
-    dataset = KeyedDataset(source(4, damaged=range(4)), v2.functional.pil_to_tensor, seed=0)
     with pytest.raises(
         DataError, match=r"images in a row could not be read, the last one: pictures/\d\.png: image file"
     ):
-        dataset[0, 1]
+        training_reader(range(4), 4).__getitems__([(0, 1)])
 
 
-def test_an_error_of_the_transform_is_no_damage():
-    def broken(image):
-        raise ValueError("a bug")
+@pytest.mark.parametrize("bad", [{0, 7}, {4, 5, 6, 7}, {0, 1, 2, 3}, {8, 9}, set(range(8))])
+def test_an_evaluation_leaves_damaged_images_out_and_keeps_the_number_of_batches(bad):
+    config = DataConfig(**PLAIN, batch_size=4)
+    loader = build_loader(config, source(12, bad), 0, train=False)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 3 and all(len(batch["images"]) for batch in batches)
+    labels = [label for batch in batches for label in batch["labels"].tolist()]
+    assert labels == [index % 3 for index in range(12) if index not in bad]
+    lines = [line for batch in batches for line in batch["damaged"]]
+    assert lines == [f"pictures/{index}.png: image file is truncated" for index in sorted(bad)]
 
-    with pytest.raises(ValueError, match="a bug"):
-        KeyedDataset(source(), broken, seed=0)[0, 1]
+
+def test_an_evaluation_without_a_readable_image_is_one_line():
+    with pytest.raises(DataError, match=r"no image could be read, the last one: pictures/3\.png"):
+        list(build_loader(DataConfig(**PLAIN, batch_size=2), source(4, range(4)), 0, train=False))
+
+
+def test_an_image_needs_no_label_and_may_be_a_tensor_or_an_array():
+    images = [torch.full((3, 8, 8), 7, dtype=torch.uint8), np.full((8, 8, 3), 0.5, np.float32), (picture(0), 2)]
+    batch = ImageReader(DataConfig(**PLAIN), DatasetSplit(images, (), source().stats), 0).__getitems__(
+        [(0, index) for index in range(3)]
+    )
+    assert batch.labels.tolist() == [-1, -1, 2]
+    assert batch.pixels.dtype == torch.float32 and batch.pixels[:2, 0, 0, 0].tolist() == pytest.approx([7 / 255, 0.5])
 
 
 # Loaders
@@ -352,10 +322,10 @@ def test_workers_do_not_change_a_bit(tmp_path):
 
 def test_a_loader_entered_in_the_middle_gives_the_rest_of_the_epoch():
     config = DataConfig(dataset="fake", fake_size=60, image_size=8, batch_size=10)
-    loader, sampler = build_loader(config, open_split(config, "train"), 0, train=True)
-    sampler.set_position(1)
+    loader = build_loader(config, open_split(config, "train"), 0, train=True)
+    loader.sampler.set_position(1)
     whole = [batch["images"] for batch in loader]
-    sampler.set_position(1, 2)
+    loader.sampler.set_position(1, 2)
     for ours, theirs in zip([batch["images"] for batch in loader], whole[2:], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -363,7 +333,7 @@ def test_a_loader_entered_in_the_middle_gives_the_rest_of_the_epoch():
 def test_evaluation_loads_everything_in_order():
     config = DataConfig(dataset="fake", fake_size=10, image_size=8, batch_size=4)
     opened = open_split(config, "val")
-    loader, _ = build_loader(config, opened, 0, train=False)
+    loader = build_loader(config, opened, 0, train=False)
     labels = [label for batch in loader for label in batch["labels"].tolist()]
     assert labels == [opened.images[index][1] for index in range(10)]
     first, second = (torch.cat([batch["images"] for batch in loader]) for _ in range(2))
@@ -373,8 +343,7 @@ def test_evaluation_loads_everything_in_order():
 def test_a_loader_passes_the_global_generator_by():
     config = DataConfig(dataset="digits", image_size=8, batch_size=64)
     opened = open_split(config, "train")
-    loader, _ = build_loader(config, opened, 0, train=True)
-    assert isinstance(loader, DataLoader)
+    loader = build_loader(config, opened, 0, train=True)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     iter(loader)
@@ -387,15 +356,29 @@ def test_too_few_images_are_one_line():
         build_loader(config, open_split(config, "train"), 0, train=True)
 
 
-def test_collate_stacks_images_and_joins_names():
-    samples = [
-        {"image": torch.full((1, 2, 2), float(number)), "label": number, "damaged": [f"{number}.png"] * number}
-        for number in range(3)
-    ]
-    batch = collate(samples)
-    assert batch["images"][:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert batch["labels"].tolist() == [0, 1, 2]
-    assert batch["damaged"] == ["1.png", "2.png", "2.png"]
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_loader_processes_of_every_start_method_read_the_same_bits(tmp_path, method):
+    image_folder(tmp_path)
+    config = DataConfig(
+        dataset="imagefolder", data_path=str(tmp_path), image_size=8, batch_size=3, val_fraction=0.1, num_workers=2
+    )
+    opened = open_split(config, "train")
+    alone, shared = (
+        build_loader(DataConfig(**{**vars(config), "num_workers": number}), opened, 0, train=True) for number in (0, 2)
+    )
+    shared.processes.multiprocessing_context = method
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert torch.equal(ours["images"], theirs["images"]) and torch.equal(ours["labels"], theirs["labels"])
+    shared.close()
+
+
+@pytest.mark.parametrize("dataset", ["digit_pages", "digits", "fake"])
+def test_datasets_can_be_handed_to_other_processes(dataset):
+    config = DataConfig(dataset=dataset, image_size=8, fake_size=20, batch_size=4)
+    reader = build_loader(config, open_split(config, "train"), 0, train=True).reader
+    keys = [(1, 3), (1, 9)]
+    again = pickle.loads(pickle.dumps(reader)).__getitems__(keys)
+    assert torch.equal(again.pixels, reader.__getitems__(keys).pixels)
 
 
 # Data sets
@@ -528,8 +511,9 @@ def test_a_folder_may_mix_gray_transparent_and_color_images(tmp_path):
 def test_transforms_bring_any_image_to_the_data_sets_channels(mode, channels):
     config = DataConfig(dataset="digits" if channels == 1 else "fake", image_size=8, color_jitter=0.3)
     opened = DatasetSplit(Pictures(1), ("a", "b", "c"), ((0.5,) * channels, (0.25,) * channels))
-    for transform in (train_transform(config, opened), eval_transform(config, opened)):
-        assert transform(picture(0, mode)).shape == (channels, 8, 8)
+    opened = DatasetSplit([(picture(0, mode), 0)], opened.classes, opened.stats)
+    for augment in (TrainTransform(config, opened.stats, 0), None):
+        assert ImageReader(config, opened, 0, augment).__getitems__([(0, 0)]).pixels.shape == (1, channels, 8, 8)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])

@@ -473,7 +473,7 @@ def test_the_masks_of_the_preview_are_those_of_the_first_step_on_its_images(tmp_
     run.trainer.add_event_handler(TrainEvents.FORWARD_COMPLETED, lambda: seen.append(run.trainer.state.batch))
     run.fit()  # in the folder of the preview, as if there had been none
     (pixels, masks, grid, _), batch = *shown, *seen
-    assert np.allclose(pixels, to_pixels(batch["images"][:4], run.data.dataset.split.stats)) and grid == GRID
+    assert np.allclose(pixels, to_pixels(batch["images"][:4], run.data.split.stats)) and grid == GRID
     assert torch.equal(masks.context_idx, batch["masks"].context_idx[:4])
     assert torch.equal(masks.target_idx, batch["masks"].target_idx[:4])
 
