@@ -256,7 +256,7 @@ def test_damaged_images_within_bounds_are_counted_through_a_resume_and_beyond_th
     code, _, err = command(**FOLDER, data__max_damaged=0.01)
     assert code == 3
     assert re.match(
-        r"2 of 5\d training images could not be read, more than data.max_damaged 0.01 allows; one of them: ",
+        r"2 of 64 training images could not be read, more than data.max_damaged 0.01 allows; one of them: ",
         err.splitlines()[-1],
     )
     # The bound may change, and the run goes on.
