@@ -43,7 +43,7 @@ def config(name, **values):
 @pytest.mark.parametrize("kind", ["tuple", "dict", "alone", "array", "tensor"])
 def test_items_of_every_kind_give_the_same_pixels(kind):
     data = config("items", init_args={"kind": kind}, mean=[0.0] * 3, std=[1.0] * 3)
-    batch = next(iter(build_loader(data, open_split(data, "val"), 0, train=False)[0]))
+    batch = next(iter(build_loader(data, open_split(data, "val"), 0, train=False)))
     torch.testing.assert_close(batch["images"], torch.full_like(batch["images"], 0.2))
     assert set(batch["labels"].tolist()) == {-1 if kind == "alone" else 1}
 
@@ -92,7 +92,7 @@ def test_the_documented_data_set_can_be_trained_on(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     data = DataConfig(class_path="shapes.Shapes", batch_size=8)
     assert open_split(data, "val").classes == ("lying", "standing")
-    batch = next(iter(build_loader(data, open_split(data, "train"), 0, train=True)[0]))
+    batch = next(iter(build_loader(data, open_split(data, "train"), 0, train=True)))
     assert batch["images"].shape == (8, 3, 32, 32) and not batch["damaged"]
     sys.modules.pop("shapes")
 
