@@ -96,7 +96,7 @@ class DataConfig:
     random_affine: float = setting(0.0, ge=0, le=1)
     """Strength of a random affine map before the crop; at 1: 30 degrees, 20 % shift and scale, 15 degrees shear."""
     max_damaged: float = setting(0.001, ge=0, le=1, on_resume="allow")
-    """Share of images that may be unreadable and replaced by others before the run stops."""
+    """Share of a split's images that may be unreadable; more stop the run."""
     allow_growth: bool = setting(False, on_resume="allow")
     """Let a run go on, at the start of an epoch, with data that has more images than before."""
     fake_size: int = setting(1024, ge=1)
