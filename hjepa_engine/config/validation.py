@@ -59,6 +59,8 @@ def broken_rules(config: Any) -> Iterator[str]:
         yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
     if model.patch_size is not None and any(side % model.patch_size for side in config.data.size):
         yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
+    if None not in (model.embed_dim, model.num_heads) and model.embed_dim % model.num_heads:
+        yield f"model.num_heads must divide model.embed_dim ({model.embed_dim}), got {model.num_heads}"
     predictor = model.predictor
     if predictor.width % 4 or predictor.width % predictor.num_heads:
         yield (

@@ -154,8 +154,9 @@ def build_loader(
     rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
     if batch_size % world:
         raise ConfigError(f"data.batch_size must be a multiple of the number of processes ({world}), got {batch_size}")
-    if len(split.images) < (batch_size if train else world):
-        raise DataError(f"data.batch_size must be at most the number of images ({len(split.images)}), got {batch_size}")
+    if (number := len(split.images)) < (batch_size if train else world):
+        what = f"the {'train' if train else 'validation'} split has {number} image{'' if number == 1 else 's'}"
+        raise DataError(f"{what}, {f'data.batch_size is {batch_size}' if train else f'there are {world} processes'}")
     sampler = EpochBatchSampler(
         len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )

@@ -66,9 +66,7 @@ def build_modules(config: Config) -> nn.ModuleDict:
         try:
             context_encoder = ContextEncoder(**encoder_arguments(config))
         except (ValueError, AssertionError, TypeError, RuntimeError) as error:
-            raise ConfigError(
-                f"model.encoder_type {config.model.encoder_type}: {' '.join(str(error).split())}"
-            ) from error
+            raise ConfigError(_misfit(config, " ".join(str(error).split()))) from error
         return nn.ModuleDict(
             {
                 "context_encoder": context_encoder,
@@ -86,6 +84,18 @@ def build_modules(config: Config) -> nn.ModuleDict:
                 ),
             }
         )
+
+
+def _misfit(config: Config, reason: str) -> str:
+    """What is wrong with the encoder, in terms of the configuration: its own sizes are known only once it is built."""
+    model = config.model
+    if "divisible by num_heads" in reason:
+        width = "its own" if model.embed_dim is None else model.embed_dim
+        heads = "its own" if model.num_heads is None else model.num_heads
+        return f"model.num_heads must divide model.embed_dim ({width}) of {model.encoder_type}, got {heads}"
+    if reason.startswith("img_size must"):
+        return f"{reason.replace('img_size', 'data.image_size')} (model.encoder_type {model.encoder_type})"
+    return f"model.encoder_type {model.encoder_type}: {reason}"
 
 
 __all__ = ["ContextEncoder", "Predictor", "TargetEncoder", "build_modules", "encoder_arguments", "encoder_name"]

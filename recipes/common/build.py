@@ -8,6 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import torch
 from torch import nn
 
@@ -91,6 +92,7 @@ def build_run(
 
 def build_data(config: Config) -> Data:
     """Training and validation images, with their loaders."""
+    _check_regularizers(config)
     train = open_split(config.data, "train", config.seed)
     if config.data.class_path is not None and not train.num_classes:
         for key, asked in (("probe.enabled", config.probe.enabled), ("online_probe.every", config.online_probe.every)):
@@ -103,6 +105,17 @@ def build_data(config: Config) -> Data:
     loader = build_loader(config.data, train, config.seed, train=True, device=device)
     val_loader = build_loader(config.data, val, config.seed, train=False, device=device)
     return Data(train, val, loader, val_loader, config)
+
+
+def _check_regularizers(config: Config) -> None:
+    """Refuse regularizers that would compare an image with itself alone."""
+    loss, least, batch_size = config.loss, 2 * idist.get_world_size(), config.data.batch_size
+    for name in ("variance", "covariance", "sigreg"):
+        if config.step is None and getattr(loss, f"{name}_weight") > 0 and batch_size < least:
+            raise ConfigError(
+                f"data.batch_size must be at least 2 for each process ({least}) where loss.{name}_weight is above 0, "
+                f"got {batch_size}"
+            )
 
 
 def build_trainer(config: Config, step: Step | None = None, modules: Modules | None = None) -> Trainer:

@@ -222,7 +222,7 @@ FOLDER = {"data__dataset": "imagefolder", "data__data_path": "images"}
         (lambda: None, "No such file or directory"),
         (lambda: Path("images").mkdir(), "find any class folder"),
         (lambda: Path("images/train/cat").mkdir(parents=True), "Found no valid file for the classes cat"),
-        (lambda: images(Path("images"), 7), "data.batch_size must be at most the number of images (7), got 8"),
+        (lambda: images(Path("images"), 7), "the train split has 7 images, data.batch_size is 8"),
         (lambda: Path("images").write_text("no folder"), "images"),
     ],
 )

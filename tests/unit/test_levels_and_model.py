@@ -320,7 +320,7 @@ def test_unknown_and_unsuitable_encoders_are_refused_in_one_line(name, says):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({"embed_dim": 20, "num_heads": 3}, "model.encoder_type"),
+        ({"embed_dim": 20, "num_heads": 3}, "num_heads must divide model.embed_dim"),
         ({"patch_size": None}, "multiple of the patch size 16 x 16, got 24"),
     ],
 )
