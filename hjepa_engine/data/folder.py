@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torchvision import datasets
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.contents import fingerprint_folders
+from hjepa_engine.data.decode import IMAGE_EXTENSIONS, open_image
 from hjepa_engine.data.split import Contents, DatasetSplit, ImageDataset, SplitName, Stats
 from hjepa_engine.data.subset import Subset, random_split
 from hjepa_engine.errors import DataError
@@ -23,12 +25,20 @@ def data_root(config: DataConfig) -> Path:
     return Path(config.data_path or "data")
 
 
+def _open(path: str) -> Any:
+    return open_image(Path(path), path)
+
+
+def _is_image(path: str) -> bool:
+    return Path(path).suffix.lower() in IMAGE_EXTENSIONS
+
+
 def open_folder(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     """Images as ``<data_path>/train/<class>/*`` and ``<data_path>/{val,test}/<class>/*``, or ``<data_path>/<class>/*``."""
     root = data_root(config)
     held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     where = (held_out if held_out and split == "val" else root / "train") if (root / "train").is_dir() else root
-    folder = datasets.ImageFolder(str(where))
+    folder = datasets.ImageFolder(str(where), loader=_open, is_valid_file=_is_image)
     if where == held_out and folder.classes != (expected := datasets.folder.find_classes(root / "train")[0]):
         raise DataError(
             f"data.data_path: {where} must have the {len(expected)} class folders of {root / 'train'}, got "

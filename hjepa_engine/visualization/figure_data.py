@@ -34,6 +34,8 @@ def to_pixels(images: Tensor, stats: tuple[Sequence[float], Sequence[float]]) ->
     """
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in stats)
     pixels = (images.detach().cpu().double() * std + mean).clamp(0, 1)
+    if pixels.shape[1] != 3:  # of two bands the first, of more the first three
+        pixels = pixels[:, : 3 if pixels.shape[1] > 3 else 1]
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
