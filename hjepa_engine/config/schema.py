@@ -49,11 +49,12 @@ class Level:
 class DataConfig:
     """Images, augmentation and loading."""
 
-    dataset: Literal["digit_pages", "digits", "cifar10", "cifar100", "stl10", "imagefolder", "imagenet", "fake"] = (
-        "digit_pages"
-    )
+    dataset: Literal[
+        "digit_pages", "digits", "cifar10", "cifar100", "stl10", "imagefolder", "imagenet", "huggingface", "fake"
+    ] = "digit_pages"
     """``digit_pages``: pages of handwritten digits of one class; ``digits``: single ones, both from scikit-learn, nothing to
-    download; ``imagenet``: as ``imagefolder``; ``fake``: noise, for timing."""
+    download; ``imagenet``: as ``imagefolder``; ``huggingface``: what the library ``datasets`` reads;
+    ``fake``: noise, for timing."""
     class_path: str | None = None
     """Dotted path of a function or class that makes a map-style data set of your own, instead of ``dataset``."""
     init_args: dict[str, Any] = setting(dict)
@@ -61,6 +62,12 @@ class DataConfig:
     data_path: str | None = setting(None, on_resume="allow")
     """Where the data set lies or is downloaded to; ``data`` by default. An image folder has ``train/<class>/*`` and
     ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
+    hub_name: str | None = setting(None, on_resume="allow")
+    """Name of a ``huggingface`` data set on the hub, such as ``ylecun/mnist``, instead of ``data_path``."""
+    image_column: str | None = None
+    """Column of a ``huggingface`` data set with the images; the one of that type by default."""
+    label_column: str | None = None
+    """Its column with the labels; the one with named classes by default, if there is one."""
     download: bool = setting(False, on_resume="allow")
     """Fetch CIFAR or STL-10 if it is not there."""
     image_size: Count | Pair[Count] = 32

@@ -28,6 +28,8 @@ def broken_rules(config: Any) -> Iterator[str]:
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if isinstance(values, list) and len(values) != config.data.channels:
             yield f"{key} must have one value per channel ({config.data.channels}), got {values}"
+    if config.data.hub_name is not None and config.data.dataset != "huggingface":
+        yield f"data.hub_name must be null where data.dataset is {config.data.dataset}, got {config.data.hub_name}"
     if config.data.download and config.data.dataset not in DOWNLOADABLE:
         yield f"data.download must be false where data.dataset is {config.data.dataset}, got True"
     if model.levels is not None:

@@ -17,6 +17,7 @@ from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.contents import Description, describe
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
+from hjepa_engine.data.huggingface import open_huggingface
 from hjepa_engine.data.memory import DigitPages, MemoryImages
 from hjepa_engine.data.own import open_own
 from hjepa_engine.data.split import DatasetSplit, SplitName
@@ -142,5 +143,6 @@ _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "stl10": _stl10,
     "imagefolder": open_folder,
     "imagenet": open_folder,
+    "huggingface": open_huggingface,
     "fake": _fake,
 }

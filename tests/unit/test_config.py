@@ -706,6 +706,28 @@ def pictures_of(config, tools):
     return [len(open_split(config.data, split).images) for split in ("train", "val")]
 
 
+TABLE = ("--data.dataset=huggingface", "--data.data_path=data")
+
+
+def table_rows(config, tools):
+    """A pixel of an image and the classes, of a table with two columns of images; or why it is not opened."""
+    import datasets
+
+    def table(**values):
+        columns = {name: [Image.new("RGB", (8, 8), (value, 0, 0))] * 20 for name, value in values.items()}
+        features = {name: datasets.Image() for name in values} | {"label": datasets.Value("string")}
+        return datasets.Dataset.from_dict({**columns, "label": ["a", "b"] * 10}, datasets.Features(features))
+
+    table(image=1, other=9).save_to_disk(tools.folder / "data")
+    tools.monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tools.monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": table(image=200)})
+    try:
+        split = open_split(config.data, "train")
+    except ConfigError as error:
+        return str(error)
+    return split.images[0][0].getpixel((0, 0))[0], split.classes
+
+
 def growth(config, tools):
     """Of a run's data by one image."""
     old, new = (
@@ -869,6 +891,11 @@ EFFECTS = {
         "more of them", "{size: 20}", lambda c, t: len(loader(c).dataset), (f"--data.class_path={ME}.own_data",), 20
     ),
     "data.data_path": Effect("another folder's images", "other", pictures_of, ("--data.dataset=imagefolder",), [3, 1]),
+    "data.hub_name": Effect("the hub is asked", "a/b", table_rows, TABLE, becomes=(200, ())),
+    "data.image_column": Effect("another image", "other", table_rows, TABLE, becomes=(9, ())),
+    "data.label_column": Effect(
+        "there are classes", "label", table_rows, (*TABLE, "--data.image_column=other"), becomes=(9, ("a", "b"))
+    ),
     "data.download": Effect("torchvision fetches", "true", downloads, ("--data.dataset=cifar10",), 1),
     "data.image_size": Effect("larger images", "32", batch_shape, becomes=(8, 3, 32, 32)),
     "data.in_chans": Effect("color becomes gray", "1", batch_shape, becomes=(8, 1, 24, 24)),

@@ -48,6 +48,7 @@ ARROWS = {
 }
 #: Packages that only these rooms import. The configuration and what it imports load without torch.
 LIBRARIES = {
+    "datasets": "data recipes",
     "ignite": "build checkpoint data engine evaluator events handlers metrics recipes report run state utils",
     "jinja2": "report",
     "matplotlib": "handlers visualization",
