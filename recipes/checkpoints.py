@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hjepa_engine.build import build_policy
 from hjepa_engine.checkpoint.folder import checkpoint_folders, list_checkpoints
@@ -17,6 +16,7 @@ from hjepa_engine.checkpoint.retention import RetentionPolicy
 from hjepa_engine.checkpoint.serialization import file_digest
 from hjepa_engine.checkpoint.storage import STATE, Checkpoint
 from hjepa_engine.config.loading import config_from
+from hjepa_engine.config.paths import path_argument
 from hjepa_engine.errors import CheckpointError, ConfigError
 from hjepa_engine.report.sections import checkpoint_table
 from hjepa_engine.run.cli import command_parser, run_command
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     """List, and verify if asked to."""
     parser = command_parser(__doc__ or "", with_config=False)
     parser.add_argument(
-        "--run", type=Path, required=True, metavar="RUN_DIR", help="a run folder or a folder of checkpoints"
+        "--run", type=path_argument, required=True, metavar="RUN_DIR", help="a run folder or a folder of checkpoints"
     )
     parser.add_argument("--verify", action="store_true", help="read every checkpoint and compare its checksum")
     known = parser.parse_args(argv)

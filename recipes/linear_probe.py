@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from hjepa_engine.config.paths import path_argument
 from hjepa_engine.run.cli import command_parser, run_command
 
 
 def main(argv: Sequence[str]) -> None:
     """Probe the encoder of a run."""
     parser = command_parser(__doc__ or "")
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--run", type=path_argument, required=True, metavar="RUN_DIR", help="the run folder")
     parser.add_argument("--checkpoint", metavar="NAME", help="best, latest or a name; the exported encoder by default")
     known, overrides = parser.parse_known_args(argv)
     from hjepa_engine.recipes.common.probe import describe, probe_run  # torch is imported here: --help does without

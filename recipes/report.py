@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from hjepa_engine.config.paths import path_argument
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.report import write_report
 from hjepa_engine.run.cli import command_parser, run_command
@@ -19,16 +19,18 @@ from hjepa_engine.run.cli import command_parser, run_command
 def main(argv: Sequence[str]) -> None:
     """Write the report, and say where it is."""
     parser = command_parser(__doc__ or "", with_config=False)
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--run", type=path_argument, required=True, metavar="RUN_DIR", help="the run folder")
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=path_argument,
         nargs="+",
         default=[],
         metavar="RUN_DIR",
         help="other runs, to be drawn into the same charts",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the file (default: report.html in the run folder)")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="FILE", help="the file (default: report.html in the run folder)"
+    )
     known = parser.parse_args(argv)
     try:
         print(write_report(known.run, known.output, known.compare))

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs, CoreSchema, PydanticCustomError
@@ -14,6 +22,7 @@ from typing_extensions import dataclass_transform
 
 from hjepa_engine.config.describe import fields_of, is_section, without_none
 from hjepa_engine.config.messages import error_line, too_large
+from hjepa_engine.config.paths import expand, unknown_variable
 from hjepa_engine.errors import ConfigError
 
 T = TypeVar("T")
@@ -32,6 +41,17 @@ Count = Annotated[int, Field(ge=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 #: Two of a kind, also from a list, as YAML has no tuples.
 Pair = Annotated[tuple[T, T], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+def _expanded(value: str) -> str:
+    if name := unknown_variable(value):
+        raise PydanticCustomError("unknown_variable", "{name}", {"name": name})
+    return expand(value)
+
+
+_EXPAND = AfterValidator(_expanded)
+#: A path, in which ``~`` and variables such as ``$HOME`` are replaced by what they stand for.
+PathString = Annotated[str, _EXPAND]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1, use_attribute_docstrings=True)
 #: The section that a section stands in, and its name there; "" where it is an item of a list.
@@ -92,6 +112,12 @@ def on_resume(field: FieldInfo) -> OnResume:
     """What was given to :func:`setting`."""
     extra = field.json_schema_extra
     return extra.get("on_resume", "refuse") if isinstance(extra, dict) else "refuse"  # type: ignore[return-value]
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether the key is a :data:`PathString`, or null."""
+    hints = (field, *get_args(field.annotation))
+    return any(_EXPAND in getattr(hint, name, ()) for hint in hints for name in ("metadata", "__metadata__"))
 
 
 def _accept_mappings(cls: type, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from hjepa_engine.config.describe import format_value, hints_of, is_section, truncate
+from hjepa_engine.config.describe import format_value, hints_of, is_section, truncate, walk
+from hjepa_engine.config.fields import is_path
 from hjepa_engine.config.messages import error_line
 from hjepa_engine.config.overrides import apply_overrides
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
+from hjepa_engine.config.paths import path_argument
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError
+
+_PATHS = tuple(key for key, field in walk(Config) if is_path(field))
+_NO_PATHS = {("checkpoint.resume", word) for word in ("auto", "must", "never")}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -31,7 +37,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     data: dict[str, Any] = {}
     try:
         if path is not None:
-            data = _read(Path(path))
+            data = _read(path_argument(str(path)))
         apply_overrides(data, overrides)
         return config_from(data)
     except ConfigError as error:
@@ -51,9 +57,22 @@ def config_from(data: dict[str, Any]) -> Config:
         raise ConfigError(error_line(Config, "", Config, error, data)) from None
 
 
-def dump_config(config: Config) -> str:
-    """The whole configuration as YAML that :func:`load_config` reads back."""
-    return dump_yaml(dataclasses.asdict(config))
+def dump_config(config: Config, *, absolute: bool = False) -> str:
+    """The whole configuration as YAML that :func:`load_config` reads back.
+
+    Args:
+        config: any.
+        absolute: whether its paths hold wherever the YAML is read.
+    """
+    data = dataclasses.asdict(config)
+    for key in _PATHS if absolute else ():
+        *sections, name = key.split(".")
+        node = data
+        for section in sections:
+            node = node[section]
+        if node[name] is not None and (key, node[name]) not in _NO_PATHS:
+            node[name] = os.path.abspath(node[name])
+    return dump_yaml(data)
 
 
 @cache

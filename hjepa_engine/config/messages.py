@@ -67,6 +67,8 @@ def error_line(root: Any, prefix: str, cls: Any, error: ValidationError, data: M
         return f"{key} must be given"
     if kind == "value_error":
         return f"{key}.{first['ctx']['error']}".removeprefix(".")
+    if kind == "unknown_variable":
+        return f"{key}: there is no {first['ctx']['name']}, got {format_value(found.value)}"
     if kind in _OUT_OF_BOUNDS and found.value is not found.whole:
         key = key.rpartition("[")[0]  # the line shows the whole list
     return f"{key} must be {_rule(found, kind)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hjepa_engine.config.fields import section, setting
+from hjepa_engine.config.fields import PathString, section, setting
 from hjepa_engine.metrics.health import COLLAPSED_SHARE, LOSS_SPIKE, SETTLING_STEPS, STD_DROP
 from hjepa_engine.metrics.names import COLLAPSE_OUTPUTS, TRAIN_LOSS, collapse_metric
 
@@ -39,7 +39,7 @@ class LoggingConfig:
 
     experiment_name: str = "hjepa"
     """Name of the run, and of its folder by default."""
-    log_dir: str | None = None
+    log_dir: PathString | None = None
     """Folder of TensorBoard's and W&B's files; the run folder by default."""
     log_frequency: int = setting(50, ge=1)
     """Optimizer steps between two records; an epoch's end writes one too."""

@@ -11,6 +11,7 @@ from hjepa_engine.config.fields import (
     Count,
     NonNegative,
     Pair,
+    PathString,
     Positive,
     Share,
     ShareOrNone,
@@ -59,9 +60,16 @@ class DataConfig:
     """Dotted path of a function or class that makes a map-style data set of your own, instead of ``dataset``."""
     init_args: dict[str, Any] = setting(dict)
     """Its arguments."""
-    data_path: str | None = setting(None, on_resume="allow")
-    """Where the data set lies or is downloaded to; ``data`` by default. An image folder has ``train/<class>/*`` and
-    ``val/<class>/*`` (or ``test``), or only ``<class>/*``."""
+    data_path: PathString | None = setting(None, on_resume="allow")
+    """Where the data set lies or is downloaded to; ``data`` by default. docs/data.md says how an image folder is read."""
+    train_dir: str | None = setting(None, on_resume="allow")
+    """Folder of the training images, in ``data_path`` or anywhere; a folder ``train`` or ``training`` by default, or all."""
+    val_dir: str | None = setting(None, on_resume="allow")
+    """Folder of the validation images; ``val``, ``valid``, ``validation``, ``test`` or ``testing`` by default. Without one,
+    ``val_fraction`` of the training images is held out, by their paths."""
+    labels: Literal["auto", "folders", "none"] = "auto"
+    """Classes of an image folder. ``folders``: the top folders of a split; ``none``: there are none; ``auto``: the top
+    folders, if there are several, all images are in them, and none of them has several folders of images."""
     hub_name: str | None = setting(None, on_resume="allow")
     """Name of a ``huggingface`` data set on the hub, such as ``ylecun/mnist``, instead of ``data_path``."""
     image_column: str | None = None
@@ -314,13 +322,13 @@ class CheckpointConfig:
     """Any logged metric; it counts for a checkpoint that is saved when the metric is new."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger ``metric`` is better."""
-    checkpoint_dir: str | None = None
+    checkpoint_dir: PathString | None = None
     """Folder of the checkpoints; ``checkpoints`` in the run folder by default."""
-    resume: str = "auto"
+    resume: PathString = "auto"
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``must``: there has to be one; ``never``: set
     an earlier run in the folder aside and start anew; or the path of a checkpoint (or run) to go on from where the run
     folder has none of its own."""
-    init_from: str | None = None
+    init_from: PathString | None = None
     """Checkpoint, run folder or exported encoder whose weights a new run starts with, as far as names and shapes fit."""
     init_parts: list[str] | None = None
     """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default."""
@@ -386,7 +394,7 @@ class Config:
     """A step of your own instead of H-JEPA's, ``class_path`` and ``init_args``: docs/steps.md."""
     handlers: list[HandlerConfig] = setting(list, on_resume="allow")
     """Handlers of your own, attached after the others: ``class_path`` and ``init_args`` each."""
-    run_dir: str | None = setting(None, on_resume="allow")
+    run_dir: PathString | None = setting(None, on_resume="allow")
     """The run folder; ``runs/<logging.experiment_name>`` by default."""
     seed: int = setting(0, ge=0)
     """Names all random draws; equal seeds give equal runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ from hjepa_engine.metrics.names import ALPHA_REQ, COLLAPSE, FINAL_PROBES, KNN, L
 
 #: Data sets that ``data.download`` fetches.
 DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
+#: Data sets that read no files of ``data.data_path``.
+WITHOUT_FILES = ("digit_pages", "digits", "fake")
 
 
 def broken_rules(config: Any) -> Iterator[str]:
@@ -24,6 +27,11 @@ def broken_rules(config: Any) -> Iterator[str]:
         low, high = getattr(getattr(config, section), name)
         if low > high:
             yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
+    if config.data.class_path is None and config.data.dataset not in WITHOUT_FILES:
+        path = config.data.data_path or "data"
+        run = os.path.abspath(config.run_dir or os.path.join("runs", config.logging.experiment_name))
+        if os.path.commonpath([run, os.path.abspath(path)]) == run:
+            yield f"data.data_path must not be in the run folder, which may be set aside, got {path}"
     model, loss, training = config.model, config.loss, config.training
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if isinstance(values, list) and len(values) != config.data.channels:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import ignite.distributed as idist
 import numpy as np
@@ -28,10 +30,18 @@ from hjepa_engine.errors import DataError
 DIGITS = tuple(map(str, range(10)))
 
 
-def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSplit:
+def open_split(
+    config: DataConfig, split: SplitName, seed: int = 0, exclude: Mapping[Path, str] | None = None
+) -> DatasetSplit:
     """Open one split of the data set that ``config.class_path`` or ``config.dataset`` names.
 
     A dataset without a validation split is split at random by ``val_fraction`` and ``seed``.
+
+    Args:
+        config: the data section.
+        split: its name.
+        seed: of the split.
+        exclude: of an image folder, folders to skip, and why.
 
     Raises:
         DataError: files are missing, or there are no images.
@@ -40,6 +50,8 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
         # One rank downloads; the others wait for it.
         with idist.one_rank_first(local=True) if config.download else nullcontext():
             opener = _OPENERS[config.dataset] if config.class_path is None else open_own
+            if opener is open_folder:
+                opener = partial(open_folder, exclude=exclude)
             opened = opener(config, split, seed)
             train = opened
             if split != "train" and config.measures_stats:
@@ -55,7 +67,7 @@ def open_split(config: DataConfig, split: SplitName, seed: int = 0) -> DatasetSp
         raise DataError(f"data.dataset {config.dataset} in {data_root(config)}: {reason}{hint}") from error
 
 
-def describe_data(config: DataConfig, seed: int = 0) -> Description | None:
+def describe_data(config: DataConfig, seed: int = 0, exclude: Mapping[Path, str] | None = None) -> Description | None:
     """See :func:`~hjepa_engine.data.describe`; None for a dataset that never changes, which is not opened.
 
     Raises:
@@ -63,7 +75,7 @@ def describe_data(config: DataConfig, seed: int = 0) -> Description | None:
     """
     if config.class_path is None and config.dataset in UNCHANGING_DATASETS:
         return None
-    return describe(open_split(config, "train", seed), open_split(config, "val", seed))
+    return describe(*(open_split(config, split, seed, exclude) for split in ("train", "val")))
 
 
 def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

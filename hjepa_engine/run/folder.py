@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 _OF_CHECKPOINTS = ("epoch_", "damaged_", "index.json")
 
 
+def own_folders(config: Config) -> dict[Path, str]:
+    """Folders that a run writes to, which are no data where they lie in an image folder, and what a note says of them."""
+    folder = RunFolder(config)
+    return dict.fromkeys((folder.path, folder.checkpoint_path, folder.log_path), "this run writes there")
+
+
 class RunFolder:
     """The folder of one run: ``config.yaml``, ``data.json``, ``environment.json``, ``status.json``, what handlers write.
 
@@ -189,7 +195,7 @@ class RunFolder:
         try:
             for stray in self.path.glob(".*.tmp"):
                 stray.unlink()
-            replace_file(self.path / "config.yaml", dump_config(self.config))
+            replace_file(self.path / "config.yaml", dump_config(self.config, absolute=True))
             if self.data is not None:
                 replace_file(self.path / "data.json", json.dumps(self.data, indent=1) + "\n")
             replace_file(self.path / "environment.json", json.dumps(describe_environment(self.config), indent=2) + "\n")

@@ -29,6 +29,7 @@ from hjepa_engine.build import (
 )
 from hjepa_engine.config.changes import plain_config
 from hjepa_engine.data import DatasetSplit, ImageLoader, build_loader, describe, open_split
+from hjepa_engine.data.summary import why_unlabeled
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.handlers import (
@@ -51,10 +52,11 @@ from hjepa_engine.handlers import (
     Throughput,
     Validation,
 )
+from hjepa_engine.metrics.names import KNN, ONLINE_LINEAR
 from hjepa_engine.models import ContextEncoder, encoder_name
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Run
-from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.normalization import fix_stats, recall_stats
 from hjepa_engine.types import Step, unwrap
 
@@ -93,14 +95,13 @@ def build_run(
 def build_data(config: Config) -> Data:
     """Training and validation images, with their loaders."""
     _check_regularizers(config)
-    train = open_split(config.data, "train", config.seed)
-    if config.data.class_path is not None and not train.num_classes:
-        for key, asked in (("probe.enabled", config.probe.enabled), ("online_probe.every", config.online_probe.every)):
-            if asked:
-                off = "false" if key == "probe.enabled" else "null"
-                raise DataError(f"{key} must be {off} where {config.data.class_path} names no classes, got {asked}")
+    exclude = own_folders(config)
+    train = open_split(config.data, "train", config.seed, exclude)
+    why = why_unlabeled(train)
+    if why and config.checkpoint.metric in (KNN, ONLINE_LINEAR):
+        raise DataError(f"checkpoint.metric must not be a probe's, got {config.checkpoint.metric}: {why}")
     config = replace(config, data=fix_stats(config.data, train.stats))
-    val = open_split(config.data, "val", config.seed)
+    val = open_split(config.data, "val", config.seed, exclude)
     device = choose_device(config.device)
     loader = build_loader(config.data, train, config.seed, train=True, device=device)
     val_loader = build_loader(config.data, val, config.seed, train=False, device=device)

@@ -16,6 +16,7 @@ from hjepa_engine import Config, create_evaluator
 from hjepa_engine.config.schema import Level
 from hjepa_engine.data import DatasetSplit, FixedImageSubset, open_split
 from hjepa_engine.data.datasets import DATASETS_WITH_PROBE_SPLIT
+from hjepa_engine.data.summary import why_unlabeled
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import (
@@ -69,6 +70,8 @@ def build_monitors(
     if config.online_probe.every is not None:
         if encoder is None:
             warn_no_encoder("no online probe", trainer.modules)
+        elif why := why_unlabeled(train):
+            warn_no_labels("no online probe", why)
         else:
             monitors.append(_online_probe(config, trainer, encoder, train, val, preemption))
     if config.logging.watch != "none":
@@ -83,6 +86,12 @@ def warn_no_encoder(consequence: str, modules: nn.ModuleDict) -> None:
     if idist.get_rank() == 0:
         names = ", ".join(modules)
         logger.warning("%s: none of the modules %s is an encoder; model.encoder names one", consequence, names)
+
+
+def warn_no_labels(consequence: str, why: str) -> None:
+    """Warn, on rank 0, of what a run on images without labels does without."""
+    if idist.get_rank() == 0:
+        logger.warning("%s, which needs labels of several classes: %s", consequence, why)
 
 
 def _measured(config: Config, modules: nn.ModuleDict) -> dict[str, str]:

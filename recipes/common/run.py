@@ -15,13 +15,14 @@ from torch import nn
 from hjepa_engine import Config
 from hjepa_engine.build import build_model, process_group
 from hjepa_engine.data import ImageLoader, describe_data
+from hjepa_engine.data.summary import summarize, why_unlabeled
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
-from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder
+from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder, warn_no_labels
 from hjepa_engine.recipes.common.probe import as_metrics, describe, evaluate_encoders
 from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
-from hjepa_engine.run.folder import RunFolder
+from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.lifecycle import record_outcome, start_run
 from hjepa_engine.run.normalization import recall_stats
 from hjepa_engine.types import unwrap
@@ -94,7 +95,7 @@ class Run:
             self.initial_encoder = copy.deepcopy(unwrap(self.modules[self.encoder])).cpu()
 
     def describe(self) -> str:
-        """One line: data, encoder, levels, device, length."""
+        """What was read, and one line: data, encoder, levels, device, length."""
         data, trainer = self.config.data, self.trainer
         model = unwrap(self.modules[self.encoder]) if self.encoder is not None else self.modules
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -103,8 +104,9 @@ class Run:
             parts.append(f" on {grid[0]} x {grid[1]} patches")
         if levels := levels_of(self.modules):
             parts.append(f", {len(levels)} levels")
+        summary = "\n".join(summarize(self.data.split, self.val_data.split))
         return (
-            f"{data.class_path or data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
+            f"{summary}\n{data.class_path or data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
             f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
         )
 
@@ -145,6 +147,9 @@ class Run:
         if self.encoder is None:
             warn_no_encoder("no linear probe", self.modules)
             return {}
+        if why := why_unlabeled(self.data.split):
+            warn_no_labels("no linear probe", why)
+            return {}
         untrained = self.initial_encoder
         if untrained is None:
             untrained = build_model(self.config)[self.encoder]
@@ -162,7 +167,7 @@ def run_to_end(config: Config, build: Callable[[Config], Run]) -> None:
     with process_group(config.device):
         config = recall_stats(config)
         folder = RunFolder(config)
-        finished = folder.finished_results(lambda: describe_data(config.data, config.seed))
+        finished = folder.finished_results(lambda: describe_data(config.data, config.seed, own_folders(config)))
         idist.barrier()  # rank 0 is about to write there
         results = finished
         if finished is None:

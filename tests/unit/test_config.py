@@ -697,13 +697,18 @@ def wandb_calls(config, tools):
 
 
 def pictures_of(config, tools):
-    """Of two folders of images, of which the second has another one."""
-    for number, name in enumerate(("data", "other")):
-        (tools.folder / name / "cat").mkdir(parents=True, exist_ok=True)
-        for image in range(3 + number):
-            Image.new("RGB", (8, 8), (image, 0, 0)).save(tools.folder / name / "cat" / f"{image}.png")
-    tools.monkeypatch.chdir(tools.folder)
-    return [len(open_split(config.data, split).images) for split in ("train", "val")]
+    """Numbers of training and validation images of a folder; there are two."""
+    for folder, paths in (
+        ("data", ["cat/0", "cat/1", "dog/0", "dog/1", "dog/2"]),
+        ("other", ["0", "1", "2"]),
+    ):
+        for number, path in enumerate(paths):
+            (tools.folder / folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tools.folder / folder / f"{path}.png")
+    path = tools.folder / (Path(config.data.data_path).name if config.data.data_path else "data")
+    data = replace(config.data, data_path=str(path))
+    train, val = (open_split(data, split) for split in ("train", "val"))
+    return [len(train.images), len(val.images), *train.classes]
 
 
 TABLE = ("--data.dataset=huggingface", "--data.data_path=data")
@@ -884,13 +889,17 @@ STUCK = ("--training.lr=1e-30", "--training.min_lr=0", "--training.weight_decay=
 ONLINE = ("--online_probe.every=1", "--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_size=256")
 
+FOLDER = ("--data.dataset=imagefolder",)
 EFFECTS = {
     "data.dataset": Effect("digits are gray", "digits", batch_shape, becomes=(8, 1, 24, 24)),
     "data.class_path": Effect("other images", f"{ME}.own_data", lambda c, t: len(loader(c).dataset), becomes=12),
     "data.init_args": Effect(
         "more of them", "{size: 20}", lambda c, t: len(loader(c).dataset), (f"--data.class_path={ME}.own_data",), 20
     ),
-    "data.data_path": Effect("another folder's images", "other", pictures_of, ("--data.dataset=imagefolder",), [3, 1]),
+    "data.data_path": Effect("another folder's images", "other", pictures_of, FOLDER, [2, 1]),
+    "data.train_dir": Effect("part of the images", "dog", pictures_of, FOLDER, [2, 1]),
+    "data.val_dir": Effect("validates on named images", "dog", pictures_of, FOLDER, [2, 3]),
+    "data.labels": Effect("no classes", "none", pictures_of, FOLDER, [4, 1]),
     "data.hub_name": Effect("the hub is asked", "a/b", table_rows, TABLE, becomes=(200, ())),
     "data.image_column": Effect("another image", "other", table_rows, TABLE, becomes=(9, ())),
     "data.label_column": Effect(

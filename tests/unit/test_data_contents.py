@@ -133,7 +133,9 @@ def test_a_finished_run_compares_its_data_before_it_shows_old_figures(tmp_path, 
     ):
         run_to_end(config, pretrain.build)
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(DataError, match=r"a finished run whose data cannot be compared: data\.dataset imagefolder"):
+    with pytest.raises(
+        DataError, match=r"a finished run whose data cannot be compared: data\.data_path .* does not exist"
+    ):
         run_to_end(config, pretrain.build)
 
 

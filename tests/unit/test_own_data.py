@@ -9,11 +9,9 @@ from helpers import ROOT
 from PIL import Image
 from resuming import RICH, assert_same, outcome, train
 
-from hjepa_engine.config import Config
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, DataError
-from hjepa_engine.recipes.pretrain import build
 
 
 class Labeled(list):
@@ -79,11 +77,6 @@ def test_a_label_that_is_no_class_is_refused_by_its_sample():
     images = open_split(config("items", init_args={"label": 2}), "train").images
     with pytest.raises(DataError, match=r"the label of sample .* must be from 0 to 1, or -1 for none, got 2"):
         images[0]
-
-
-def test_probes_without_labels_are_refused_before_the_run(tmp_path):
-    with pytest.raises(DataError, match=r"probe\.enabled must be false where .*unlabeled names no classes, got True"):
-        build(Config(data=config("unlabeled"), run_dir=str(tmp_path)))
 
 
 def test_the_documented_data_set_can_be_trained_on(tmp_path, monkeypatch):
