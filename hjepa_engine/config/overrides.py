@@ -23,6 +23,11 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
         _assign(data, key, text)
 
 
+def overridden_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that command-line overrides name, in their order."""
+    return [key for key, _ in _pairs(overrides)]
+
+
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     words = iter(overrides)
     for word in words:

@@ -44,6 +44,17 @@ class Picture(NamedTuple):
     path: Path
 
 
+class FinalProbe(NamedTuple):
+    """A linear probe after training."""
+
+    accuracy: dict[str, float]
+    """From 0 to 1, by what it was trained on."""
+    data: str
+    """Which images, and what else differs from the probe at the end of the run."""
+    is_own: bool
+    """Whether they are the run's own images."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """The data of a report on one run."""
@@ -71,8 +82,13 @@ class RunData:
     """Newest first."""
     kept: dict[str, list[str]] = field(default_factory=dict)
     """Why each is kept, by its name."""
-    probe: dict[str, float] = field(default_factory=dict)
-    """Accuracies of the linear probe: ``trained``, ``random``, ``pixels``."""
+    probes: list[FinalProbe] = field(default_factory=list)
+    """Linear probes: at the end of the run, then those that were run by hand."""
+
+    @property
+    def probe(self) -> dict[str, float]:
+        """Accuracies of the linear probe on the run's own data: ``trained``, ``random``, ``pixels``."""
+        return next((probe.accuracy for probe in self.probes if probe.is_own), {})
 
     @property
     def name(self) -> str:
@@ -120,7 +136,7 @@ def read_run(path: Path) -> RunData:
         _find_pictures(path),
         checkpoints,
         policy([checkpoint.record for checkpoint in checkpoints]),
-        _probe_results(path, status),
+        _read_probes(path, status),
     )
 
 
@@ -204,9 +220,26 @@ def _read_checkpoints(path: Path) -> list[Checkpoint]:
     return []
 
 
-def _probe_results(path: Path, status: Mapping[str, Any]) -> dict[str, float]:
-    """Of the probe at the end of the run, else of the one that was run last by hand, whose settings may differ."""
-    for results in (status.get("results"), _read_object(path / "linear_probe.json").get("accuracy")):
-        if isinstance(results, dict) and results:
-            return {name: float(value) for name, value in results.items() if isinstance(value, (int, float))}
-    return {}
+def _read_probes(path: Path, status: Mapping[str, Any]) -> list[FinalProbe]:
+    """Of the end of the run, and of those that were run by hand, whose data and settings may differ."""
+    found = [FinalProbe(_accuracies(status.get("results")), "the run's own", True)]
+    for file in sorted(path.glob("linear_probe*.json"), key=lambda file: file.stem):
+        record = _read_object(file)
+        data, settings = (value if isinstance(value := record.get(key), dict) else {} for key in ("data", "probe"))
+        parts = [str(data.get("description", "the run's own"))]
+        if settings.get("features") == "concat":
+            parts.append("concatenated tokens")
+        if labels := settings.get("labels_per_class"):
+            parts.append(f"{labels} labels per class")
+        if checkpoint := record.get("checkpoint"):
+            parts.append(f"checkpoint {checkpoint}")
+        if note := record.get("note"):
+            parts.append(str(note))
+        is_own = file.name == "linear_probe.json"
+        found.append(FinalProbe(_accuracies(record.get("accuracy")), "; ".join(parts), is_own))
+    return [probe for probe in found if probe.accuracy]
+
+
+def _accuracies(results: Any) -> dict[str, float]:
+    values = results.items() if isinstance(results, dict) else ()
+    return {name: float(value) for name, value in values if isinstance(value, (int, float))}

@@ -74,10 +74,14 @@ class Comparison(NamedTuple):
     """Keys that differ and, of each run, the value."""
 
 
-def final_probe_rows(run: RunData) -> list[tuple[str, str]]:
-    """What each final linear probe was trained on, and its accuracy."""
-    names = [name for name in PROBED if name in run.probe] + [name for name in run.probe if name not in PROBED]
-    return [(PROBED.get(name, name), f"{100 * run.probe[name]:.1f} %") for name in names]
+def final_probe_rows(run: RunData) -> list[tuple[str, str, str]]:
+    """What each final linear probe was trained on, its images, and its accuracy."""
+    rows = []
+    for probe in run.probes:
+        names = [name for name in PROBED if name in probe.accuracy]
+        names += [name for name in probe.accuracy if name not in PROBED]
+        rows += [(PROBED.get(name, name), probe.data, f"{100 * probe.accuracy[name]:.1f} %") for name in names]
+    return rows
 
 
 def online_probes(run: RunData) -> list[ProbeSummary]:

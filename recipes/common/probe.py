@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,64 +11,129 @@ import ignite.distributed as idist
 import torch
 from torch import nn
 
-from hjepa_engine import Config, create_evaluator, load_config, load_encoder
-from hjepa_engine.build import build_model, choose_device
-from hjepa_engine.data import build_loader, open_split, sample_per_class
+from hjepa_engine import Config, create_evaluator
+from hjepa_engine.build import choose_device
+from hjepa_engine.data import DatasetSplit, build_loader, open_split, sample_per_class
+from hjepa_engine.data.split import SplitName
+from hjepa_engine.data.summary import why_unlabeled
+from hjepa_engine.errors import DataError
 from hjepa_engine.evaluator import labeled_features
 from hjepa_engine.handlers import DamagedImages
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.metrics.names import FINAL_PROBES, PROBE
-from hjepa_engine.models import encoder_name
 from hjepa_engine.recipes.common.heads import standardized, train_head
+from hjepa_engine.run.folder import own_folders
 from hjepa_engine.steps import feature_step
 from hjepa_engine.types import Labeled
 
+logger = logging.getLogger(__name__)
 
-def read_features(config: Config, encoder: nn.Module | None, device: torch.device) -> tuple[Labeled, Labeled, int]:
-    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes."""
+#: Splits that a probe reads, and their names in messages.
+SPLITS: dict[SplitName, str] = {"probe": "probe", "val": "validation"}
+#: The two splits, opened.
+ProbeData = Mapping[SplitName, DatasetSplit]
+
+
+def open_probe_data(config: Config) -> ProbeData:
+    """Labeled images to train a probe on, and held-out ones.
+
+    Raises:
+        DataError: they cannot be opened, or have no labels.
+    """
+    exclude = own_folders(config)
+    data: ProbeData = {name: open_split(config.data, name, config.seed, exclude) for name in SPLITS}
+    for split in data.values():
+        if not split.num_classes:
+            raise DataError(f"a linear probe needs labels: {why_unlabeled(split)}")
+    return data
+
+
+def read_features(
+    config: Config, encoder: nn.Module | None, device: torch.device, data: ProbeData | None = None
+) -> tuple[Labeled, Labeled, int]:
+    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes.
+
+    Images without a label are left out.
+
+    Args:
+        config: configuration of the run, with the settings in ``probe``.
+        encoder: from images to tokens (B, N, D) or features (B, D); None: raw pixels.
+        device: where features are computed.
+        data: the splits, if they are opened already.
+
+    Raises:
+        DataError: no image of a split has a label.
+    """
     modules = nn.ModuleDict({} if encoder is None else {"encoder": encoder})
     evaluator = create_evaluator(partial(feature_step, features=config.probe.features), modules, device)
+    data = data or open_probe_data(config)
     splits: list[Labeled] = []
-    for split in ("probe", "val"):
-        source = open_split(config.data, split, config.seed)
-        data = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
-        name = {"probe": "probe", "val": "validation"}[split]
+    for split, name in SPLITS.items():
+        source = data[split]
+        loader = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
         damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
         damaged.attach(evaluator)
-        splits.append(labeled_features(evaluator, data, device=torch.device("cpu")))
+        splits.append(_with_labels(labeled_features(evaluator, loader, device=torch.device("cpu")), name))
         evaluator.detach(damaged)
     (features, labels), val = splits
     if config.probe.labels_per_class is not None:
         chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]
-    return *standardized((features, labels), val), source.num_classes
+    return *standardized((features, labels), val), data["probe"].num_classes
 
 
-def probe(config: Config, encoder: nn.Module | None, name: str, folder: Path | None = None, bar: bool = False) -> float:
+def _with_labels(found: Labeled, name: str) -> Labeled:
+    features, labels = found
+    has_label = labels >= 0
+    number, total = int(has_label.sum()), len(labels)
+    if not number:
+        raise DataError(f"a linear probe needs labels: none of the {total} {name} images has one")
+    if number < total:
+        logger.warning("%d of %d %s images have no label: the probe leaves them out", total - number, total, name)
+    return features[has_label], labels[has_label]
+
+
+def probe(
+    config: Config,
+    encoder: nn.Module | None,
+    name: str,
+    folder: Path | None = None,
+    bar: bool = False,
+    data: ProbeData | None = None,
+    log: str = "probe",
+) -> float:
     """Train a linear head on frozen features; returns its validation accuracy after the last epoch, from 0 to 1.
 
     Args:
         config: configuration of the run, with the settings in ``probe``.
         encoder: from images to tokens (B, N, D) or features (B, D); None: raw pixels.
         name: name of the encoder, for the progress bar and the log.
-        folder: folder of ``probe_<name>.jsonl``; None: do not write it.
+        folder: folder of ``<log>_<name>.jsonl``; None: do not write it.
         bar: show a progress bar.
+        data: the splits, if they are opened already.
+        log: start of the log's file name.
     """
     device = choose_device(config.device)
-    train, val, num_classes = read_features(config, None if encoder is None else encoder.to(device), device)
+    train, val, num_classes = read_features(config, None if encoder is None else encoder.to(device), device, data)
     writers = []
     if folder is not None and idist.get_rank() == 0:
-        writers.append(JsonlWriter(folder / f"probe_{name}.jsonl"))
+        writers.append(JsonlWriter(folder / f"{log}_{name}.jsonl"))
     return train_head(
         train, val, num_classes, config.probe, config.seed, device, writers, f"probe of {name}" if bar else None
     )
 
 
 def evaluate_encoders(
-    config: Config, encoders: Mapping[str, nn.Module | None], folder: Path | None = None, bar: bool = False
+    config: Config,
+    encoders: Mapping[str, nn.Module | None],
+    folder: Path | None = None,
+    bar: bool = False,
+    data: ProbeData | None = None,
+    log: str = "probe",
 ) -> dict[str, float]:
     """Probe accuracy of each encoder, by name; see :func:`probe`."""
-    return {name: probe(config, encoder, name, folder, bar) for name, encoder in encoders.items()}
+    data = data or open_probe_data(config)
+    return {name: probe(config, encoder, name, folder, bar, data, log) for name, encoder in encoders.items()}
 
 
 def as_metrics(results: dict[str, float]) -> dict[str, float]:
@@ -83,29 +147,3 @@ def describe(results: dict[str, float], config: Config) -> str:
     how = f"{config.probe.features} tokens, {'all labels' if labels is None else f'{labels} labels per class'}"
     names = {"trained": "trained encoder", "random": "random encoder", "pixels": "raw pixels"}
     return "\n".join([f"linear probe ({how}):", *(f"  {names[n]:24}{100 * results[n]:5.1f} %" for n in results)])
-
-
-def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> tuple[Config, dict[str, float]]:
-    """Probe the encoder of a run folder, and write ``linear_probe.json`` there.
-
-    Args:
-        folder: the run folder.
-        checkpoint: see :func:`~hjepa_engine.load_encoder`.
-        overrides: command-line overrides of the run's configuration.
-    """
-    saved, own = folder / "config.yaml", None
-    if saved.is_file() and (before := load_config(saved)).model.class_path is not None:
-        own = _initial_encoder(before)
-    encoder = load_encoder(folder, checkpoint, own)
-    config = load_config(saved, overrides)
-    encoders = {"trained": encoder, "random": _initial_encoder(config), "pixels": None}
-    results = evaluate_encoders(config, encoders, folder, config.logging.progress_bar)
-    record = {"probe": asdict(config.probe), "checkpoint": checkpoint, "accuracy": results}
-    (folder / "linear_probe.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return config, results
-
-
-def _initial_encoder(config: Config) -> nn.Module | None:
-    modules = build_model(config)
-    name = encoder_name(config, modules)
-    return None if name is None else modules[name]
