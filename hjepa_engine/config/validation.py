@@ -69,6 +69,8 @@ def broken_rules(config: Any) -> Iterator[str]:
         yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
     if model.patch_size is not None and any(side % model.patch_size for side in config.data.size):
         yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
+    if model.embed_dim is not None and model.embed_dim % 4:
+        yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
     if None not in (model.embed_dim, model.num_heads) and model.embed_dim % model.num_heads:
         yield f"model.num_heads must divide model.embed_dim ({model.embed_dim}), got {model.num_heads}"
     predictor = model.predictor
@@ -76,8 +78,6 @@ def broken_rules(config: Any) -> Iterator[str]:
         yield (
             f"model.predictor.width must be a multiple of 4 and of num_heads ({predictor.num_heads}), got {predictor.width}"
         )
-    if model.embed_dim is not None and model.embed_dim % 4:
-        yield f"model.embed_dim must be a multiple of 4, got {model.embed_dim}"
     checkpoint = config.checkpoint
     if checkpoint.init_parts is not None and checkpoint.init_from is None:
         yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"

@@ -436,7 +436,7 @@ UNBUILDABLE = [
     ("model.encoder_type vit_tny", ["--model.encoder_type=vit_tny"]),
     ("model.encoder_type resnet18", ["--model.encoder_type=resnet18"]),
     ("multiple of the patch size 16 x 16, got 24", ["--model.patch_size=null"]),
-    ("model.encoder_type", ["--model.embed_dim=20", "--model.num_heads=3"]),
+    ("model.num_heads must divide model.embed_dim (20), got 3", ["--model.embed_dim=20", "--model.num_heads=3"]),
     ("masking: the context must not be empty, but mask_scale", ["--masking.context_scale=[0.1, 0.2]"]),
     ("masking: target blocks must fit", ["--masking.mask_scale=[0.9, 1.0]"]),
     ("training.optimizer: unknown optimizer 'adam'", ["--training.optimizer=adam"]),
@@ -786,8 +786,8 @@ def stderr(config, tools):
 
 
 def pinned(config, tools):
-    tools.monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    return loader(config).pin_memory
+    split = open_split(config.data, "train", config.seed)
+    return build_loader(config.data, split, config.seed, train=True, device=torch.device("cuda")).processes.pin_memory
 
 
 def features(config, tools):
@@ -892,9 +892,9 @@ SMALL_DIGITS = ("--data.dataset=digits", "--data.image_size=8", "--data.batch_si
 FOLDER = ("--data.dataset=imagefolder",)
 EFFECTS = {
     "data.dataset": Effect("digits are gray", "digits", batch_shape, becomes=(8, 1, 24, 24)),
-    "data.class_path": Effect("other images", f"{ME}.own_data", lambda c, t: len(loader(c).dataset), becomes=12),
+    "data.class_path": Effect("other images", f"{ME}.own_data", lambda c, t: len(loader(c).split.images), becomes=12),
     "data.init_args": Effect(
-        "more of them", "{size: 20}", lambda c, t: len(loader(c).dataset), (f"--data.class_path={ME}.own_data",), 20
+        "more of them", "{size: 20}", lambda c, t: len(loader(c).split.images), (f"--data.class_path={ME}.own_data",), 20
     ),
     "data.data_path": Effect("another folder's images", "other", pictures_of, FOLDER, [2, 1]),
     "data.train_dir": Effect("part of the images", "dog", pictures_of, FOLDER, [2, 1]),
@@ -914,7 +914,7 @@ EFFECTS = {
     "data.mean": Effect("darker", "[0.9, 0.9, 0.9]", views),
     "data.std": Effect("more contrast", "[0.1, 0.1, 0.1]", views),
     "data.batch_size": Effect("fewer images in a batch", "4", batch_shape, becomes=(4, 3, 24, 24)),
-    "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).num_workers, becomes=2),
+    "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).processes.num_workers, becomes=2),
     "data.pin_memory": Effect("the loader does not pin", "false", pinned, becomes=False),
     "data.val_fraction": Effect(
         "more are held out", "0.5", lambda c, t: len(open_split(c.data, "val").images), ("--data.dataset=digits",), 898
