@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hjepa_engine.errors import RunError
+
 #: Pillow's formats that hold pixels which it decodes by itself, the frequent ones first. Without those that it only
 #: identifies (BUFR, GRIB, HDF5, MPEG, WMF) or hands on to other programs (EPS), and without containers of files (IPTC).
 # fmt: off
@@ -47,7 +49,7 @@ def damage() -> Iterator[None]:
     """Turn whatever a decoder raises on a file's contents into a :class:`DamagedImageError`."""
     try:
         yield
-    except (DamagedImageError, MemoryError):
+    except (DamagedImageError, MemoryError, RunError):
         raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) else None

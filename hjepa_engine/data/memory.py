@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hjepa_engine.errors import DataError
 from hjepa_engine.utils.rng import keyed_uniform
 
 
@@ -20,6 +21,25 @@ class BatchedImages(Protocol):
 
     def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
         """Pixels (B, C, H, W), uint8, and labels (B,) of samples by epoch and index, (B, 2)."""
+
+
+def in_channels(pixels: Tensor, channels: int) -> Tensor:
+    """Images (B, C, H, W), uint8, in 1 or 3 channels: gray is repeated, color becomes its luma.
+
+    Raises:
+        DataError: another number of channels is asked for.
+    """
+    own = pixels.shape[1]
+    if own == channels:
+        return pixels
+    if (own, channels) == (1, 3):
+        return pixels.expand(-1, 3, -1, -1)
+    if (own, channels) == (3, 1):
+        luma = (pixels * pixels.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)[:, None, None]).sum(
+            1, keepdim=True
+        )
+        return luma.round().to(torch.uint8)
+    raise DataError(f"data.in_chans must be 1 or 3 for a dataset of {own} channels, got {channels}")
 
 
 class MemoryImages:

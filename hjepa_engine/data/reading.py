@@ -14,12 +14,12 @@ from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.augment import TrainTransform
 from hjepa_engine.data.crops import center_box
 from hjepa_engine.data.decode import DamagedImageError, damage
-from hjepa_engine.data.memory import BatchedImages
+from hjepa_engine.data.memory import BatchedImages, in_channels
 from hjepa_engine.data.pixels import image_size, to_pixels
 from hjepa_engine.data.sampler import SampleKey
 from hjepa_engine.data.split import UNLABELED, DatasetSplit
 from hjepa_engine.errors import DataError
-from hjepa_engine.utils.rng import derive_seed
+from hjepa_engine.utils.rng import derive_seed, seed_everything
 
 _MAX_ATTEMPTS = 8
 
@@ -71,7 +71,8 @@ class ImageReader(Dataset[PixelBatch]):
         asked = np.array(keys, dtype=np.int64).reshape(-1, 2)
         images = self.split.images
         if isinstance(images, BatchedImages):
-            return PixelBatch(*images.gather(asked, self.seed), asked, [])
+            pixels, classes = images.gather(asked, self.seed)
+            return PixelBatch(in_channels(pixels, self.config.channels), classes, asked, [])
         found: list[tuple[Tensor, int]] = []
         kept: list[bool] = []
         damaged: list[str] = []
@@ -94,6 +95,8 @@ class ImageReader(Dataset[PixelBatch]):
         epoch, wanted = key
         for attempt in range(_MAX_ATTEMPTS if self.augment else 1):
             index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
+            if self.config.class_path is not None:  # it may draw from the global generators
+                seed_everything(self.seed, "sample", epoch, wanted)
             try:
                 with damage():
                     sample = self.split.images[index]

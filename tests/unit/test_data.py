@@ -19,6 +19,7 @@ from hjepa_engine.data import (
     sample_per_class,
 )
 from hjepa_engine.data.augment import TrainTransform
+from hjepa_engine.data.memory import MemoryImages
 from hjepa_engine.data.reading import ImageReader
 from hjepa_engine.errors import DataError
 
@@ -438,6 +439,26 @@ def test_digit_pages_are_other_ones_in_every_epoch_and_split_and_whatever_the_ba
     # Labels go by index in both splits: equal signs would tell a probe the label of a validation page.
     same = polarities(together) == polarities(val.gather(epoch_keys(0, 20), seed=0)[0])
     assert 0.35 < same.float().mean() < 0.65
+
+
+@pytest.mark.parametrize(("dataset", "channels"), [("digits", 3), ("digit_pages", 3), ("cifar10", 1), ("cifar10", 3)])
+def test_images_in_memory_come_in_the_channels_that_are_asked_for(dataset, channels, monkeypatch):
+    config = DataConfig(dataset=dataset, in_chans=channels, batch_size=4)
+    if dataset == "cifar10":
+        colors = torch.tensor([[200, 100, 50], [0, 255, 0]], dtype=torch.uint8).repeat(4, 1)
+        images = MemoryImages(colors[:, :, None, None].expand(-1, -1, 32, 32), torch.zeros(8).long())
+        opened = DatasetSplit(images, ("a",), ((0.0,) * channels, (1.0,) * channels))
+    else:
+        opened = open_split(config, "train")
+    loaded = next(iter(build_loader(config, opened, 0, train=False)))["images"]
+    assert loaded.shape == (4, channels, 32, 32)
+    if dataset == "cifar10" and channels == 1:
+        # Pillow's luma of both colors
+        wanted = [Image.new("RGB", (1, 1), tuple(color)).convert("L").getpixel((0, 0)) for color in colors[:2].tolist()]
+        assert (loaded[:2, 0, 0, 0] * 255).round().tolist() == wanted
+    elif channels == 3 and dataset != "cifar10":
+        shown = loaded * torch.tensor(opened.stats[1])[:, None, None] + torch.tensor(opened.stats[0])[:, None, None]
+        assert torch.allclose(shown[:, 0], shown[:, 2], atol=1e-5)
 
 
 def test_fake_images_of_training_and_validation_differ():

@@ -1,6 +1,7 @@
 """Data sets of the user's own, by class_path."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,37 @@ def test_a_label_that_is_no_class_is_refused_by_its_sample():
     images = open_split(config("items", init_args={"label": 2}), "train").images
     with pytest.raises(DataError, match=r"the label of sample .* must be from 0 to 1, or -1 for none, got 2"):
         images[0]
+
+
+def test_a_wrong_label_ends_the_run_and_is_no_damaged_image():
+    data = config("items", init_args={"label": 2})
+    with pytest.raises(DataError, match=r"the label of sample .* must be from 0 to 1"):
+        next(iter(build_loader(data, open_split(data, "train"), 0, train=True)))
+
+
+class Drawn:
+    """Images that are drawn from the global generators when they are asked for."""
+
+    classes = ("a",)
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return torch.randint(0, 255, (3, 8, 8), dtype=torch.uint8) + np.random.randint(2), 0
+
+
+def test_what_a_data_set_draws_for_a_sample_depends_on_seed_epoch_and_index_alone():
+    data = config("Drawn")
+
+    def batches(workers, epoch=0):
+        loader = build_loader(replace(data, num_workers=workers), open_split(data, "train"), 0, train=True)
+        loader.sampler.set_position(epoch)
+        return torch.cat([batch["images"] for batch in loader])
+
+    alone = batches(0)
+    torch.manual_seed(7)
+    assert torch.equal(batches(2), alone) and not torch.equal(batches(0, epoch=1), alone)
 
 
 def test_the_documented_data_set_can_be_trained_on(tmp_path, monkeypatch):
