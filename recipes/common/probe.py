@@ -76,6 +76,8 @@ def read_features(
         splits.append(_with_labels(labeled_features(evaluator, loader, device=torch.device("cpu")), name))
         evaluator.detach(damaged)
     (features, labels), val = splits
+    if data["probe"].num_classes > 1 and len(torch.cat([labels, val[1]]).unique()) == 1:
+        logger.warning("all images have the same label: the accuracy of a linear probe means nothing")
     if config.probe.labels_per_class is not None:
         chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]

@@ -230,6 +230,12 @@ def test_of_one_class_it_is_said_that_the_figures_mean_nothing(run, tmp_path, ca
     assert module.ONE_CLASS in write_report(run).read_text()
 
 
+def test_one_label_of_several_classes_is_a_warning(run, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert probe_run(run, None, on_samples([1, 1])).note is None
+    assert "all images have the same label: the accuracy of a linear probe means nothing" in caplog.messages
+
+
 def test_the_report_shows_the_probes_of_all_data_sets(run, tmp_path):
     (run / "status.json").write_text(json.dumps({"state": "done", "results": {"trained": 0.125}}))
     probe_run(run, None, ["--probe.labels_per_class=3"])
