@@ -51,11 +51,20 @@ class DataConfig:
     """Images, augmentation and loading."""
 
     dataset: Literal[
-        "digit_pages", "digits", "cifar10", "cifar100", "stl10", "imagefolder", "imagenet", "huggingface", "fake"
+        "digit_pages",
+        "digits",
+        "cifar10",
+        "cifar100",
+        "stl10",
+        "imagefolder",
+        "imagenet",
+        "packed",
+        "huggingface",
+        "fake",
     ] = "digit_pages"
     """``digit_pages``: pages of handwritten digits of one class; ``digits``: single ones, both from scikit-learn, nothing to
-    download; ``imagenet``: as ``imagefolder``; ``huggingface``: what the library ``datasets`` reads;
-    ``fake``: noise, for timing."""
+    download; ``imagenet``: as ``imagefolder``; ``packed``: what ``recipes/pack.py`` makes;
+    ``huggingface``: what the library ``datasets`` reads; ``fake``: noise, for timing."""
     class_path: str | None = None
     """Dotted path of a function or class that makes a map-style data set of your own, instead of ``dataset``."""
     init_args: dict[str, Any] = setting(dict)

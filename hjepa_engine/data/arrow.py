@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.decode import DamagedImageError, open_image
@@ -32,7 +34,7 @@ class ArrowImages:
     def __init__(
         self,
         table: Any,
-        indices: Sequence[int],
+        indices: Sequence[int] | NDArray[np.int64],
         image: str = "image",
         dtype: str | None = None,
         label: str | None = "label",
@@ -110,15 +112,23 @@ def quiet_datasets(where: str) -> Iterator[Any]:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        lines = str(cause or error).split("\n")
-        raise DataError(f"{where}: {' '.join(lines[0].split()) or type(error).__name__}") from error
+        reason = re.sub(r"^\[Errno \d+\] ", "", str(cause or error)).partition("\n")[0].strip()
+        raise DataError(f"{where}: {reason or type(error).__name__}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         if has_bars:
             datasets.enable_progress_bars()
 
 
-def table_of(library: Any, files: Sequence[Path]) -> Any:
-    """One table of several Arrow files, memory-mapped, without copies."""
-    tables = [library.Dataset.from_file(str(file)) for file in files]
-    return library.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+def table_of(library: Any, files: Sequence[Path], features: Any = None) -> Any:
+    """One ``datasets.Dataset`` of several Arrow files, memory-mapped, without copies.
+
+    Args:
+        library: ``datasets``.
+        files: all with the same columns.
+        features: what the columns are; None: as the files say.
+    """
+    tables = [library.table.MemoryMappedTable.from_file(str(file)) for file in files]
+    # ``concatenate_datasets`` would hash and copy the features of each: 30 s for 500 files of 1,000 classes.
+    joined = library.table.concat_tables(tables)
+    return library.Dataset(joined, library.DatasetInfo(features=features), fingerprint="files")

@@ -22,6 +22,7 @@ from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, ope
 from hjepa_engine.data.huggingface import open_huggingface
 from hjepa_engine.data.memory import DigitPages, MemoryImages
 from hjepa_engine.data.own import open_own
+from hjepa_engine.data.packed import open_packed
 from hjepa_engine.data.split import DatasetSplit, SplitName
 from hjepa_engine.data.subset import random_split
 from hjepa_engine.errors import DataError
@@ -155,6 +156,7 @@ _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "stl10": _stl10,
     "imagefolder": open_folder,
     "imagenet": open_folder,
+    "packed": open_packed,
     "huggingface": open_huggingface,
     "fake": _fake,
 }

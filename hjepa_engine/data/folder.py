@@ -99,6 +99,11 @@ def _held_out(root: Path, part: Part, fraction: float, seed: int) -> NDArray[np.
     prefix = part.root.relative_to(root).as_posix() if part.root.is_relative_to(root) else "."
     prefix = "" if prefix == "." else f"{prefix}/"
     hashes = np.array([path_hash(f"{prefix}{file.path}") for file in part.files], np.uint64)
+    return held_out_of(hashes, fraction, seed)
+
+
+def held_out_of(hashes: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which of at least two images are for validation, by the hashes of their paths: at least one, and not all."""
     held = in_validation(hashes, fraction, seed)
     if not held.any():
         held[hashes.argmin()] = True
