@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.crops import center_box, random_boxes, resample
+from hjepa_engine.data.crops import center_box, crop_draws, fit_boxes, resample
 from hjepa_engine.data.split import Stats
 from hjepa_engine.utils.rng import keyed_uniform
 
@@ -32,14 +34,28 @@ class EvalTransform:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Transform a batch."""
-        return normalize(_as_float(self.crop(pixels)), self.stats)
+        return normalize(self.crop(pixels), self.stats, white(pixels))
 
     def crop(self, pixels: Tensor) -> Tensor:
-        """The centers of images that have another size, as floats; others as they are."""
+        """The centers of images that have another size, as floats of the same range; others as they are."""
         size = (pixels.shape[2], pixels.shape[3])
         if size == self.size:
             return pixels
-        return resample(_as_float(pixels), torch.tensor([center_box(size, self.size)] * len(pixels)), self.size)
+        return resample(pixels, torch.tensor([center_box(size, self.size)] * len(pixels)), self.size)
+
+
+class CropDraws(NamedTuple):
+    """What is random about the crops of a batch."""
+
+    uniform: NDArray[np.float64] | None
+    """Numbers that boxes are made of, (B, 22); None: images are not cropped."""
+    mirrored: NDArray[np.bool_] | None
+    """Which images are mirrored left to right, (B,); None: none."""
+
+    def sample(self, place: int) -> CropDraws:
+        """Those of one image."""
+        uniform, mirrored = (None if rows is None else rows[place : place + 1] for rows in self)
+        return CropDraws(uniform, mirrored)
 
 
 class TrainTransform:
@@ -60,46 +76,74 @@ class TrainTransform:
         Args:
             pixels: (B, C, H, W), uint8 or from 0 to 1, on any device.
             keys: epoch and index of each sample, (B, 2).
-            is_cropped: the pixels are random crops of the right size already.
+            is_cropped: the pixels are random crops of the right size already, mirrored where they should be.
 
         Returns:
             Normalized images (B, C, *config.size), float32.
         """
-        config, images = self.config, _as_float(pixels)
+        config, images, brightest = self.config, pixels, white(pixels)
 
         def draw(width: int, name: str) -> Tensor:
             return torch.from_numpy(keyed_uniform(keys, width, self.seed, name)).to(images.device)
 
-        mirrored = draw(1, "flip")[:, 0] < config.horizontal_flip if config.horizontal_flip else None
-        boxes = None if is_cropped else self.boxes(np.array([images.shape[2:]] * len(images)), keys)
-        if boxes is not None:
-            images = resample(images, torch.from_numpy(boxes), config.size, mirrored)
-        elif mirrored is not None:
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if not is_cropped:
+            images = self._crop(images, self.draw_crops(keys))
         if config.random_affine:
-            images = affine(images, affine_matrices(draw(5, "affine"), config.random_affine, config.size))
+            images = affine(images.float(), affine_matrices(draw(5, "affine"), config.random_affine, config.size))
         if config.color_jitter:
-            images = jitter(images, draw(5, "jitter"), config.color_jitter)
-        return normalize(images, self.stats)
+            images, brightest = jitter(images / brightest, draw(5, "jitter"), config.color_jitter), 1
+        return normalize(images, self.stats, brightest)
 
-    def boxes(self, sizes: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def _crop(self, images: Tensor, draws: CropDraws) -> Tensor:
+        boxes = self.boxes(np.tile(images.shape[2:], (len(images), 1)), draws)
+        mirrored = None if draws.mirrored is None else torch.from_numpy(draws.mirrored).to(images.device)
+        if boxes is not None:
+            return resample(images, torch.from_numpy(boxes), self.config.size, mirrored)
+        if mirrored is not None:
+            return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        return images
+
+    def draw_crops(self, keys: NDArray[np.int64]) -> CropDraws:
+        """Draw the crops of samples by epoch and index, (B, 2)."""
+        config, uniform, mirrored = self.config, None, None
+        if {*config.crop_scale, *config.crop_ratio} != {1.0}:
+            uniform = crop_draws(keys, self.seed, "crop")
+        if config.horizontal_flip:
+            mirrored = keyed_uniform(keys, 1, self.seed, "flip")[:, 0] < config.horizontal_flip
+        return CropDraws(uniform, mirrored)
+
+    def boxes(self, sizes: NDArray[np.int64], draws: CropDraws) -> NDArray[np.int64] | None:
         """Crop boxes (B, 4) of images of ``sizes`` (B, 2); None: the images are used as they are."""
         config = self.config
-        if {*config.crop_scale, *config.crop_ratio} != {1.0}:
-            return random_boxes(sizes, keys, self.seed, "crop", scale=config.crop_scale, ratio=config.crop_ratio)
+        if draws.uniform is not None:
+            return fit_boxes(sizes, draws.uniform, config.crop_scale, config.crop_ratio)
         if (sizes == config.size).all():
             return None
         return np.concatenate([np.zeros_like(sizes), sizes], axis=1)  # the whole image
 
 
-def normalize(images: Tensor, stats: Stats) -> Tensor:
-    """Subtract each channel's mean and divide by its standard deviation."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in stats)
-    return (images - mean) / std
+def white(pixels: Tensor) -> int:
+    """The largest value that pixels can have: 255 in bytes, else 1."""
+    return 255 if pixels.dtype == torch.uint8 else 1
 
 
-def _as_float(pixels: Tensor) -> Tensor:
-    return pixels if pixels.is_floating_point() else pixels.float() / 255
+def normalize(images: Tensor, stats: Stats, brightest: int = 1) -> Tensor:
+    """Subtract each channel's mean and divide by its standard deviation: float32, contiguous.
+
+    Args:
+        images: (B, C, H, W), from 0 to ``brightest``.
+        stats: mean and standard deviation of each channel, for pixels from 0 to 1.
+        brightest: the value that is 1 in ``stats``.
+    """
+    scale, shift = _scale_and_shift(stats, brightest, images.device)
+    # One allocation: in large batches, new memory costs more than arithmetic.
+    return torch.empty(images.shape, device=images.device).copy_(images).mul_(scale).add_(shift)
+
+
+@cache
+def _scale_and_shift(stats: Stats, brightest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in stats)
+    return (1 / (brightest * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def affine_matrices(draws: Tensor, strength: float, size: tuple[int, int]) -> Tensor:

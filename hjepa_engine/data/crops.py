@@ -21,20 +21,41 @@ def random_boxes(
 ) -> NDArray[np.int64]:
     """Boxes of random resized crops, drawn as ``torchvision.transforms.v2.RandomResizedCrop`` does.
 
+    Args:
+        sizes: height and width of each image, (B, 2).
+        keys: epoch and index of each image, (B, 2).
+        *parts: names the draw.
+        scale: see :func:`fit_boxes`.
+        ratio: see :func:`fit_boxes`.
+
+    Returns:
+        top, left, height, width of each box, (B, 4).
+    """
+    return fit_boxes(sizes, crop_draws(keys, *parts), scale, ratio)
+
+
+def crop_draws(keys: NDArray[np.int64], *parts: Part) -> NDArray[np.float64]:
+    """What :func:`fit_boxes` needs of each key: uniform numbers, (B, 22)."""
+    return keyed_uniform(keys, 2 * _ATTEMPTS + 2, *parts).astype(np.float64)
+
+
+def fit_boxes(
+    sizes: NDArray[np.int64], draws: NDArray[np.float64], scale: tuple[float, float], ratio: tuple[float, float]
+) -> NDArray[np.int64]:
+    """Boxes of random resized crops out of uniform numbers.
+
     Area and aspect ratio are drawn up to ten times until the box fits; if none does, it is the largest centered box whose
     ratio is allowed.
 
     Args:
         sizes: height and width of each image, (B, 2).
-        keys: epoch and index of each image, (B, 2).
-        *parts: names the draw.
+        draws: of :func:`crop_draws`.
         scale: smallest and largest area, as a share of the image.
         ratio: smallest and largest width / height.
 
     Returns:
         top, left, height, width of each box, (B, 4).
     """
-    draws = keyed_uniform(keys, 2 * _ATTEMPTS + 2, *parts).astype(np.float64)
     height, width = sizes[:, :1], sizes[:, 1:]
     share = scale[0] + (scale[1] - scale[0]) * draws[:, :_ATTEMPTS]
     low, high = np.log(ratio)
@@ -74,22 +95,23 @@ def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], mirrored: Ten
     ``torchvision.transforms.v2.functional.resized_crop`` by rounding only.
 
     Args:
-        images: (B, C, H, W), floating point.
+        images: (B, C, H, W).
         boxes: top, left, height, width of each box in pixels, (B, 4).
         size: height and width of the result.
         mirrored: which images are mirrored left to right, (B,), bool.
 
     Returns:
-        (B, C, *size).
+        (B, C, *size), float32.
     """
     number, channels, full_height, full_width = images.shape
-    top, left, height, width = boxes.to(images.device, images.dtype).unbind(dim=1)
+    top, left, height, width = boxes.to(images.device, torch.float32).unbind(dim=1)
     rows = _weights(top, height, full_height, size[0])
     columns = _weights(left, width, full_width, size[1], mirrored)
-    # Two plain batched products: those with broadcasting copy the weights for every channel.
-    wide = torch.bmm(images.reshape(number, channels * full_height, full_width), columns.mT)
-    wide = wide.view(number, channels, full_height, size[1]).transpose(1, 2).reshape(number, full_height, -1)
-    return torch.bmm(rows, wide).view(number, size[0], channels, size[1]).transpose(1, 2).contiguous()
+    # Two plain batched products, with channels beside columns: those with broadcasting copy the weights for every channel.
+    images = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    high = torch.bmm(rows, images.view(number, full_height, channels * full_width))
+    wide = torch.bmm(high.view(number, size[0] * channels, full_width), columns.mT)
+    return wide.view(number, size[0], channels, size[1]).transpose(1, 2)
 
 
 def _weights(start: Tensor, length: Tensor, full: int, number: int, mirrored: Tensor | None = None) -> Tensor:
@@ -99,7 +121,7 @@ def _weights(start: Tensor, length: Tensor, full: int, number: int, mirrored: Te
     centers = scale[:, None] * (torch.arange(number, device=start.device) + 0.5)
     if mirrored is not None:
         centers = torch.where(mirrored[:, None], length[:, None] - centers, centers)
-    distance = (position[:, None] - centers[:, :, None]).abs() / scale.clamp(min=1)[:, None, None]
-    inside = (position > 0) & (position < length[:, None])
-    weights = (1 - distance).clamp(min=0) * inside[:, None]
-    return weights / weights.sum(dim=2, keepdim=True)
+    position = torch.where((position > 0) & (position < length[:, None]), position, torch.inf)
+    distance = (position[:, None] - centers[:, :, None]).abs_()
+    weights = distance.mul_(-1 / scale.clamp(min=1)[:, None, None]).add_(1).clamp_(min=0)
+    return weights.div_(weights.sum(dim=2, keepdim=True))

@@ -62,7 +62,7 @@ class MemoryImages:
     def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
         """See :class:`BatchedImages`; the same images in every epoch."""
         idx = torch.from_numpy(keys[:, 1])
-        return self.pixels[idx.to(self.pixels.device)], self.labels[idx]
+        return self.pixels.index_select(0, idx.to(self.pixels.device)), self.labels.index_select(0, idx)
 
     def to(self, device: torch.device) -> MemoryImages:
         """The same with its pixels on ``device``."""
@@ -87,7 +87,8 @@ class DigitPages:
     def __init__(
         self, digits: NDArray[np.uint8], labels: NDArray[np.int64], length: int, name: str, side: int = 4
     ) -> None:
-        self.digits = torch.from_numpy(digits[np.argsort(labels, kind="stable")])
+        # A row of eight pixels is one number of 64 bits: an eighth of the elements to move.
+        self.rows = torch.from_numpy(digits[np.argsort(labels, kind="stable")]).view(torch.int64)[:, :, 0]
         self.counts = np.bincount(labels, minlength=10)
         self.firsts = self.counts.cumsum() - self.counts
         self.length, self.name, self.side = length, name, side
@@ -104,8 +105,9 @@ class DigitPages:
         number, side, per_page = len(keys), self.side, self.side**2
         draws, labels = keyed_uniform(keys, 2 * per_page, seed, "page", self.name), keys[:, 1] % 10
         picks = self.firsts[labels, None] + (draws[:, :per_page] * self.counts[labels, None]).astype(np.int64)
-        inverted = torch.from_numpy(draws[:, per_page:] < 0.5).view(number, per_page, 1, 1)
-        digits = self.digits[torch.from_numpy(picks)]
-        digits = torch.where(inverted, 255 - digits, digits)
-        rows = digits.view(number, side, side, 8, 8).transpose(2, 3)
-        return rows.reshape(number, 1, 8 * side, 8 * side), torch.from_numpy(labels)
+        inverted = torch.from_numpy(draws[:, per_page:] < 0.5).view(-1, 1)
+        rows = self.rows.index_select(0, torch.from_numpy(picks).view(-1))
+        rows = (
+            (rows ^ -inverted.long()).view(number, side, side, 8).transpose(2, 3)
+        )  # 255 - x is x with all bits flipped
+        return rows.reshape(number, 1, 8 * side, side).view(torch.uint8), torch.from_numpy(labels)

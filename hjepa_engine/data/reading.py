@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.augment import TrainTransform
+from hjepa_engine.data.augment import CropDraws, TrainTransform
 from hjepa_engine.data.crops import center_box
 from hjepa_engine.data.decode import DamagedImageError, damage
 from hjepa_engine.data.memory import BatchedImages, in_channels
@@ -25,7 +25,7 @@ _MAX_ATTEMPTS = 8
 
 
 class PixelBatch(NamedTuple):
-    """Images that are read, but neither augmented (a crop aside) nor normalized."""
+    """Images that are read, but not normalized; of augmentation, crops and flips are done unless they come out of memory."""
 
     pixels: Tensor
     """(B, C, H, W), uint8, or float32 from 0 to 1."""
@@ -76,8 +76,9 @@ class ImageReader(Dataset[PixelBatch]):
         found: list[tuple[Tensor, int]] = []
         kept: list[bool] = []
         damaged: list[str] = []
-        for key in keys:
-            sample = self._read(key, damaged)
+        draws = None if self.augment is None else self.augment.draw_crops(asked)
+        for place, key in enumerate(keys):
+            sample = self._read(key, draws and draws.sample(place), damaged)
             kept.append(sample is not None)
             if sample is not None:
                 found.append(sample)
@@ -91,7 +92,7 @@ class ImageReader(Dataset[PixelBatch]):
             images = [image / 255 if image.dtype == torch.uint8 else image for image in images]
         return torch.stack(images)
 
-    def _read(self, key: SampleKey, damaged: list[str]) -> tuple[Tensor, int] | None:
+    def _read(self, key: SampleKey, draws: CropDraws | None, damaged: list[str]) -> tuple[Tensor, int] | None:
         epoch, wanted = key
         for attempt in range(_MAX_ATTEMPTS if self.augment else 1):
             index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
@@ -101,21 +102,22 @@ class ImageReader(Dataset[PixelBatch]):
                 with damage():
                     sample = self.split.images[index]
                 image, label = sample if isinstance(sample, tuple) else (sample, UNLABELED)
-                return self._pixels(image, key), UNLABELED if label is None else int(label)
+                return self._pixels(image, draws), UNLABELED if label is None else int(label)
             except DamagedImageError as error:
                 damaged.append(f"{self.split.name_of(index)}: {error}")
         if self.augment is None:
             return None
         raise DataError(f"{_MAX_ATTEMPTS} images in a row could not be read, the last one: {damaged[-1]}")
 
-    def _pixels(self, image: Any, key: SampleKey) -> Tensor:
+    def _pixels(self, image: Any, draws: CropDraws | None) -> Tensor:
         config = self.config
         size = image_size(image, config.channels, config.max_pixels)
         box: Any = center_box(size, config.size)
-        if self.augment is not None:
-            boxes = self.augment.boxes(np.array([size]), np.array([key]))
+        if self.augment is not None and draws is not None:
+            boxes = self.augment.boxes(np.array([size]), draws)
             box = None if boxes is None else tuple(boxes[0].tolist())
-        return to_pixels(image, config.channels, config.size, box, config.max_pixels)
+        pixels = to_pixels(image, config.channels, config.size, box, config.max_pixels)
+        return pixels.flip(2) if draws is not None and draws.mirrored is not None and draws.mirrored[0] else pixels
 
 
 def as_is(batch: Any) -> Any:

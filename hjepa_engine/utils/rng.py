@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Part = int | str
 _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+#: Philox's multipliers, and what its two key words grow by in each round.
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 
 
 def derive_seed(*parts: Part) -> int:
@@ -112,11 +115,10 @@ def philox(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     Returns:
         Random words of 32 bits, (4, n).
     """
-    a, b, c, d = counters
-    low, high = key & 0xFFFFFFFF, key >> 32
+    even, odd = counters[::2], counters[1::2]
+    keys = np.array([[key & 0xFFFFFFFF], [key >> 32]], dtype=np.uint64)
     for _ in range(10):
-        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, c = (second >> _HALF) ^ b ^ np.uint64(low), (first >> _HALF) ^ d ^ np.uint64(high)
-        b, d = second & _WORD, first & _WORD
-        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([a, b, c, d])
+        products = (even * _MULTIPLIERS)[::-1]
+        even, odd = (products >> _HALF) ^ (odd ^ keys), products & _WORD
+        keys = (keys + _WEYL) & _WORD
+    return np.stack([even[0], odd[0], even[1], odd[1]])

@@ -192,15 +192,16 @@ def test_flips_happen_as_often_as_asked_and_are_mirror_images():
 
 
 def test_crops_of_files_and_of_memory_are_the_same():
-    """A file's crop is cut before the batch is made; the rest of the augmentation is the same."""
+    """A file's crop is cut and mirrored before the batch is made; the rest of the augmentation is the same."""
     transform = TrainTransform(config(**EVERYTHING), PLAIN, seed=0)
-    boxes = transform.boxes(np.array([[40, 52]] * 6), keys(1, 6))
-    cropped = torch.stack(
-        [
-            reference.resized_crop(i, *box, [16, 16], antialias=True)
-            for i, box in zip(IMAGES, boxes.tolist(), strict=True)
-        ]
-    )
+    draws = transform.draw_crops(keys(1, 6))
+    assert 0 < draws.mirrored.sum() < 6
+    cropped = []
+    for place, image in enumerate(IMAGES):
+        (box,) = transform.boxes(np.array([[40, 52]]), draws.sample(place)).tolist()
+        part = reference.resized_crop(image, *box, [16, 16], antialias=True)
+        cropped.append(part.flip(2) if draws.mirrored[place] else part)
+    cropped = torch.stack(cropped)
     assert distance(transform(cropped, keys(1, 6), is_cropped=True), transform(IMAGES, keys(1, 6))) < 1e-4
 
 
