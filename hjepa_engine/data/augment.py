@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.crops import center_box, crop_draws, fit_boxes, resample
+from hjepa_engine.data.crops import CropDraws, center_box, crop_draws, fit_boxes, resample
 from hjepa_engine.data.split import Stats
 from hjepa_engine.utils.rng import keyed_uniform
 
@@ -42,20 +41,6 @@ class EvalTransform:
         if size == self.size:
             return pixels
         return resample(pixels, torch.tensor([center_box(size, self.size)] * len(pixels)), self.size)
-
-
-class CropDraws(NamedTuple):
-    """What is random about the crops of a batch."""
-
-    uniform: NDArray[np.float64] | None
-    """Numbers that boxes are made of, (B, 22); None: images are not cropped."""
-    mirrored: NDArray[np.bool_] | None
-    """Which images are mirrored left to right, (B,); None: none."""
-
-    def sample(self, place: int) -> CropDraws:
-        """Those of one image."""
-        uniform, mirrored = (None if rows is None else rows[place : place + 1] for rows in self)
-        return CropDraws(uniform, mirrored)
 
 
 class TrainTransform:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +12,20 @@ from torch import Tensor
 from hjepa_engine.utils.rng import Part, keyed_uniform
 
 _ATTEMPTS = 10
+
+
+class CropDraws(NamedTuple):
+    """What is random about the crops of a batch."""
+
+    uniform: NDArray[np.float64] | None
+    """Numbers that boxes are made of, (B, 22); None: images are not cropped."""
+    mirrored: NDArray[np.bool_] | None
+    """Which images are mirrored left to right, (B,); None: none."""
+
+    def sample(self, place: int) -> CropDraws:
+        """Those of one image."""
+        uniform, mirrored = (None if rows is None else rows[place : place + 1] for rows in self)
+        return CropDraws(uniform, mirrored)
 
 
 def random_boxes(

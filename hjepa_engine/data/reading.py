@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data.augment import CropDraws, TrainTransform
-from hjepa_engine.data.crops import center_box
+from hjepa_engine.data.augment import TrainTransform
+from hjepa_engine.data.crops import CropDraws, center_box
 from hjepa_engine.data.decode import DamagedImageError, damage
 from hjepa_engine.data.memory import BatchedImages, in_channels
 from hjepa_engine.data.pixels import image_size, to_pixels

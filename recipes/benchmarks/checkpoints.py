@@ -8,8 +8,6 @@ docs/benchmarks.md quotes the output. The last part is a data set of ImageNet's 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data import DatasetSplit, build_loader
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, OptimizerStep, RetentionPolicy, TargetEncoderEMA
+from hjepa_engine.recipes.benchmarks import machine
 from hjepa_engine.types import Batch, Outputs
 
 IMAGENET = 1_281_167
@@ -125,10 +124,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=350, help="size of the state")
     parser.add_argument("--folder", type=Path, help="where to write to (default: a temporary folder)")
     options = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    )
-    print(f"Python {platform.python_version()}, torch {torch.__version__}\n")
+    print(machine() + "\n")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         saves(options.megabytes, Path(folder))
     first_batches()

@@ -7,8 +7,6 @@ docs/benchmarks.md quotes the output.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -35,6 +33,7 @@ from hjepa_engine.handlers import (
     Throughput,
 )
 from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.recipes.benchmarks import machine
 from hjepa_engine.schedules import CosineScheduler
 from hjepa_engine.types import Batch, Outputs
 
@@ -148,10 +147,7 @@ def engine_table(rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    )
-    print(f"Python {platform.python_version()}, torch {torch.__version__}\n")
+    print(machine() + "\n")
     masks_table()
     print()
     engine_table()

@@ -10,8 +10,6 @@ runs with and without monitors take turns, and the medians are compared. docs/be
 from __future__ import annotations
 
 import functools
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,7 +18,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from ignite.engine import Events
 
 from hjepa_engine import Config, load_config
@@ -28,6 +25,7 @@ from hjepa_engine.data import open_split
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.handlers import CollapseMonitor, DamagedImages, OnlineProbe, StepTiming, Throughput
+from hjepa_engine.recipes.benchmarks import machine
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Run
 from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
@@ -169,10 +167,7 @@ def comparison(options: list[str], iterations: int, rounds: int) -> None:
 
 def main(names: list[str]) -> None:
     """Print the tables of the named cases, of all by default."""
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    )
-    print(f"Python {platform.python_version()}, torch {torch.__version__}")
+    print(machine())
     for name in names or CASES:
         options, iterations, compared, rounds = CASES[name]
         print(f"\n{name}: ", end="", flush=True)

@@ -60,7 +60,7 @@ LIBRARIES = {
     "timm": "models recipes",
     "torch": "build checkpoint data engine evaluator export handlers levels loggers losses masking metrics models optim "
     "recipes run state steps types utils visualization",
-    "torchvision": "data",
+    "torchvision": "data recipes",
     "tqdm": "utils",
     "wandb": "loggers",
     "yaml": "config",
