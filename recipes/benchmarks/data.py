@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,9 @@ from torchvision.transforms import v2
 from hjepa_engine import load_config
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data import DatasetSplit, build_loader, open_split
+from hjepa_engine.data.loading import ImageLoader
 from hjepa_engine.data.memory import MemoryImages
+from hjepa_engine.recipes import pack
 from hjepa_engine.recipes.benchmarks import machine
 from hjepa_engine.recipes.benchmarks.monitoring import OFF, QUIET
 from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
@@ -39,12 +41,6 @@ from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
 BATCH, SCALE, RATIO = 64, (0.2, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROUNDS = 4
-
-
-class Batches(Protocol):
-    """A loader of either kind."""
-
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 class PlainImages(Dataset[tuple[torch.Tensor, int]]):
@@ -91,7 +87,7 @@ def write_files(folder: Path, number: int, width: int, height: int) -> float:
     return statistics.mean(sizes)
 
 
-def images_per_second(loaders: dict[str, Batches], seconds: float) -> dict[str, list[float]]:
+def images_per_second(loaders: dict[str, Iterable[Any]], seconds: float) -> dict[str, list[float]]:
     """Speed of each loader in rounds that they take in turn, each ``seconds / ROUNDS`` long and at least one epoch."""
     for loader in loaders.values():
         for _ in loader:  # starts workers, and brings files into the page cache
@@ -107,13 +103,14 @@ def images_per_second(loaders: dict[str, Batches], seconds: float) -> dict[str, 
     return speeds
 
 
-def print_row(name: str, workers: int, speeds: dict[str, list[float]]) -> None:
-    """One line of the table."""
-    plain, ours = speeds["plain"], speeds["ours"]
-    ratios = [one / other for one, other in zip(ours, plain, strict=True)]
-    low, middle, high = (pick(ratios) for pick in (min, statistics.median, max))
-    figures = f"{statistics.median(plain):11.0f} {statistics.median(ours):11.0f}"
-    print(f"{name:26} {workers:7} {figures}   {middle:5.2f} x ({low:.2f} to {high:.2f})", flush=True)
+def print_rows(what: str, workers: int, speeds: dict[str, list[float]]) -> None:
+    """A line of the table for each of our loaders."""
+    plain = speeds.pop("plain")
+    for name, ours in speeds.items():
+        ratios = [one / other for one, other in zip(ours, plain, strict=True)]
+        low, middle, high = (pick(ratios) for pick in (min, statistics.median, max))
+        figures = f"{statistics.median(plain):11.0f} {statistics.median(ours):11.0f}"
+        print(f"{name}, {what:26} {workers:7} {figures}   {middle:5.2f} x ({low:.2f} to {high:.2f})", flush=True)
 
 
 def data_config(size: int, workers: int, **changed: Any) -> DataConfig:
@@ -142,25 +139,30 @@ def memory_rows(size: int, number: int, seconds: float) -> None:
     ours = MemoryImages(pixels, torch.zeros(number, dtype=torch.int64))
     split = DatasetSplit(ours, ("a",), (MEAN, STD))
     for workers in (0, 2):  # ours has none
-        loaders: dict[str, Batches] = {
+        loaders: dict[str, Iterable[Any]] = {
             "plain": plain_loader(PlainImages(images, plain_transform(size)), workers),
-            "ours": build_loader(data_config(size, workers), split, 0, train=True),
+            "memory": build_loader(data_config(size, workers), split, 0, train=True),
         }
-        print_row(f"memory, {size} x {size}", workers, images_per_second(loaders, seconds))
+        print_rows(f"{size} x {size}", workers, images_per_second(loaders, seconds))
 
 
 def folder_rows(size: int, shape: tuple[int, int], number: int, seconds: float) -> None:
     """JPEG files."""
     with TemporaryDirectory() as folder:
-        kilobytes = write_files(Path(folder), number, *shape)
+        kilobytes = write_files(Path(folder) / "folder", number, *shape)
+        pack.main([f"{folder}/folder", f"{folder}/packed"])
         for workers in (0, 1, 2):
-            config = data_config(size, workers, data_path=folder)
-            images = ImageFolder(str(Path(folder) / "train"), plain_transform(size))
-            ours = build_loader(config, open_split(config, "train"), 0, train=True)
-            loaders: dict[str, Batches] = {"plain": plain_loader(images, workers), "ours": ours}
-            name = f"{shape[0]} x {shape[1]} ({kilobytes:.0f} kB) to {size}"
-            print_row(name, workers, images_per_second(loaders, seconds))
-            ours.close()
+            plain = ImageFolder(f"{folder}/folder/train", plain_transform(size))
+            loaders: dict[str, Iterable[Any]] = {"plain": plain_loader(plain, workers)}
+            ours = list[ImageLoader]()
+            for name, dataset in (("folder", "imagefolder"), ("packed", "packed")):
+                config = data_config(size, workers, dataset=dataset, data_path=f"{folder}/{name}")
+                ours.append(build_loader(config, open_split(config, "train"), 0, train=True))
+                loaders[name] = ours[-1]
+            what = f"{shape[0]} x {shape[1]} ({kilobytes:.0f} kB) to {size}"
+            print_rows(what, workers, images_per_second(loaders, seconds))
+            for loader in ours:
+                loader.close()
 
 
 def data_wait(seconds: float) -> None:
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each loader of a row")
     seconds = parser.parse_args().seconds
     print(machine() + "\n")
-    print(f"batches of {BATCH}            workers    plain / s    ours / s   ours / plain ({ROUNDS} rounds)")
+    print(f"batches of {BATCH}                      workers    plain / s    ours / s   ours / plain ({ROUNDS} rounds)")
     memory_rows(32, 2048, seconds)
     folder_rows(32, (32, 32), 1024, seconds)
     folder_rows(224, (500, 375), 256, seconds)
