@@ -199,7 +199,7 @@ def test_a_run_leaves_its_folder(finished):
     saved = ["epoch_0001_step_00000014", "epoch_0001_step_00000020"]  # an epoch's end, and the run's in the second one
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [".lock", *saved, "index.json"]
     assert json.loads((run / "status.json").read_text())["checkpoint"] == f"run/checkpoints/{saved[1]}"
-    assert load_config(run / "config.yaml") == config
+    assert load_config(run / "config.yaml") == replace(config, run_dir=str(run))
     environment = json.loads((run / "environment.json").read_text())
     assert environment["seed"] == 0
     assert torch.__version__.startswith(environment["packages"]["torch"])

@@ -91,6 +91,8 @@ OTHER = {
     "training.early_stopping": 3,
     "training.time_limit": 60,
     "data.data_path": "elsewhere",
+    "data.train_dir": "elsewhere",
+    "data.val_dir": "elsewhere",
     "data.num_workers": 1,
     "data.pin_memory": "false",
     "data.max_damaged": 0.5,
@@ -111,7 +113,7 @@ OTHER = {
 def test_every_key_that_may_change_does_and_no_other(tmp_path, capsys):
     train(tmp_path, PLAIN, stop=7)
     known = {key if key in MAY_CHANGE else f"{key.partition('.')[0]}." for key in OTHER}
-    assert {*MAY_CHANGE} == known | {"run_dir", "data.download"}
+    assert {*MAY_CHANGE} == known | {"run_dir", "data.download", "data.hub_name"}
     for key, value in (*OTHER.items(), ("data.download", None)):
         config = load_config(None, options({**PLAIN, **({} if value is None else {key: value}), "run_dir": tmp_path}))
         config.data.download = value is None  # noise cannot be fetched

@@ -82,8 +82,9 @@ def test_the_recipe_suggests_a_learning_rate_and_writes_nothing_but_its_picture(
     path = tmp_path / "run" / "preview" / "lr_finder.png"
     assert [each for each in tmp_path.rglob("*") if each.is_file()] == [path]
     assert PIL.Image.open(path).size[0] > 500
-    lines = printed.splitlines()
-    assert lines[0].startswith("fake in batches of 8") and lines[2].split() == ["lr", "loss"]
+    data, *lines = printed.splitlines()
+    assert data.startswith("data: 40 images of 10 classes") and lines[0].startswith("fake in batches of 8")
+    assert lines[2].split() == ["lr", "loss"]
     assert lines[3].split()[0] == "1e-06" and len(lines) == 3 + 8 + 3
     assert lines[-1] == f"drawn: {path}"
 
