@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hjepa_engine.config.paths import path_argument
+from hjepa_engine.config import paths
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.run.cli import command_parser, run_command
 
@@ -20,9 +20,9 @@ from hjepa_engine.run.cli import command_parser, run_command
 def main(argv: Sequence[str]) -> None:
     """Pack a folder."""
     parser = command_parser(__doc__ or "", with_config=False)
-    parser.add_argument("src", type=path_argument, metavar="SRC", help="the image folder")
+    parser.add_argument("src", type=paths.path_argument, metavar="SRC", help="the image folder")
     parser.add_argument(
-        "dst", type=path_argument, metavar="DST", help="a new folder, or one that the same command has begun"
+        "dst", type=paths.path_argument, metavar="DST", help="a new folder, or one that this command has begun"
     )
     parser.add_argument("--size", type=int, metavar="N", help="shorter side of larger images; as they are by default")
     parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from hjepa_engine.errors import ConfigError
@@ -25,6 +26,10 @@ def unknown_variable(path: str) -> str | None:
     return home if home.startswith("~") and os.path.expanduser(home) == home else None
 
 
+class _NoSuchName(ConfigError, ArgumentTypeError):
+    """Of an option, argparse prints the message of such an error alone."""
+
+
 def path_argument(text: str) -> Path:
     """A path on the command line.
 
@@ -32,5 +37,5 @@ def path_argument(text: str) -> Path:
         ConfigError: it has a variable, or a user's home, that there is none of.
     """
     if name := unknown_variable(text):
-        raise ConfigError(f"{text}: there is no {name}")
+        raise _NoSuchName(f"{text}: there is no {name}")
     return Path(expand(text))

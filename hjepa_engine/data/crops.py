@@ -24,8 +24,10 @@ class CropDraws(NamedTuple):
 
     def sample(self, place: int) -> CropDraws:
         """Those of one image."""
-        uniform, mirrored = (None if rows is None else rows[place : place + 1] for rows in self)
-        return CropDraws(uniform, mirrored)
+        here = slice(place, place + 1)
+        return CropDraws(
+            None if self.uniform is None else self.uniform[here], None if self.mirrored is None else self.mirrored[here]
+        )
 
 
 def random_boxes(
