@@ -33,14 +33,15 @@ class EvalTransform:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Transform a batch."""
-        return normalize(self.crop(pixels), self.stats, white(pixels))
+        cropped = self.crop(pixels)
+        return normalize(cropped, self.stats, white(cropped))
 
     def crop(self, pixels: Tensor) -> Tensor:
-        """The centers of images that have another size, as floats of the same range; others as they are."""
+        """The centers of images that have another size, as floats from 0 to 1; others as they are."""
         size = (pixels.shape[2], pixels.shape[3])
         if size == self.size:
             return pixels
-        return resample(pixels, torch.tensor([center_box(size, self.size)] * len(pixels)), self.size)
+        return resample(pixels, torch.tensor([center_box(size, self.size)] * len(pixels)), self.size) / white(pixels)
 
 
 class TrainTransform:
