@@ -72,7 +72,7 @@ CASES = {
     "oblong": (lambda root: make(root, a=9, b=9), ["--data.image_size=[16,32]"], 0, "on 4 x 8 patches"),
     "a size that patches do not divide": (lambda root: make(root, a=9, b=9), ["--data.image_size=[16,30]"], 2,
         "data.image_size must be a multiple of"),
-    "variables": (lambda root: make(root, a=9, b=9), ["--data.data_path=$NO_SUCH_VARIABLE/x"], 2, "variables that are set"),
+    "variables": (lambda root: make(root, a=9, b=9), ["--data.data_path=$NO_SUCH/x"], 2, "there is no $NO_SUCH"),
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def test_pictures_of_a_run_inside_the_data_are_no_data(tmp_path, server):
 def test_data_inside_the_run_folder_are_refused(tmp_path, server):
     make(tmp_path / "run" / "set", cat=9, dog=9)
     _, err, code = server.call(*SHORT, "--data.data_path=run/set", "--run_dir=run", folder=tmp_path)
-    assert code == 2 and "must not lie in the run folder" in err.splitlines()[-1]
+    assert code == 2 and "must not be in the run folder" in err.splitlines()[-1]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["set"]
 
 
