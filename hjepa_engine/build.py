@@ -31,7 +31,7 @@ from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import SCHEDULES, CosineScheduler, EMAScheduler, HierarchicalScheduler, Schedule
 from hjepa_engine.steps import hjepa_step
 from hjepa_engine.types import LossFunction, Step
-from hjepa_engine.utils.imports import import_object
+from hjepa_engine.utils.imports import import_callable, import_object
 from hjepa_engine.utils.rng import derive_seed
 
 
@@ -139,7 +139,7 @@ def build_step(config: Config) -> Step:
         ConfigError: it cannot be imported or refuses its arguments.
     """
     if config.step is not None:
-        made = _import("step", config.step.class_path)
+        made = import_callable("step", config.step.class_path)
         with _arguments_of("step.init_args"):
             if isinstance(made, type):
                 return made(**config.step.init_args)
@@ -206,7 +206,7 @@ def build_handlers(config: Config) -> list[Any]:
     """
     built = []
     for number, spec in enumerate(config.handlers):
-        cls = _import(f"handlers[{number}]", spec.class_path)
+        cls = import_callable(f"handlers[{number}]", spec.class_path)
         if not callable(getattr(cls, "attach", None)):
             raise ConfigError(f"handlers[{number}].class_path: {spec.class_path} must have a method attach(engine)")
         with _arguments_of(f"handlers[{number}].init_args"):
@@ -233,7 +233,7 @@ def build_model(config: Config, make: Callable[..., nn.ModuleDict] | nn.ModuleDi
         return build_modules(config)
     key, name = ("modules", getattr(make, "__name__", "it")) if make is not None else ("model.class_path", str(path))
     if make is None:
-        make = _import("model", name)
+        make = import_callable("model", name)
     elif isinstance(make, nn.Module) or not callable(make):
         raise ConfigError(f"modules must be an nn.ModuleDict or a function that makes one, got {type(make).__name__}")
     with torch.random.fork_rng(devices=[]), _arguments_of("model.init_args" if key == "model.class_path" else key):
@@ -248,16 +248,6 @@ def build_model(config: Config, make: Callable[..., nn.ModuleDict] | nn.ModuleDi
     if not isinstance(modules, nn.ModuleDict):
         raise ConfigError(f"{key}: {name} must return an nn.ModuleDict, got {type(modules).__name__}")
     return modules
-
-
-def _import(key: str, class_path: str) -> Callable[..., Any]:
-    try:
-        found = import_object(class_path)
-    except ValueError as error:
-        raise ConfigError(f"{key}.class_path: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"{key}.class_path: {class_path} must be a function or a class, got {type(found).__name__}")
-    return found
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.decode import DamagedImageError, open_image
-from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS
+from hjepa_engine.data.folder import folder_stats
 from hjepa_engine.data.split import UNLABELED, Contents, DatasetSplit
 from hjepa_engine.errors import DataError, RunError
 
@@ -85,8 +85,7 @@ def arrow_split(
         files: name and bytes of each file that they come from.
     """
     digest = hashlib.blake2b(repr(sorted(files)).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    stats = CIFAR_STATS if max(config.size) <= 32 else IMAGENET_STATS
-    return DatasetSplit(images, classes, stats, images.name_of, Contents({".": (len(images), digest)}))
+    return DatasetSplit(images, classes, folder_stats(config), images.name_of, Contents({".": (len(images), digest)}))
 
 
 @contextmanager

@@ -26,6 +26,11 @@ def data_root(config: DataConfig) -> Path:
     return Path(config.data_path or "data")
 
 
+def folder_stats(config: DataConfig) -> Stats:
+    """Normalization of images that have no numbers of their own: CIFAR's up to 32 pixels, else ImageNet's."""
+    return CIFAR_STATS if max(config.size) <= 32 else IMAGENET_STATS
+
+
 class PathList:
     """Paths in one array of bytes: lists of strings would be copied, page by page, into every loader process."""
 
@@ -124,5 +129,4 @@ def _split(config: DataConfig, layout: Layout, name: SplitName, held_out: NDArra
     if held_out is not None:
         notes.append(f"validation images are {100 * config.val_fraction:g} % of all, chosen by their paths")
     contents = Contents(fingerprint_folders(files), dict(layout.other_kinds), tuple(notes))
-    stats = CIFAR_STATS if max(config.size) <= 32 else IMAGENET_STATS
-    return DatasetSplit(images, layout.classes, stats, images.name, contents)
+    return DatasetSplit(images, layout.classes, folder_stats(config), images.name, contents)

@@ -64,10 +64,6 @@ class MemoryImages:
         idx = torch.from_numpy(keys[:, 1])
         return self.pixels.index_select(0, idx.to(self.pixels.device)), self.labels.index_select(0, idx)
 
-    def to(self, device: torch.device) -> MemoryImages:
-        """The same with its pixels on ``device``."""
-        return MemoryImages(self.pixels.to(device), self.labels)
-
 
 class DigitPages:
     """Pages of ``side`` x ``side`` handwritten digits of one class, each dark on light or light on dark.

@@ -13,7 +13,7 @@ from hjepa_engine.data.folder import IMAGENET_STATS
 from hjepa_engine.data.split import UNLABELED, DatasetSplit, ImageDataset, SplitName
 from hjepa_engine.data.subset import Subset
 from hjepa_engine.errors import ConfigError, DataError
-from hjepa_engine.utils.imports import import_object
+from hjepa_engine.utils.imports import import_callable
 from hjepa_engine.utils.rng import in_validation
 
 
@@ -69,12 +69,7 @@ def open_own(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
         DataError: a split has no images.
     """
     path, arguments = str(config.class_path), dict(config.init_args)
-    try:
-        make = import_object(path)
-    except ValueError as error:
-        raise ConfigError(f"data.class_path: {error}") from error
-    if not callable(make):
-        raise ConfigError(f"data.class_path: {path} must be a function or a class, got {type(make).__name__}")
+    make = import_callable("data", path)
     try:
         has_splits = "split" in inspect.signature(make).parameters and "split" not in arguments
         samples = make(**arguments, **({"split": "val" if split == "val" else "train"} if has_splits else {}))

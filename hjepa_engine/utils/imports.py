@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+from hjepa_engine.errors import ConfigError
 
 
 @contextmanager
@@ -60,3 +62,22 @@ def qualified_name(found: Any) -> str:
         found = found.func
     named = found if hasattr(found, "__qualname__") else type(found)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def import_callable(key: str, class_path: str) -> Callable[..., Any]:
+    """The function or class at a dotted path.
+
+    Args:
+        key: section of the configuration whose ``class_path`` it is, for messages.
+        class_path: the dotted path.
+
+    Raises:
+        ConfigError: it cannot be imported, or is neither.
+    """
+    try:
+        found = import_object(class_path)
+    except ValueError as error:
+        raise ConfigError(f"{key}.class_path: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}.class_path: {class_path} must be a function or a class, got {type(found).__name__}")
+    return found
