@@ -21,14 +21,19 @@ from hjepa_engine.run.cli import read_config, run_command
 if TYPE_CHECKING:
     from hjepa_engine.config import Config
     from hjepa_engine.recipes.common.build import Modules
-    from hjepa_engine.recipes.common.run import Run
+    from hjepa_engine.recipes.common.run import Datasets, Run
     from hjepa_engine.types import Handler, Step
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digit_pages.yaml"
 
 
 def build(
-    config: Config, *, step: Step | None = None, modules: Modules | None = None, handlers: Sequence[Handler] = ()
+    config: Config,
+    *,
+    step: Step | None = None,
+    modules: Modules | None = None,
+    handlers: Sequence[Handler] = (),
+    data: Datasets | None = None,
 ) -> Run:
     """Build every part of a run and attach every handler; writes nothing yet.
 
@@ -38,13 +43,15 @@ def build(
         modules: what the step works on, or a function that makes it from the configuration (its random initial weights
             then follow ``seed``); by default what ``model.class_path`` names, or H-JEPA's.
         handlers: of your own, attached after the others.
+        data: map-style data sets, (train, val), in place of the one that the configuration names; an item is
+            (image, label), a dict with ``image`` and perhaps ``label``, or an image: a PIL image, an array or a tensor.
 
     Returns:
         The run: ``run.fit()`` trains it, ``run.trainer`` takes further handlers.
     """
     from hjepa_engine.recipes.common.build import build_run  # torch is imported here: --help does without
 
-    return build_run(config, step=step, modules=modules, handlers=handlers)
+    return build_run(config, step=step, modules=modules, handlers=handlers, data=data)
 
 
 def main(argv: Sequence[str], default: Path = DEFAULT_CONFIG, **parts: Any) -> None:
@@ -53,7 +60,7 @@ def main(argv: Sequence[str], default: Path = DEFAULT_CONFIG, **parts: Any) -> N
     Args:
         argv: the arguments.
         default: the configuration that is read without ``--config``.
-        **parts: ``step``, ``modules`` and ``handlers`` for :func:`build`.
+        **parts: ``step``, ``modules``, ``handlers`` and ``data`` for :func:`build`.
     """
     build_parts = partial(build, **parts)
 
@@ -72,7 +79,7 @@ def main(argv: Sequence[str], default: Path = DEFAULT_CONFIG, **parts: Any) -> N
         return
     from hjepa_engine.recipes.common.run import run_to_end
 
-    run_to_end(config, build_parts)
+    run_to_end(config, build_parts, parts.get("data"))
 
 
 if __name__ == "__main__":

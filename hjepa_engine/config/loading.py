@@ -32,7 +32,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         overrides: as on the command line: ``["--training.lr", "3e-4"]`` or ``["training.lr=3e-4"]``.
 
     Raises:
-        ConfigError: one line that names the file, the key, the rule and the value, at most 170 characters after the file.
+        ConfigError: one line that names the file, the key, the rule and the value, at most 175 characters after the file.
     """
     data: dict[str, Any] = {}
     try:
@@ -42,7 +42,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         return config_from(data)
     except ConfigError as error:
         where = f"{path}: " if path is not None and not overrides else ""
-        raise ConfigError(where + truncate(" ".join(str(error).split()), 170)) from error
+        raise ConfigError(where + truncate(" ".join(str(error).split()), 175)) from error
 
 
 def config_from(data: dict[str, Any]) -> Config:

@@ -61,10 +61,12 @@ class DataConfig:
         "packed",
         "huggingface",
         "fake",
+        "passed",
     ] = "digit_pages"
     """``digit_pages``: pages of handwritten digits of one class; ``digits``: single ones, both from scikit-learn, nothing to
     download; ``imagenet``: as ``imagefolder``; ``packed``: what ``recipes/pack.py`` makes;
-    ``huggingface``: what the library ``datasets`` reads; ``fake``: noise, for timing."""
+    ``huggingface``: what the library ``datasets`` reads; ``fake``: noise, for timing; ``passed``: what was passed to
+    ``build(config, data=(train, val))``."""
     class_path: str | None = None
     """Dotted path of a function or class that makes a map-style data set of your own, instead of ``dataset``."""
     init_args: dict[str, Any] = setting(dict)
@@ -107,6 +109,8 @@ class DataConfig:
     """Loader processes; 0 loads in the main one. Does not change the run."""
     pin_memory: bool = setting(True, on_resume="allow")
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
+    on_device: bool = setting(False, on_resume="allow")
+    """Keep a data set that lies in memory (digits, CIFAR, STL-10) on the device of the run."""
     val_fraction: float = setting(0.2, gt=0, lt=1)
     """Share held out where the data set has no validation split of its own."""
     crop_scale: Pair[Share] = setting((1.0, 1.0))

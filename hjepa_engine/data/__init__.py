@@ -5,6 +5,7 @@ from hjepa_engine.data.datasets import describe_data, open_split
 from hjepa_engine.data.features import FeatureBatches, sample_per_class
 from hjepa_engine.data.fixed_subset import FixedImageSubset
 from hjepa_engine.data.loading import ImageLoader, build_loader
+from hjepa_engine.data.own import passed_splits
 from hjepa_engine.data.sampler import EpochBatchSampler
 from hjepa_engine.data.split import Contents, DatasetSplit
 from hjepa_engine.data.workers import shutdown_workers
@@ -20,6 +21,7 @@ __all__ = [
     "describe",
     "describe_data",
     "open_split",
+    "passed_splits",
     "sample_per_class",
     "shutdown_workers",
     "EpochBatchSampler",

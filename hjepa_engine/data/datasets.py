@@ -68,6 +68,11 @@ def open_split(
         raise DataError(f"data.dataset {config.dataset} in {data_root(config)}: {reason}{hint}") from error
 
 
+def has_probe_split(config: DataConfig) -> bool:
+    """Whether the split ``probe`` has other images than ``train``."""
+    return config.class_path is None and config.dataset in ("digit_pages", "stl10")
+
+
 def describe_data(config: DataConfig, seed: int = 0, exclude: Mapping[Path, str] | None = None) -> Description | None:
     """See :func:`~hjepa_engine.data.describe`; None for a dataset that never changes, which is not opened.
 
@@ -77,6 +82,13 @@ def describe_data(config: DataConfig, seed: int = 0, exclude: Mapping[Path, str]
     if config.class_path is None and config.dataset in UNCHANGING_DATASETS:
         return None
     return describe(*(open_split(config, split, seed, exclude) for split in ("train", "val")))
+
+
+def _passed(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
+    raise DataError(
+        "data.dataset passed: the images are passed in Python, to build(config, data=(train, val)); name others with "
+        "data.class_path or data.dataset"
+    )
 
 
 def _load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -143,8 +155,6 @@ def _fake(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:
     return DatasetSplit(_Noise(config.fake_size, shape, offset), DIGITS, IMAGENET_STATS)
 
 
-#: Datasets whose ``probe`` split differs from ``train``.
-DATASETS_WITH_PROBE_SPLIT = ("digit_pages", "stl10")
 #: Datasets whose images follow from their name and the configuration.
 UNCHANGING_DATASETS = ("digit_pages", "digits", "cifar10", "cifar100", "stl10", "fake")
 _NUM_PAGES = {"train": 6400, "probe": 2000, "val": 1000}
@@ -159,4 +169,5 @@ _OPENERS: dict[str, Callable[[DataConfig, SplitName, int], DatasetSplit]] = {
     "packed": open_packed,
     "huggingface": open_huggingface,
     "fake": _fake,
+    "passed": _passed,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ignite.distributed as idist
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.augment import EvalTransform, TrainTransform
+from hjepa_engine.data.memory import BatchedImages
 from hjepa_engine.data.reading import ImageReader, PixelBatch, as_is
 from hjepa_engine.data.sampler import EpochBatchSampler
 from hjepa_engine.data.split import DatasetSplit
@@ -45,6 +47,8 @@ class ImageLoader:
         device: torch.device = _CPU,
         keep_workers: bool = True,
     ) -> None:
+        if config.on_device and isinstance(split.images, BatchedImages):
+            split = replace(split, images=split.images.to(device))
         self.split, self.sampler, self.device = split, sampler, device
         self._augment = TrainTransform(config, split.stats, seed) if train else None
         self._normalize = EvalTransform(config, split.stats)
@@ -86,10 +90,14 @@ class ImageLoader:
 
     def _prefetch(self, read: Iterable[PixelBatch]) -> Iterator[dict[str, Any]]:
         """Copy and augment a batch on a stream of its own while the one before is computed with."""
-        stream, ready = torch.cuda.Stream(self.device), None
-        for batch in read:
-            with torch.cuda.stream(stream):
-                following = self._finish(batch)
+        stream, ready, batches = torch.cuda.Stream(self.device), None, iter(read)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # images that lie there may just have been copied
+        while True:
+            with torch.cuda.stream(stream):  # taken here, too: images that lie there are gathered on the device
+                batch = next(batches, None)
+                following = None if batch is None else self._finish(batch)
+            if following is None:
+                break
             if ready is not None:
                 yield ready
             current = torch.cuda.current_stream(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +19,11 @@ class BatchedImages(Protocol):
     """A dataset that makes whole batches, in the main process."""
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+    def to(self, device: torch.device) -> BatchedImages:
+        """The same images in the memory of a device."""
 
     def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
         """Pixels (B, C, H, W), uint8, and labels (B,) of samples by epoch and index, (B, 2)."""
@@ -59,6 +65,10 @@ class MemoryImages:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.pixels[index], int(self.labels[index])
 
+    def to(self, device: torch.device) -> MemoryImages:
+        """See :class:`BatchedImages`."""
+        return MemoryImages(self.pixels.to(device), self.labels)
+
     def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
         """See :class:`BatchedImages`; the same images in every epoch."""
         idx = torch.from_numpy(keys[:, 1])
@@ -96,13 +106,19 @@ class DigitPages:
         pages, labels = self.gather(np.array([[0, index]]), 0)
         return pages[0], int(labels[0])
 
+    def to(self, device: torch.device) -> DigitPages:
+        """See :class:`BatchedImages`."""
+        moved = copy.copy(self)
+        moved.rows = self.rows.to(device)
+        return moved
+
     def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
         """See :class:`BatchedImages`."""
         number, side, per_page = len(keys), self.side, self.side**2
         draws, labels = keyed_uniform(keys, 2 * per_page, seed, "page", self.name), keys[:, 1] % 10
         picks = self.firsts[labels, None] + (draws[:, :per_page] * self.counts[labels, None]).astype(np.int64)
-        inverted = torch.from_numpy(draws[:, per_page:] < 0.5).view(-1, 1)
-        rows = self.rows.index_select(0, torch.from_numpy(picks).view(-1))
+        inverted = torch.from_numpy(draws[:, per_page:] < 0.5).view(-1, 1).to(self.rows.device)
+        rows = self.rows.index_select(0, torch.from_numpy(picks).view(-1).to(self.rows.device))
         rows = (
             (rows ^ -inverted.long()).view(number, side, side, 8).transpose(2, 3)
         )  # 255 - x is x with all bits flipped

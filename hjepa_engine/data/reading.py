@@ -96,7 +96,7 @@ class ImageReader(Dataset[PixelBatch]):
         epoch, wanted = key
         for attempt in range(_MAX_ATTEMPTS if self.augment else 1):
             index = wanted if attempt == 0 else derive_seed(self.seed, "substitute", epoch, wanted, attempt) % len(self)
-            if self.config.class_path is not None:  # it may draw from the global generators
+            if self.split.draws:
                 seed_everything(self.seed, "sample", epoch, wanted)
             try:
                 with damage():

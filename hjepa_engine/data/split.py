@@ -48,6 +48,8 @@ class DatasetSplit:
     name_of: Callable[[int], str] = str
     """Name of sample i in messages: its path, if it has one."""
     contents: Contents = field(default_factory=Contents)
+    draws: bool = False
+    """Whether samples may be drawn from the global generators, which are then seeded before each."""
 
     @property
     def num_classes(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ignite.distributed as idist
 import torch
@@ -28,7 +28,8 @@ from hjepa_engine.build import (
     steps_per_epoch,
 )
 from hjepa_engine.config.changes import plain_config
-from hjepa_engine.data import DatasetSplit, ImageLoader, build_loader, describe, open_split
+from hjepa_engine.data import DatasetSplit, ImageLoader, build_loader, describe, open_split, passed_splits
+from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.summary import why_unlabeled
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError, DataError
@@ -55,7 +56,7 @@ from hjepa_engine.handlers import (
 from hjepa_engine.metrics.names import KNN, ONLINE_LINEAR
 from hjepa_engine.models import ContextEncoder, encoder_name
 from hjepa_engine.recipes.common.monitoring import build_monitors
-from hjepa_engine.recipes.common.run import Run
+from hjepa_engine.recipes.common.run import Datasets, Run, with_passed_data
 from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.normalization import fix_stats, recall_stats
 from hjepa_engine.types import Step, unwrap
@@ -76,32 +77,49 @@ class Data(NamedTuple):
 
 
 def build_run(
-    config: Config, *, step: Step | None = None, modules: Modules | None = None, handlers: Sequence[Any] = ()
+    config: Config,
+    *,
+    step: Step | None = None,
+    modules: Modules | None = None,
+    handlers: Sequence[Any] = (),
+    data: Datasets | None = None,
 ) -> Run:
     """See :func:`hjepa_engine.recipes.pretrain.build`."""
-    data = build_data(recall_stats(config))
-    config = data.config
-    folder = RunFolder(config, describe(data.train, data.val))
+    loaded = build_data(recall_stats(config if data is None else with_passed_data(config)), data)
+    config = loaded.config
+    folder = RunFolder(config, describe(loaded.train, loaded.val))
     trainer = build_trainer(config, step, modules)
     encoder = encoder_name(config, trainer.modules)
-    attached = [*default_handlers(config, trainer, data, folder), *build_handlers(config), *handlers]
+    attached = [*default_handlers(config, trainer, loaded, folder), *build_handlers(config), *handlers]
     trainer.attach(*attached)
-    run = Run(config, trainer, data.loader, data.val_loader, folder, attached, encoder)
+    run = Run(config, trainer, loaded.loader, loaded.val_loader, folder, attached, encoder)
     if modules is not None and config.probe.enabled:
         run.remember_initial_encoder()
     return run
 
 
-def build_data(config: Config) -> Data:
-    """Training and validation images, with their loaders."""
+def build_data(config: Config, data: Datasets | None = None) -> Data:
+    """Training and validation images, with their loaders.
+
+    Args:
+        config: of the run.
+        data: the data sets; those that the configuration names by default.
+    """
     _check_regularizers(config)
     exclude = own_folders(config)
-    train = open_split(config.data, "train", config.seed, exclude)
+    passed = None if data is None else passed_splits(data)
+
+    def opened(config: Config, name: Literal["train", "val"]) -> DatasetSplit:
+        if passed is None:
+            return open_split(config.data, name, config.seed, exclude)
+        return with_stats(config.data, passed[name], passed["train"], config.seed)
+
+    train = opened(config, "train")
     why = why_unlabeled(train)
     if why and config.checkpoint.metric in (KNN, ONLINE_LINEAR):
         raise DataError(f"checkpoint.metric must not be a probe's, got {config.checkpoint.metric}: {why}")
     config = replace(config, data=fix_stats(config.data, train.stats))
-    val = open_split(config.data, "val", config.seed, exclude)
+    val = opened(config, "val")
     device = choose_device(config.device)
     loader = build_loader(config.data, train, config.seed, train=True, device=device)
     val_loader = build_loader(config.data, val, config.seed, train=False, device=device)

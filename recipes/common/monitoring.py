@@ -15,7 +15,7 @@ from torch import nn
 from hjepa_engine import Config, create_evaluator
 from hjepa_engine.config.schema import Level
 from hjepa_engine.data import DatasetSplit, FixedImageSubset, open_split
-from hjepa_engine.data.datasets import DATASETS_WITH_PROBE_SPLIT
+from hjepa_engine.data.datasets import has_probe_split
 from hjepa_engine.data.summary import why_unlabeled
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError
@@ -160,7 +160,7 @@ def _online_probe(
     config: Config, trainer: Trainer, name: str, train: DatasetSplit, val: DatasetSplit, preemption: Preemption
 ) -> OnlineProbe:
     options, data, seed = config.online_probe, config.data, config.seed
-    labeled = open_split(data, "probe", seed) if data.dataset in DATASETS_WITH_PROBE_SPLIT else train
+    labeled = open_split(data, "probe", seed) if has_probe_split(data) else train
     encoder = nn.ModuleDict({"encoder": unwrap(trainer.modules[name])})
     evaluator = create_evaluator(feature_step, encoder, trainer.device, trainer.amp_dtype)
     preemption.watch(evaluator)

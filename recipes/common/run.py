@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import ignite.distributed as idist
@@ -14,12 +14,15 @@ from torch import nn
 
 from hjepa_engine import Config
 from hjepa_engine.build import build_model, process_group
-from hjepa_engine.data import ImageLoader, describe_data
+from hjepa_engine.data import ImageLoader, describe_data, passed_splits
+from hjepa_engine.data import describe as describe_splits
+from hjepa_engine.data.contents import Description
+from hjepa_engine.data.datasets import has_probe_split
 from hjepa_engine.data.summary import summarize, why_unlabeled
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder, warn_no_labels
-from hjepa_engine.recipes.common.probe import as_metrics, describe, evaluate_encoders
+from hjepa_engine.recipes.common.probe import ProbeData, as_metrics, describe, evaluate_encoders
 from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.folder import RunFolder, own_folders
@@ -29,6 +32,8 @@ from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
 
 Kind = TypeVar("Kind")
+#: What ``build`` takes for data: map-style data sets to train on and to validate.
+Datasets = tuple[Any, Any]
 
 
 @dataclass
@@ -154,7 +159,10 @@ class Run:
         if untrained is None:
             untrained = build_model(self.config)[self.encoder]
         encoders = {"trained": self.modules[self.encoder], "random": untrained, "pixels": None}
-        return evaluate_encoders(self.config, encoders, self.folder.path, self.config.logging.progress_bar)
+        data: ProbeData | None = None
+        if not has_probe_split(self.config.data):
+            data = {"probe": self.data.split, "val": self.val_data.split}  # they are open already
+        return evaluate_encoders(self.config, encoders, self.folder.path, self.config.logging.progress_bar, data)
 
     def _train(self) -> None:
         limit = self.config.training.max_iters
@@ -162,12 +170,29 @@ class Run:
         self.trainer.run(self.data, self.config.training.epochs if limit is None else None, limit and self.iterations)
 
 
-def run_to_end(config: Config, build: Callable[[Config], Run]) -> None:
-    """Train the run unless it is finished already, in all processes; print where it is and what the probe found."""
+def with_passed_data(config: Config) -> Config:
+    """The configuration of a run whose data sets are passed: it names no others."""
+    return replace(config, data=replace(config.data, dataset="passed", class_path=None, init_args={}))
+
+
+def run_to_end(config: Config, build: Callable[[Config], Run], data: Datasets | None = None) -> None:
+    """Train the run unless it is finished already, in all processes; print where it is and what the probe found.
+
+    Args:
+        config: of the run.
+        build: makes its parts.
+        data: what it is trained on; what the configuration names by default.
+    """
+
+    def describe_now() -> Description | None:
+        if data is None:
+            return describe_data(config.data, config.seed, own_folders(config))
+        return describe_splits(**passed_splits(data))
+
     with process_group(config.device):
-        config = recall_stats(config)
+        config = recall_stats(config if data is None else with_passed_data(config))
         folder = RunFolder(config)
-        finished = folder.finished_results(lambda: describe_data(config.data, config.seed, own_folders(config)))
+        finished = folder.finished_results(describe_now)
         idist.barrier()  # rank 0 is about to write there
         results = finished
         if finished is None:

@@ -95,6 +95,7 @@ OTHER = {
     "data.val_dir": "elsewhere",
     "data.num_workers": 1,
     "data.pin_memory": "false",
+    "data.on_device": "true",
     "data.max_damaged": 0.5,
     "data.max_pixels": 10_000,
     "data.allow_growth": "true",

@@ -785,6 +785,12 @@ def stderr(config, tools):
     return bool(tools.capsys.readouterr().err)
 
 
+def moved(config, tools):
+    """Whether images are moved to the memory of the loader's device."""
+    split = open_split(config.data, "train", config.seed)
+    return build_loader(config.data, split, config.seed, train=True).split is not split
+
+
 def pinned(config, tools):
     split = open_split(config.data, "train", config.seed)
     return build_loader(config.data, split, config.seed, train=True, device=torch.device("cuda")).processes.pin_memory
@@ -915,6 +921,7 @@ EFFECTS = {
     "data.std": Effect("more contrast", "[0.1, 0.1, 0.1]", views),
     "data.batch_size": Effect("fewer images in a batch", "4", batch_shape, becomes=(4, 3, 24, 24)),
     "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).processes.num_workers, becomes=2),
+    "data.on_device": Effect("the loader's images have been moved", "true", moved, ("--data.dataset=digits",), becomes=True),
     "data.pin_memory": Effect("the loader does not pin", "false", pinned, becomes=False),
     "data.val_fraction": Effect(
         "more are held out", "0.5", lambda c, t: len(open_split(c.data, "val").images), ("--data.dataset=digits",), 898

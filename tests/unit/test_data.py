@@ -1,5 +1,6 @@
 """Order, augmentation, damaged images, loaders and data sets, with real files."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -329,6 +330,22 @@ def test_a_loader_entered_in_the_middle_gives_the_rest_of_the_epoch():
     loader.sampler.set_position(1, 2)
     for ours, theirs in zip([batch["images"] for batch in loader], whole[2:], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "digit_pages"])
+def test_images_may_lie_on_the_device(dataset):
+    config = DataConfig(dataset=dataset, image_size=8 if dataset == "digits" else 32, batch_size=16)
+    plain, moved = (
+        next(
+            iter(
+                build_loader(
+                    dataclasses.replace(config, on_device=on_device), open_split(config, "train"), 0, train=True
+                )
+            )
+        )
+        for on_device in (False, True)
+    )
+    assert torch.equal(plain["images"], moved["images"]) and torch.equal(plain["labels"], moved["labels"])
 
 
 def test_evaluation_loads_everything_in_order():

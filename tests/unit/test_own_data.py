@@ -1,5 +1,6 @@
 """Data sets of the user's own, by class_path."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ from helpers import ROOT
 from PIL import Image
 from resuming import RICH, assert_same, outcome, train
 
+from hjepa_engine import load_config
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, DataError
+from hjepa_engine.recipes import pretrain
 
 
 class Labeled(list):
@@ -129,8 +132,68 @@ def noise(size=20, split="train"):
     return Labeled((image, index % 2) for index, image in enumerate(images))
 
 
+def torchvision_like(classes):
+    images = noise()
+    images.classes = classes
+    return images
+
+
 def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_bits(tmp_path):
     values = {**RICH, "data.class_path": f"{__name__}.noise", "training.epochs": 2}
     whole = outcome(train(tmp_path / "whole", values))
     train(tmp_path / "halves", values, stop=7)
     assert_same(outcome(train(tmp_path / "halves", {**values, "data.num_workers": 1})), whole)
+
+
+def pretrain_on(folder, data, *overrides):
+    values = ["training.epochs=1", "training.warmup_epochs=0", "data.in_chans=3", "data.batch_size=8"]
+    values += ["probe.epochs=2", "online_probe.every=1", "logging.progress_bar=false", *overrides]
+    return pretrain.build(load_config(pretrain.DEFAULT_CONFIG, [f"run_dir={folder}", *values]), data=data)
+
+
+def test_data_sets_can_be_passed_in_python(tmp_path):
+    run = pretrain_on(tmp_path / "run", (noise(24), noise(split="val")))
+    results = run.fit()
+    assert set(results) == {"trained", "random", "pixels"}
+    said = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (said["train"]["images"], said["val"]["images"], said["train"]["classes"]) == (24, 20, ["a", "b"])
+    assert load_config(tmp_path / "run" / "config.yaml").data.dataset == "passed"
+    with pytest.raises(DataError, match=r"the images are passed in Python, to build\(config, data=\(train, val\)\)"):
+        pretrain.build(load_config(tmp_path / "run" / "config.yaml"))
+
+
+def test_passed_data_are_trained_on_as_those_of_a_class_path_are(tmp_path):
+    values = {**RICH, "training.epochs": 1}
+    named = outcome(train(tmp_path / "named", {**values, "data.class_path": f"{__name__}.noise"}))
+    passed = outcome(train(tmp_path / "passed", values, data=(noise(), noise(split="val"))))
+    assert_same(passed, named)
+
+
+def test_a_subset_has_the_classes_of_the_whole(tmp_path):
+    whole = noise(40)
+    train, val = torch.utils.data.random_split(whole, [30, 10], torch.Generator().manual_seed(0))
+    assert pretrain_on(tmp_path, (train, val)).data.split.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "says"),
+    [
+        (noise(), ConfigError, r"data must be two data sets, \(train, val\)"),
+        ((noise(), 3), ConfigError, "data: val must be a data set with __len__ and __getitem__, got 3"),
+        ((noise(), []), DataError, "data: val has no images"),
+        (
+            (noise(), torchvision_like(("a", "c"))),
+            DataError,
+            "data: val must have the classes of train, a, b, got a, c",
+        ),
+    ],
+)
+def test_passed_data_that_cannot_be_used_are_one_line(tmp_path, data, error, says):
+    with pytest.raises(error, match=says):
+        pretrain_on(tmp_path, data)
+
+
+def test_other_passed_data_are_refused_by_the_same_run(tmp_path):
+    pretrain_on(tmp_path, (noise(24), noise(split="val"))).fit()
+    with pytest.raises(DataError, match="train had 24 images, has 25 now"):
+        pretrain_on(tmp_path, (noise(25), noise(split="val")), "training.epochs=2").fit()
