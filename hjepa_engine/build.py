@@ -7,9 +7,10 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ignite.distributed as idist
 import torch
@@ -31,6 +32,7 @@ from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import SCHEDULES, CosineScheduler, EMAScheduler, HierarchicalScheduler, Schedule
 from hjepa_engine.steps import hjepa_step
 from hjepa_engine.types import LossFunction, Step
+from hjepa_engine.utils.arithmetic import fastest_dtype
 from hjepa_engine.utils.imports import import_callable, import_object
 from hjepa_engine.utils.rng import derive_seed
 
@@ -83,12 +85,27 @@ def choose_device(name: str) -> torch.device:
 
 def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
     """The type that autocast computes in; None without mixed precision."""
+    if training.use_amp == "auto":
+        found = fastest_dtype(device)
+        return None if found == torch.float32 else found
     if not training.use_amp:
         return None
     if training.amp_dtype != "auto":
         return torch.bfloat16 if training.amp_dtype == "bfloat16" else torch.float16
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def fix_precision(config: Config) -> Config:
+    """The configuration with the precision that its device is fastest in, if it asks for that."""
+    training = config.training
+    if training.use_amp != "auto":
+        return config
+    dtype = choose_amp_dtype(training, choose_device(config.device))
+    if dtype is None:
+        return replace(config, training=replace(training, use_amp=False))
+    chosen: Literal["bfloat16", "float16"] = "bfloat16" if dtype == torch.bfloat16 else "float16"
+    return replace(config, training=replace(training, use_amp=True, amp_dtype=chosen))
 
 
 def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:

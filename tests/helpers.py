@@ -62,6 +62,7 @@ TINY: dict[str, Any] = {
     "data.batch_size": 8,
     "masking.num_masks": 4,
     "masking.mask_scale": "[0.15, 0.2]",
+    "training.use_amp": "false",
     "training.epochs": 2,
     "training.warmup_epochs": 1,
     "training.lr": 1e-3,

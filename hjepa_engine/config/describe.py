@@ -72,7 +72,8 @@ def type_words(hint: Any) -> str:
         return "a section with keys " + ", ".join(fields_of(hint))
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(type_words(option) for option in arguments)
+        *first, last = (type_words(option) for option in arguments)
+        return ", ".join(first) + (", " if " or " in last else " or ") + last
     if origin is Literal:
         return ", ".join(str(option) for option in arguments)
     if origin is list and is_section(arguments[0]):

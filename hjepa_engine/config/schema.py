@@ -165,6 +165,9 @@ class PredictorConfig:
     """Hidden width of a block's MLP over ``width``."""
     level_depth: int = setting(0, ge=0)
     """Blocks that each level has of its own, after the shared ones."""
+    targets: Literal["independent", "joint"] = "independent"
+    """``independent``: each target block of an image is predicted on its own (I-JEPA); ``joint``: all of them in one
+    sequence, so that the context is read once (V-JEPA, arXiv:2404.08471)."""
 
 
 @section()
@@ -293,10 +296,11 @@ class TrainingConfig:
     """Largest L2 norm of all gradients; null: not clipped."""
     accumulation_steps: int = setting(1, ge=1)
     """Micro-batches of an optimizer step."""
-    use_amp: bool = False
-    """Mixed precision."""
+    use_amp: Literal["auto"] | bool = "auto"
+    """Mixed precision: parameters, target encoder, reductions and losses stay in float32. ``auto``: where the CPU or the
+    GPU has instructions for it; a run keeps what was chosen when it started."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
-    """``auto``: bfloat16 on a CPU and where the GPU has it, else float16 with a gradient scaler."""
+    """With ``use_amp: true``, ``auto``: bfloat16 on a CPU and where the GPU has it, else float16 with a gradient scaler."""
     non_finite: Literal["stop", "skip"] = setting("stop", on_resume="elsewhere")
     """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
     early_stopping: int | None = setting(None, ge=1, on_resume="extend")

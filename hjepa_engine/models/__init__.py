@@ -80,6 +80,7 @@ def build_modules(config: Config) -> nn.ModuleDict:
                     num_heads=predictor.num_heads,
                     mlp_ratio=predictor.mlp_ratio,
                     level_depth=predictor.level_depth,
+                    targets=predictor.targets,
                     activation_checkpointing=config.model.activation_checkpointing,
                 ),
             }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hjepa_engine.levels import take_tokens
+from hjepa_engine.models.attention import attentions, choose_kernel
 from hjepa_engine.models.positions import sincos_2d
 from hjepa_engine.utils.imports import block_import
 
@@ -72,6 +73,7 @@ class ContextEncoder(nn.Module):
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
+        self._attentions = attentions(vit)
         self._check_patches(size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.num_patches, self.embed_dim, self.depth = vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
@@ -132,6 +134,7 @@ class ContextEncoder(nn.Module):
         if patch_idx is not None:
             tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], patch_idx)], dim=1)
         tokens = self.vit.norm_pre(tokens)
+        choose_kernel(self._attentions, tokens)
         wanted = {depth: max(1, round(depth * self.depth)) for depth in depths}
         after: dict[int, Tensor] = {}
         for number, block in enumerate(self.vit.blocks, start=1):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -12,15 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from hjepa_engine.config.schema import Level
 from hjepa_engine.levels import cell_centers
 from hjepa_engine.masking import Masks
+from hjepa_engine.models.attention import attentions, choose_kernel, run_queries
 from hjepa_engine.models.positions import sincos_1d
 
 
 class Predictor(nn.Module):
     """A narrow vision transformer with one query token per target cell and level.
 
-    A query is mask token + level embedding + position embedding of the cell's center. The queries of one target block
-    attend to each other and to the context; blocks are predicted independently (I-JEPA, arXiv:2301.08243). A level with
-    ``pool: image`` has one query per image, at the center of the grid, in a separate sequence.
+    A query is mask token + level embedding + position embedding of the cell's center. A level with ``pool: image`` has one
+    query per image, at the center of the grid.
 
     Args:
         grid: (H, W), the patch grid.
@@ -31,6 +33,9 @@ class Predictor(nn.Module):
         num_heads: attention heads.
         mlp_ratio: hidden width of a block's MLP, as a multiple of ``width``.
         level_depth: number of additional blocks per level, after the shared ones.
+        targets: ``independent``: the queries of one target block attend to each other and to the context, as in I-JEPA
+            (arXiv:2301.08243), and those of a level with ``pool: image`` to the context alone; ``joint``: all queries of an
+            image are one sequence, so that the context is read once (V-JEPA, arXiv:2404.08471).
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
 
@@ -45,6 +50,7 @@ class Predictor(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         level_depth: int = 0,
+        targets: Literal["independent", "joint"] = "independent",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -52,7 +58,8 @@ class Predictor(nn.Module):
             raise ValueError("levels must not be empty")
         if width % 4 or width % num_heads:
             raise ValueError(f"width must be a multiple of 4 and of num_heads={num_heads}, got {width}")
-        self.grid, self.levels, self.activation_checkpointing = grid, tuple(levels), activation_checkpointing
+        self.grid, self.levels, self.targets = grid, tuple(levels), targets
+        self.activation_checkpointing = activation_checkpointing
 
         def blocks(number: int) -> nn.ModuleList:
             return nn.ModuleList(Block(width, num_heads, mlp_ratio, qkv_bias=True) for _ in range(number))
@@ -64,6 +71,7 @@ class Predictor(nn.Module):
         self.blocks, self.norm = blocks(depth), nn.LayerNorm(width)
         self.level_blocks = nn.ModuleList(blocks(level_depth) for _ in levels)
         self.heads = nn.ModuleList(nn.Linear(width, embed_dim) for _ in levels)
+        self._attentions = attentions(self)
         for parameter in (self.mask_token, *self.level_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.modules():
@@ -90,42 +98,64 @@ class Predictor(nn.Module):
         """
         rows, columns = masks.context_idx // self.grid[1], masks.context_idx % self.grid[1]
         tokens = self.embed(context) + self._positions(2 * rows, 2 * columns)
+        queries = [self._level_queries(number, masks, len(tokens)) for number in range(len(self.levels))]
+        if self.targets == "joint":
+            together = [level.flatten(1, 2)[:, None] for level in queries]
+            outputs = self._predict(tokens, together, range(len(queries)))
+            return [output.view(*level.shape[:3], -1) for output, level in zip(outputs, queries, strict=True)]
         cells = [number for number, level in enumerate(self.levels) if level.pool != "image"]
         image = [number for number, level in enumerate(self.levels) if level.pool == "image"]
         predictions: dict[int, Tensor] = {}
-        if cells:
-            queries = [self._cell_queries(number, masks) for number in cells]
-            predictions.update(zip(cells, self._predict(tokens, queries, cells), strict=True))
-        if image:
-            middle = torch.cat([self.row_table[self.grid[0] - 1], self.column_table[self.grid[1] - 1]])
-            queries = [self._queries(number, middle).expand(len(tokens), 1, 1, -1) for number in image]
-            predictions.update(zip(image, self._predict(tokens, queries, image), strict=True))
+        for numbers in (cells, image):
+            if numbers:
+                outputs = self._predict(tokens, [queries[number] for number in numbers], numbers)
+                predictions.update(zip(numbers, outputs, strict=True))
         return [predictions[number] for number in range(len(self.levels))]
 
-    def _predict(self, context: Tensor, queries: list[Tensor], numbers: list[int]) -> list[Tensor]:
-        """Run queries (B, M, cells, P) of levels ``numbers`` after the context (B, K, P), one sequence per block."""
-        batch, blocks = queries[0].shape[:2]
-        length = context.shape[1]
-        sequence = torch.cat([context.repeat_interleave(blocks, dim=0), torch.cat(queries, dim=2).flatten(0, 1)], dim=1)
-        sequence = self._run(self.blocks, sequence)
-        shared_context, *outputs_by_level = sequence.split([length, *(query.shape[2] for query in queries)], dim=1)
+    def _predict(self, context: Tensor, queries: list[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+        """Run queries (B, G, cells, P) of levels ``numbers`` after the context (B, K, P), each of G groups on its own."""
+        batch, groups = queries[0].shape[:2]
+        tokens, lengths = torch.cat(queries, dim=2), [query.shape[2] for query in queries]
+        blocks, own_blocks = list(self.blocks), [list(level.children()) for level in self.level_blocks]
+        level_depth = len(own_blocks[0])
+        whole = blocks if level_depth else blocks[:-1]
+        if whole:
+            # From the second block on, the context is another one in each group: it has attended to the group's queries.
+            context = context.repeat_interleave(groups, dim=0)
+            context, tokens = self._run_whole(whole, context, tokens.flatten(0, 1))
+            tokens = tokens[:, None]
+        if not level_depth:
+            tokens = self._run(partial(run_queries, blocks[-1]), context, tokens)
         outputs = []
-        for number, tokens in zip(numbers, outputs_by_level, strict=True):
-            if len(self.level_blocks[number]):  # type: ignore[arg-type]
-                own = self._run(self.level_blocks[number], torch.cat([shared_context, tokens], dim=1))
-                tokens = own[:, length:]
-            outputs.append(self.heads[number](self.norm(tokens)).unflatten(0, (batch, blocks)))
+        for number, own in zip(numbers, tokens.split(lengths, dim=2), strict=True):
+            if level_depth:
+                inner = own_blocks[number]
+                seen, inside = self._run_whole(inner[:-1], context, own[:, 0])
+                own = self._run(partial(run_queries, inner[-1]), seen, inside[:, None])
+            outputs.append(self.heads[number](self.norm(own)).view(batch, groups, own.shape[2], -1))
         return outputs
 
-    def _run(self, blocks: nn.Module, tokens: Tensor) -> Tensor:
-        for block in blocks.children():
-            recompute = self.activation_checkpointing and torch.is_grad_enabled()
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
-        return tokens
+    def _run_whole(self, blocks: Sequence[nn.Module], context: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run blocks on context (n, K, P) and tokens (n, Q, P) as one sequence."""
+        if not blocks:
+            return context, tokens
+        length, sequence = context.shape[1], torch.cat([context, tokens], dim=1)
+        choose_kernel(self._attentions, sequence)
+        for block in blocks:
+            sequence = self._run(block, sequence)
+        return sequence[:, :length], sequence[:, length:]
 
-    def _cell_queries(self, number: int, masks: Masks) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *tokens, use_reentrant=False)
+        return block(*tokens)
+
+    def _level_queries(self, number: int, masks: Masks, batch: int) -> Tensor:
+        """Queries (B, M, cells, P), or (B, 1, 1, P) for ``pool: image``."""
         pool = self.levels[number].pool
-        assert isinstance(pool, int)
+        if pool == "image":
+            middle = torch.cat([self.row_table[self.grid[0] - 1], self.column_table[self.grid[1] - 1]])
+            return self._queries(number, middle).expand(batch, 1, 1, -1)
         rows, columns = cell_centers(masks, pool, self.grid[1])
         return self._queries(number, self._positions(rows[..., :, None], columns[..., None, :]).flatten(2, 3))
 

@@ -25,6 +25,7 @@ from hjepa_engine.build import (
     choose_amp_dtype,
     choose_device,
     distribute,
+    fix_precision,
     steps_per_epoch,
 )
 from hjepa_engine.config.changes import plain_config
@@ -58,7 +59,7 @@ from hjepa_engine.models import ContextEncoder, encoder_name
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Datasets, Run, with_passed_data
 from hjepa_engine.run.folder import RunFolder, own_folders
-from hjepa_engine.run.normalization import fix_stats, recall_stats
+from hjepa_engine.run.measured import fix_stats, recall
 from hjepa_engine.types import Step, unwrap
 
 #: What ``build`` takes for modules: the modules, or a function that makes them for a configuration.
@@ -85,7 +86,8 @@ def build_run(
     data: Datasets | None = None,
 ) -> Run:
     """See :func:`hjepa_engine.recipes.pretrain.build`."""
-    loaded = build_data(recall_stats(config if data is None else with_passed_data(config)), data)
+    config = fix_precision(recall(config if data is None else with_passed_data(config)))
+    loaded = build_data(config, data)
     config = loaded.config
     folder = RunFolder(config, describe(loaded.train, loaded.val))
     trainer = build_trainer(config, step, modules)

@@ -27,7 +27,7 @@ from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.lifecycle import record_outcome, start_run
-from hjepa_engine.run.normalization import recall_stats
+from hjepa_engine.run.measured import recall
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
 
@@ -190,7 +190,7 @@ def run_to_end(config: Config, build: Callable[[Config], Run], data: Datasets | 
         return describe_splits(**passed_splits(data))
 
     with process_group(config.device):
-        config = recall_stats(config if data is None else with_passed_data(config))
+        config = recall(config if data is None else with_passed_data(config))
         folder = RunFolder(config)
         finished = folder.finished_results(describe_now)
         idist.barrier()  # rank 0 is about to write there

@@ -290,7 +290,7 @@ def literals(draw: random.Random) -> Iterator[Mistake]:
                     yield from both(place, text, text, ("must be", *choices))
         if bool in place.types:
             for text in ("yes", "off", "True_", "y"):
-                yield from both(place, text, text, ("must be true or false",))
+                yield from both(place, text, text, ("must be ", "true or false"))
 
 
 def outside(place: Place) -> Iterator[Any]:

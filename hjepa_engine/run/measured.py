@@ -1,4 +1,4 @@
-"""Measured normalization: its numbers stand in the run's own configuration, and hold for as long as the run lives."""
+"""What a run finds out when it starts (normalization, precision) stands in its configuration, and holds while it lives."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from hjepa_engine.data.split import Stats
 from hjepa_engine.run.folder import RunFolder
 
 
-def recall_stats(config: Config) -> Config:
-    """A configuration that asks for measured numbers, with those of the run that is in its folder already."""
+def recall(config: Config) -> Config:
+    """The configuration, with what the run that is in its folder already has found out."""
     saved = RunFolder(config).path / "config.yaml"
-    if not config.data.measures_stats or config.checkpoint.resume == "never" or not saved.is_file():
+    asks = config.data.measures_stats or config.training.use_amp == "auto"
+    if not asks or config.checkpoint.resume == "never" or not saved.is_file():
         return config
-    before = load_config(saved).data
-    if not isinstance(before.mean, list) or not isinstance(before.std, list):
+    before = load_config(saved)
+    if config.training.use_amp == "auto":
+        training = replace(config.training, use_amp=before.training.use_amp, amp_dtype=before.training.amp_dtype)
+        config = replace(config, training=training)
+    mean, std = before.data.mean, before.data.std
+    if not isinstance(mean, list) or not isinstance(std, list):
         return config
-    return replace(config, data=fix_stats(config.data, (tuple(before.mean), tuple(before.std))))
+    return replace(config, data=fix_stats(config.data, (tuple(mean), tuple(std))))
 
 
 def fix_stats(config: DataConfig, stats: Stats) -> DataConfig:
