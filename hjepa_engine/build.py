@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.checkpoint.retention import RetentionPolicy
 from hjepa_engine.config.changes import plain_config
+from hjepa_engine.config.describe import truncate
 from hjepa_engine.config.schema import Config, TrainingConfig, resolve_levels
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.loggers.base import Writer
@@ -35,6 +37,8 @@ from hjepa_engine.types import LossFunction, Step
 from hjepa_engine.utils.arithmetic import fastest_dtype
 from hjepa_engine.utils.imports import import_callable, import_object
 from hjepa_engine.utils.rng import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 class Schedules(NamedTuple):
@@ -106,6 +110,27 @@ def fix_precision(config: Config) -> Config:
         return replace(config, training=replace(training, use_amp=False))
     chosen: Literal["bfloat16", "float16"] = "bfloat16" if dtype == torch.bfloat16 else "float16"
     return replace(config, training=replace(training, use_amp=True, amp_dtype=chosen))
+
+
+def compile_modules(modules: nn.ModuleDict, device: torch.device) -> bool:
+    """Compile modules in place: blocks one by one where a module has ``compile_blocks()``, others as a whole.
+
+    Returns:
+        Whether there is a compiler that works; without one, nothing has changed and a warning has been logged.
+    """
+    try:
+        torch.compile(lambda tensor: tensor + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of Dynamo, Inductor, Triton or the compiler itself
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("training.compile: no compiler works here, the run goes on without: %s", truncate(reason, 100))
+        return False
+    for module in modules.values():
+        compile_blocks = getattr(module, "compile_blocks", None)
+        if compile_blocks is not None:
+            compile_blocks()
+        else:
+            module.compile(dynamic=True)
+    return True
 
 
 def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:

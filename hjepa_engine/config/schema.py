@@ -301,6 +301,9 @@ class TrainingConfig:
     GPU has instructions for it; a run keeps what was chosen when it started."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     """With ``use_amp: true``, ``auto``: bfloat16 on a CPU and where the GPU has it, else float16 with a gradient scaler."""
+    compile: bool = False
+    """Compile encoders and predictor with ``torch.compile``, which takes minutes at the start. Without a working compiler
+    the run goes on without, and says so."""
     non_finite: Literal["stop", "skip"] = setting("stop", on_resume="elsewhere")
     """What a non-finite loss or gradient does: end the run, or drop the update (10 in a row end it)."""
     early_stopping: int | None = setting(None, ge=1, on_resume="extend")

@@ -145,6 +145,11 @@ class ContextEncoder(nn.Module):
         last = self.vit.norm(tokens)
         return [(last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()]
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks, for sequences of any length; names of parameters stay as they are."""
+        for block in self.vit.blocks:
+            block.compile(dynamic=True)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: position embeddings and prefix tokens."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}

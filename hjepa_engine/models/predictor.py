@@ -71,7 +71,7 @@ class Predictor(nn.Module):
         self.blocks, self.norm = blocks(depth), nn.LayerNorm(width)
         self.level_blocks = nn.ModuleList(blocks(level_depth) for _ in levels)
         self.heads = nn.ModuleList(nn.Linear(width, embed_dim) for _ in levels)
-        self._attentions = attentions(self)
+        self._attentions, self._run_queries = attentions(self), run_queries
         for parameter in (self.mask_token, *self.level_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
         for module in self.modules():
@@ -125,13 +125,13 @@ class Predictor(nn.Module):
             context, tokens = self._run_whole(whole, context, tokens.flatten(0, 1))
             tokens = tokens[:, None]
         if not level_depth:
-            tokens = self._run(partial(run_queries, blocks[-1]), context, tokens)
+            tokens = self._run(partial(self._run_queries, blocks[-1]), context, tokens)
         outputs = []
         for number, own in zip(numbers, tokens.split(lengths, dim=2), strict=True):
             if level_depth:
                 inner = own_blocks[number]
                 seen, inside = self._run_whole(inner[:-1], context, own[:, 0])
-                own = self._run(partial(run_queries, inner[-1]), seen, inside[:, None])
+                own = self._run(partial(self._run_queries, inner[-1]), seen, inside[:, None])
             outputs.append(self.heads[number](self.norm(own)).view(batch, groups, own.shape[2], -1))
         return outputs
 
@@ -144,6 +144,12 @@ class Predictor(nn.Module):
         for block in blocks:
             sequence = self._run(block, sequence)
         return sequence[:, :length], sequence[:, length:]
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks, for sequences of any length; names of parameters stay as they are."""
+        for block in (*self.blocks, *(block for level in self.level_blocks for block in level.children())):
+            block.compile(dynamic=True)
+        self._run_queries = torch.compile(run_queries, dynamic=True)
 
     def _run(self, block: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -24,6 +24,7 @@ from hjepa_engine.build import (
     build_writers,
     choose_amp_dtype,
     choose_device,
+    compile_modules,
     distribute,
     fix_precision,
     steps_per_epoch,
@@ -150,7 +151,9 @@ def build_trainer(config: Config, step: Step | None = None, modules: Modules | N
     device = choose_device(config.device)
     if step is not None and not callable(step):
         raise ConfigError(f"step must be a function (modules, batch), got {step!r}")
-    made = build_model(config, modules)
+    made = build_model(config, modules).to(device)
+    if config.training.compile:
+        compile_modules(made, device)
     return create_trainer(
         step or build_step(config),
         distribute(made, device),

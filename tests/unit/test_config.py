@@ -29,6 +29,7 @@ from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe
 from hjepa_engine.models import build_modules
+from hjepa_engine.recipes.common import build as parts
 from hjepa_engine.recipes.common.probe import probe, read_features
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.folder import RunFolder
@@ -586,6 +587,14 @@ def trained(config, tools):
     return digest.hexdigest()
 
 
+def compiled(config, tools):
+    """Whether modules are compiled when the run is built."""
+    asked = []
+    tools.monkeypatch.setattr(parts, "compile_modules", lambda modules, device: asked.append(list(modules)))
+    build(config)
+    return asked == [["context_encoder", "target_encoder", "predictor"]]
+
+
 def ending(config, tools):
     run, end = finished(config, tools)
     return end, run.trainer.state.iteration
@@ -994,6 +1003,7 @@ EFFECTS = {
         ("--training.use_amp=true",),
         torch.float16,
     ),
+    "training.compile": Effect("is said to be compiled", "true", compiled, becomes=True),
     "training.non_finite": Effect("the run goes on", "skip", ending, (f"--loss.type={ME}.nan_loss",), ("done", 4)),
     "training.early_stopping": Effect("ends in epoch 2", "1", ending, ("--training.epochs=4", *STUCK), ("done", 4)),
     "training.time_limit": Effect("leaves after a step", "1e-9", ending, becomes=("Preempted", 1)),
