@@ -15,7 +15,7 @@ from hjepa_engine.data.augment import EvalTransform, TrainTransform
 from hjepa_engine.data.memory import BatchedImages
 from hjepa_engine.data.reading import ImageReader, PixelBatch, as_is
 from hjepa_engine.data.sampler import EpochBatchSampler
-from hjepa_engine.data.split import UNLABELED, DatasetSplit
+from hjepa_engine.data.split import DatasetSplit
 from hjepa_engine.data.workers import make_worker_init, shutdown_workers
 from hjepa_engine.errors import ConfigError, DataError
 
@@ -26,7 +26,7 @@ class ImageLoader:
     """Batches of ``images`` (B, C, H, W), normalized, ``labels`` (B,) and ``damaged``, lines ``name: reason``.
 
     In an evaluation, damaged images are left out; where that would empty a batch, another one is split in two. If there
-    are too few images left for that, the last batches are an image again, without its label, with ``is_filler``.
+    are too few images left for that, the last batches are one image again, with ``is_filler``: they count in no result.
 
     Args:
         config: the data section.
@@ -126,8 +126,8 @@ def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
         raise DataError(f"no image could be read, the last one: {untold[-1]}")
     parts = _split({**held, "damaged": held["damaged"] + untold}, owed + 1)
     yield from parts
-    image = parts[-1]["images"][:1]
-    filler = {"images": image, "labels": torch.tensor([UNLABELED]), "damaged": [], "is_filler": True}
+    image, label = parts[-1]["images"][:1], parts[-1]["labels"][:1]
+    filler = {"images": image, "labels": label, "damaged": [], "is_filler": True}
     yield from [filler] * (owed + 1 - len(parts))
 
 
