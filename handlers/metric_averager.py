@@ -45,7 +45,9 @@ class MetricAverager:
     def add(self, engine: StepEngine) -> None:
         """Add the output of one step."""
         output, batch = engine.state.output, engine.state.batch
-        samples = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+        # A filler stands for images that cannot be read.
+        is_filler = isinstance(batch, dict) and batch.get("is_filler", False)
+        samples = 0 if is_filler else next(len(value) for value in batch.values() if isinstance(value, Tensor))
         self.means.add({n: v for n, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}, samples)
 
     def report(self, engine: StepEngine) -> None:

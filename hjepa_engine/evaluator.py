@@ -84,6 +84,8 @@ def labeled_features(
     features, labels = [], []
 
     def read(output: Outputs, batch: Batch) -> None:
+        if batch.get("is_filler"):
+            return
         features.append(output[name].to(device))
         labels.append(batch["labels"].to(device))
 

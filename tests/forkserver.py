@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from hjepa_engine.recipes import pretrain  # noqa: F401  (what children need)
+from hjepa_engine.recipes.common import build, run  # noqa: F401  (what children need; a recipe imports them late)
 from hjepa_engine.run.cli import run_command
 
 PRETRAIN = "hjepa_engine.recipes.pretrain:main"

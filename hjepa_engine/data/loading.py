@@ -25,7 +25,8 @@ _CPU = torch.device("cpu")
 class ImageLoader:
     """Batches of ``images`` (B, C, H, W), normalized, ``labels`` (B,) and ``damaged``, lines ``name: reason``.
 
-    In an evaluation, damaged images are left out; where that would empty a batch, another one is split in two.
+    In an evaluation, damaged images are left out; where that would empty a batch, another one is split in two. If there
+    are too few images left for that, the last batches are one image again, with ``is_filler``: they count in no result.
 
     Args:
         config: the data section.
@@ -124,9 +125,10 @@ def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
     if held is None:
         raise DataError(f"no image could be read, the last one: {untold[-1]}")
     parts = _split({**held, "damaged": held["damaged"] + untold}, owed + 1)
-    if len(parts) <= owed:
-        raise DataError(f"there are fewer readable images than batches, one that could not be read: {untold[-1]}")
     yield from parts
+    image, label = parts[-1]["images"][:1], parts[-1]["labels"][:1]
+    filler = {"images": image, "labels": label, "damaged": [], "is_filler": True}
+    yield from [filler] * (owed + 1 - len(parts))
 
 
 def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

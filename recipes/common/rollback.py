@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 
 from hjepa_engine.checkpoint.folder import list_checkpoints, prune, write_index
+from hjepa_engine.checkpoint.retention import Record
 from hjepa_engine.checkpoint.state import load_on_all_ranks, restore_state
 from hjepa_engine.checkpoint.storage import Checkpoint, CorruptCheckpoint, read_state
 from hjepa_engine.checkpoint.writer import CheckpointWriter
@@ -56,7 +58,7 @@ def train_with_rollbacks(
                     *(request, left, checkpoint.path, number, guard.max_rollbacks, guard.lr_multiplier),
                 )
             checkpointer.save(trainer, "rollback")
-            rank_zero(lambda: _forget_later(checkpointer.writer, trainer.state.iteration))
+            rank_zero(partial(_forget_later, checkpointer.writer, checkpoint.record, trainer.state.iteration))
 
 
 def _go_back(trainer: Trainer, checkpointer: Checkpointer, log: Path, request: Rollback, number: int) -> Checkpoint:
@@ -70,7 +72,9 @@ def _go_back(trainer: Trainer, checkpointer: Checkpointer, log: Path, request: R
     rank_zero(lambda: _keep_log(log, number))
     restore_state(trainer, state)
     if trainer.state.epoch_length != epoch_length:  # it is from before the data has grown
-        rebase(trainer, epoch_length, checkpointer.config["training"]["accumulation_steps"])
+        text = rebase(trainer, epoch_length, checkpointer.config["training"]["accumulation_steps"])
+        if idist.get_rank() == 0:
+            print(f"  {text}", flush=True)
     return checkpoint
 
 
@@ -93,10 +97,16 @@ def _keep_log(log: Path, number: int) -> None:
             logger.warning("%s was not kept as it was before the rollback: %s", log, error.strerror)
 
 
-def _forget_later(writer: CheckpointWriter, iteration: int) -> None:
-    """Remove what was saved after ``iteration``: the run must not resume from there after a crash."""
+def _forget_later(writer: CheckpointWriter, restored: Record, iteration: int) -> None:
+    """Remove what was saved after ``restored``, now at ``iteration``: the run must not resume from there after a crash."""
     records = [checkpoint.record for checkpoint in list_checkpoints(writer.folder)]
-    later = [record for record in records if record.iteration > iteration]
+    # If the data has grown since, iterations of checkpoints from before count shorter epochs than those of the run now.
+    here = restored._replace(iteration=iteration)
+    later = [
+        record
+        for record in records
+        if record.order > restored.order and (record.epoch, record.order) != (here.epoch, here.order)
+    ]
     try:
         prune(writer.folder, [record.name for record in later])
         write_index(writer.folder, [record for record in records if record not in later], writer.policy)

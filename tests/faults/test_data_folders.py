@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import TINY, options
+from helpers import TINY, logged, options
 from PIL import Image
 
 SHORT = options({**TINY, "data.dataset": "imagefolder", "data.batch_size": 4, "training.max_iters": 1})
@@ -127,3 +127,46 @@ def test_paths_of_a_run_are_absolute_in_its_configuration(tmp_path, server):
     assert code == 0, err
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert f"data_path: {tmp_path}/set" in text and f"run_dir: {tmp_path}/run" in text
+
+
+def two_tones(root, val):
+    """Dark cats and bright dogs, so that pixels tell them apart; ``val`` has indices of validation images by class."""
+    for split, indices in (("train", {"cat": range(8), "dog": range(8)}), ("val", val)):
+        for number, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for index in indices[name]:
+                # Dog 0 of the validation is as dark as a cat: one of the readable images is told wrongly.
+                first = 0 if (split, name, index) == ("val", "dog", 0) else 156 * number
+                pixels = (
+                    np.random.default_rng([number, index]).integers(first, first + 100, (30, 26, 3)).astype(np.uint8)
+                )
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+def test_where_14_of_20_validation_images_are_damaged_accuracy_is_of_the_6_others(tmp_path, server):
+    cut(two_tones(tmp_path / "set", {"cat": range(10), "dog": range(10)}),
+        *(f"val/{name}/{index}.png" for name in ("cat", "dog") for index in range(3, 10)))  # fmt: skip
+    two_tones(tmp_path / "six", {"cat": range(3), "dog": range(3)})
+    arguments = (*SHORT, "--training.max_iters=4", "--online_probe.every=1", "--probe.epochs=20")
+    results, logs = [], []
+    for name, allowed in (("set", 0.7), ("six", 0.0)):
+        more = (f"--data.data_path={name}", f"--data.max_damaged={allowed}", f"--run_dir=run_{name}")
+        _, err, code = server.call(*arguments, *more, folder=tmp_path)
+        assert code == 0, err
+        results.append(json.loads((tmp_path / f"run_{name}" / "status.json").read_text())["results"])
+        logs.append(logged(tmp_path / f"run_{name}"))
+    assert results[0] == results[1] and results[0]["pixels"] == pytest.approx(5 / 6)
+    knn = [[line["probe/knn"] for line in log if "probe/knn" in line] for log in logs]
+    assert knn[0] == knn[1] != []
+    damaged = [{line["val/damaged"] for line in log if "val/damaged" in line} for log in logs]
+    assert damaged == [{14.0}, set()]
+
+
+def test_where_14_of_20_validation_images_are_damaged_and_fewer_are_allowed_the_run_ends(tmp_path, server):
+    cut(two_tones(tmp_path / "set", {"cat": range(10), "dog": range(10)}),
+        *(f"val/{name}/{index}.png" for name in ("cat", "dog") for index in range(3, 10)))  # fmt: skip
+    more = ("--data.data_path=set", "--data.max_damaged=0.69", "--run_dir=run", "--training.max_iters=4")
+    _, err, code = server.call(*SHORT, *NO_PROBE, *more, folder=tmp_path)
+    says = "14 of 20 validation images could not be read, more than data.max_damaged 0.69 allows; one of them: "
+    assert code == 3 and err.splitlines()[-1].startswith(says), err

@@ -1,12 +1,15 @@
 """Several processes stop and go on as one does."""
 
 import ignite.distributed as idist
+import numpy as np
 import pytest
 from helpers import largest_difference, same_bits
 from ignite.engine import Events
+from PIL import Image
 from processes import in_processes
 from resuming import ALIKE, TWO, ask_at, outcome, train
 
+from hjepa_engine.errors import DataError
 from hjepa_engine.types import unwrap
 
 
@@ -88,3 +91,44 @@ def test_two_processes_are_rolled_back_together_as_one_is(tmp_path):
     assert told == also == (21, 1, 0.5) and same_bits(first, second)
     alone, also = body()
     assert also == told and largest_difference(alone, first) < 1e-5
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Options of a run over a folder in which 2 of 28 training images and 2 of 10 validation images are cut."""
+    for seed, (split, number) in enumerate({"train": 28, "val": 10}.items()):
+        for index, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (number, 24, 24, 3), np.uint8)):
+            path = tmp_path / "set" / split / ("cat", "dog")[index % 2] / f"{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            if index in (3, 6):
+                path.write_bytes(path.read_bytes()[:900])
+    return {**ALIKE, "data.dataset": "imagefolder", "data.data_path": tmp_path / "set"}
+
+
+def test_two_processes_replace_and_count_damaged_images_as_one_does(tmp_path, damaged):
+    def body():
+        run = train(tmp_path / f"of{idist.get_world_size()}", {**damaged, "data.max_damaged": 0.2})
+        return weights(run), [run.trainer.state.metrics[name] for name in ("data/damaged", "val/damaged", "train/loss")]
+
+    (first, told), (second, also) = in_processes(2, tmp_path, body)
+    assert same_bits(first, second) and told == also and told[:2] == [2, 2]
+    alone, said = body()
+    assert largest_difference(alone, first) < 1e-5 and said == pytest.approx(told, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "says"),
+    [
+        (0.05, r"2 of 28 training images could not be read, more than data\.max_damaged 0\.05 allows; one of them: "),
+        (0.1, r"2 of 10 validation images could not be read, more than data\.max_damaged 0\.1 allows; one of them: "),
+    ],
+)
+def test_two_processes_end_together_where_more_images_are_damaged_than_allowed(tmp_path, damaged, allowed, says):
+    def body():
+        with pytest.raises(DataError, match=says) as raised:
+            train(tmp_path / "run", {**damaged, "data.max_damaged": allowed})
+        return str(raised.value)
+
+    first, second = in_processes(2, tmp_path, body)
+    assert first == second

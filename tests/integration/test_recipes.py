@@ -15,6 +15,7 @@ from helpers import (
     is_time,
     largest_difference,
     linear_trainer,
+    mostly_slow,
     options,
     rows,
     same_bits,
@@ -552,7 +553,7 @@ def test_a_run_with_workers_ends(server, parts, tmp_path, fails):
 # --- Several processes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", mostly_slow([1, 2], (2,)))
 def test_two_processes_equal_one(parts, command, tmp_path, accumulation_steps):
     seen = {}
     for processes in (1, 2):

@@ -70,7 +70,7 @@ def test_a_run_stopped_after_every_iteration_goes_on_with_the_same_bits(uninterr
 
 
 # The first one, inside an epoch and at its end, at a save, and the last one.
-@pytest.mark.parametrize("stop", mostly_slow(range(1, ITERATIONS + 1), (1, 5, 8, 12, 15)))
+@pytest.mark.parametrize("stop", mostly_slow(range(1, ITERATIONS + 1), (5, 12)))
 def test_a_run_stopped_after_any_iteration_goes_on_with_the_same_bits(uninterrupted, tmp_path, stop):
     stopped = train(tmp_path, RICH, stop=stop)
     assert stopped.trainer.state.iteration == stop
@@ -87,7 +87,6 @@ def workers(numbers, stops):
 @pytest.mark.parametrize(
     ("number", "persistent", "stop"),
     [
-        (1, True, 5),
         (2, False, 7),
         (3, True, 12),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in workers((1, 2, 3), range(1, ITERATIONS + 1))),
@@ -104,6 +103,7 @@ def test_loader_processes_do_not_change_the_bits_of_a_resumed_run(
     assert_same(outcome(run, with_generators=False), uninterrupted(RICH, with_generators=False))
 
 
+@pytest.mark.slow
 def test_ten_stops_in_a_row_with_changing_numbers_of_workers_leave_the_bits_alone(uninterrupted, tmp_path):
     for number, stop in zip((0, 2, 1, 3, 0, 1, 2, 0, 3, 0), (1, 2, 4, 5, 6, 8, 10, 11, 13, 15), strict=True):
         train(tmp_path, {**RICH, "data.num_workers": number}, stop=stop)
@@ -124,7 +124,7 @@ def ask_in_validation(evaluators):
     return ask
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", mostly_slow([1, 3], (3,)))
 def test_a_stop_inside_a_validation_repeats_it_as_a_whole(uninterrupted, tmp_path, evaluators, epoch):
     class Counter(Drawer):
         """Counts validations as they begin, before they are stopped."""

@@ -2,10 +2,13 @@
 
 import dataclasses
 import pickle
+from itertools import product
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import mostly_slow
 from PIL import Image
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
@@ -23,6 +26,7 @@ from hjepa_engine.data.augment import TrainTransform
 from hjepa_engine.data.memory import MemoryImages
 from hjepa_engine.data.reading import ImageReader
 from hjepa_engine.errors import DataError
+from hjepa_engine.recipes.pack import main as pack
 
 
 def picture(number, mode="RGB", size=(12, 10)):
@@ -292,6 +296,18 @@ def test_an_evaluation_leaves_damaged_images_out_and_keeps_the_number_of_batches
     assert lines == [f"pictures/{index}.png: image file is truncated" for index in sorted(bad)]
 
 
+def test_an_evaluation_with_fewer_images_left_than_it_needs_is_filled_up_to_its_number_of_batches():
+    bad = {1, 2, 3, 4, 5, 7, 8, 9}
+    loader = build_loader(DataConfig(**PLAIN, batch_size=2), source(10, bad), 0, train=False)
+    batches = list(loader)
+    assert [batch.get("is_filler", False) for batch in batches] == [False, False, True, True, True]
+    assert [batch["labels"].tolist() for batch in batches] == [[0]] * 5
+    assert torch.equal(batches[1]["images"], batches[2]["images"])
+    assert sorted(line for batch in batches for line in batch["damaged"]) == [
+        f"pictures/{index}.png: image file is truncated" for index in sorted(bad)
+    ]
+
+
 def test_an_evaluation_without_a_readable_image_is_one_line():
     with pytest.raises(DataError, match=r"no image could be read, the last one: pictures/3\.png"):
         list(build_loader(DataConfig(**PLAIN, batch_size=2), source(4, range(4)), 0, train=False))
@@ -374,12 +390,38 @@ def test_too_few_images_are_one_line():
         build_loader(config, open_split(config, "train"), 0, train=True)
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_loader_processes_of_every_start_method_read_the_same_bits(tmp_path, method):
-    image_folder(tmp_path)
-    config = DataConfig(
-        dataset="imagefolder", data_path=str(tmp_path), image_size=8, batch_size=3, val_fraction=0.1, num_workers=2
-    )
+def packed_folder(root):
+    image_folder(root / "files")
+    pack([str(root / "files"), str(root / "packed")])
+    return {"dataset": "packed", "data_path": str(root / "packed")}
+
+
+def saved_table(root):
+    image_folder(root / "files")
+    files = sorted(map(str, (root / "files").rglob("*.png")))
+    columns = {"image": files, "label": [index % 2 for index in range(len(files))]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    datasets.Dataset.from_dict(columns, features).save_to_disk(root / "saved")
+    return {"dataset": "huggingface", "data_path": str(root / "saved")}
+
+
+def plain_folder(root):
+    image_folder(root)
+    return {"dataset": "imagefolder", "data_path": str(root)}
+
+
+def own_noise(root):
+    return {"class_path": "test_own_data.noise", "init_args": {"size": 30}}
+
+
+STORES = [plain_folder, packed_folder, saved_table, own_noise]
+# A process that is not forked imports everything: seconds. A server that forks is handed the same as one that is spawned.
+QUICK = [*((store, "fork") for store in STORES), (saved_table, "spawn")]
+
+
+@pytest.mark.parametrize(("store", "method"), mostly_slow([*product(STORES, ("fork", "forkserver", "spawn"))], QUICK))
+def test_loader_processes_of_every_start_method_read_the_same_bits(tmp_path, store, method):
+    config = DataConfig(**store(tmp_path), image_size=8, batch_size=3, val_fraction=0.1, num_workers=2)
     opened = open_split(config, "train")
     alone, shared = (
         build_loader(DataConfig(**{**vars(config), "num_workers": number}), opened, 0, train=True) for number in (0, 2)

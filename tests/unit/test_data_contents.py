@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from helpers import NOISE, logged, options
+from helpers import NOISE, logged, options, same_bits
+from ignite.engine import Events
 from PIL import Image
 from resuming import assert_same, outcome, train
 
@@ -166,3 +167,36 @@ def test_grown_data_is_refused_inside_an_epoch(tmp_path, values):
     start = tmp_path / "run" / "checkpoints" / "epoch_0001_step_00000002"
     run = train(tmp_path / "new", {**values, "data.allow_growth": "true", "checkpoint.resume": str(start)})
     assert run.trainer.state.iteration == 12
+
+
+class WrongUntilRolledBack:
+    """A metric that is wrong from iteration 5 on until the run is rolled back."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+
+    def write(self, engine):
+        rollbacks = engine.stateful_handlers()["CollapseGuard"].rollbacks
+        engine.state.metrics["mine"] = float(engine.state.iteration >= 5 and not rollbacks)
+
+
+def test_a_rollback_to_before_the_data_had_grown_goes_on_as_a_resume_from_there_does(tmp_path, values, capsys):
+    rule = "[{metric: mine, above: 0.5, readings: 3, action: rollback}]"
+    values = {**values, "guard.rules": rule, "guard.lr_factor": 1.0}
+    train(tmp_path / "run", {**values, "training.max_iters": 6}, [WrongUntilRolledBack])  # 3 epochs of 2 steps, 2 wrong
+    add_images(tmp_path / "images", 8, 4)
+    grown = {**values, "data.allow_growth": "true"}
+    start = shutil.copytree(tmp_path / "run" / "checkpoints" / "epoch_0002_step_00000004", tmp_path / "start")
+    resumed = train(tmp_path / "resumed", {**grown, "checkpoint.resume": str(start)})
+    capsys.readouterr()
+    run = train(tmp_path / "run", grown, [WrongUntilRolledBack])
+    clock = "epoch 3 starts at step 6 instead of 4, an epoch has 3 steps instead of 2; schedules follow"
+    assert clock in capsys.readouterr().out
+    assert (run.guard.rollbacks, run.trainer.state.iteration, run.trainer.state.optimizer_step) == (1, 12, 12)
+    one, other = outcome(run), outcome(resumed)
+    assert same_bits(one[1], other[1])
+    rates = [{line["step"]: line["train/lr"] for line in found[2] if "train/lr" in line} for found in (one, other)]
+    assert {step: rates[0][step] for step in range(7, 13)} == {step: rates[1][step] for step in range(7, 13)}
+    # What followed epoch 2 was forgotten: the end of epoch 3 was at iteration 6 as well, when epochs were shorter.
+    records = [checkpoint.record for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert [(record.epoch, record.iteration) for record in records] == [(4, 12), (3, 9), (2, 6), (2, 4), (1, 2)]

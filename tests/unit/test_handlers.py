@@ -274,6 +274,13 @@ def test_means_are_weighted_by_samples():
     assert evaluator.run(batches).metrics == {"loss": 4.0}  # (1 + 2 + 3 + 10) / 4, not (2 + 10) / 2
 
 
+def test_a_filler_does_not_count_in_a_mean():
+    evaluator = create_evaluator(linear_step, nn.ModuleDict({"model": LinearModel()}))
+    MetricAverager(prefix="").attach(evaluator)
+    filler = {"x": torch.tensor([[90.0, 0]]), "is_filler": True}
+    assert evaluator.run([*rows((1, 0), (5, 0)), filler]).metrics == {"loss": 3.0}
+
+
 def test_a_value_that_is_missing_from_some_outputs_is_averaged_over_the_others():
     trainer, _ = linear_trainer(accumulation_steps=2, lr=1e-9, log_frequency=2)
     MetricAverager().attach(trainer)

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import NOISE, options, pretraining, same_bits, tiny_config
+from helpers import NOISE, mostly_slow, options, pretraining, same_bits, tiny_config
 
 from hjepa_engine import load_config
 from hjepa_engine.build import build_masks, build_schedules
@@ -323,7 +323,7 @@ def lines_in(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", mostly_slow([0, 1], (1,)))
 def test_a_run_draws_at_its_last_iteration_and_changes_no_weight(tmp_path, order):
     config = tiny_config(training__max_iters=7)
     drawing = pretraining(
