@@ -149,13 +149,21 @@ def build_masks(config: Config, grid: tuple[int, int]) -> MultiBlockMasks:
     """The sampler of masks.
 
     Raises:
-        ConfigError: the masks do not fit into the grid.
+        ConfigError: the masks do not fit into the grid, or leave less than ``masking.context_keep``.
     """
     masking = config.masking
     try:
-        return MultiBlockMasks(grid, masking.num_masks, masking.mask_scale, masking.aspect_ratio, masking.context_scale)
+        return MultiBlockMasks(
+            grid,
+            masking.num_masks,
+            target_scale=masking.mask_scale,
+            aspect_ratio=masking.aspect_ratio,
+            context_scale=masking.context_scale,
+            context_keep=masking.context_keep,
+        )
     except ValueError as error:
-        raise ConfigError(f"masking: {str(error).replace('target_scale', 'mask_scale')}") from error
+        words = str(error).replace("target_scale", "mask_scale")
+        raise ConfigError(f"masking{'.' if words.startswith('context_keep ') else ': '}{words}") from error
 
 
 def build_loss(name: str) -> LossFunction:

@@ -246,6 +246,9 @@ class MaskingConfig:
     """Smallest and largest height / width of a target block."""
     context_scale: Pair[Share] = setting((0.85, 1.0))
     """Smallest and largest area of the context block, from which the targets are cut out."""
+    context_keep: Pair[Share] | None = None
+    """Smallest and largest share of the patch grid that the context encoder sees, drawn once per step; null: what the shapes
+    of the blocks leave in most images, see docs/masks.md."""
 
 
 @section()

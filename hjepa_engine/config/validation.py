@@ -22,11 +22,12 @@ def broken_rules(config: Any) -> Iterator[str]:
         "masking.mask_scale",
         "masking.aspect_ratio",
         "masking.context_scale",
+        "masking.context_keep",
     ):
         section, name = key.split(".")
-        low, high = getattr(getattr(config, section), name)
-        if low > high:
-            yield f"{key} must be ordered, smallest first, got [{low}, {high}]"
+        pair = getattr(getattr(config, section), name)
+        if pair is not None and pair[0] > pair[1]:
+            yield f"{key} must be ordered, smallest first, got {list(pair)}"
     if config.data.class_path is None and config.data.dataset not in WITHOUT_FILES:
         path = config.data.data_path or "data"
         run = os.path.abspath(config.run_dir or os.path.join("runs", config.logging.experiment_name))

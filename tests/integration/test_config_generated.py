@@ -396,6 +396,7 @@ CROSS = [
     ("masking: {mask_scale: [0.2, 0.1]}", "masking.mask_scale", "[0.2, 0.1]", "ordered, smallest first"),
     ("masking: {aspect_ratio: [1.5, 0.75]}", "masking.aspect_ratio", "[1.5, 0.75]", "ordered, smallest first"),
     ("masking: {context_scale: [1, 0.9]}", "masking.context_scale", "[1.0, 0.9]", "ordered, smallest first"),
+    ("masking: {context_keep: [0.3, 0.2]}", "masking.context_keep", "[0.3, 0.2]", "ordered, smallest first"),
     ("data: {download: true}", "data.download", "True", "must be false where data.dataset is digit_pages"),
     ("data: {hub_name: a/b}", "data.hub_name", "a/b", "must be null where data.dataset is digit_pages"),
     ("data: {mean: [0.5, 0.5]}", "data.mean", "[0.5, 0.5]", "must have one value per channel (1)"),
