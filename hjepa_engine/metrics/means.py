@@ -47,10 +47,17 @@ class WeightedMeans:
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
         """Add values (); a name may be missing from some calls, its mean is over the others."""
+        sums = []
         for name, value in values.items():
-            term = value.detach().double() * weight
-            self._sums[name] = self._sums[name].to(term.device) + term if name in self._sums else term
+            total = self._sums.get(name)
+            if total is None or total.device != value.device:  # a resumed sum is on the CPU
+                total = torch.zeros((), dtype=torch.float64, device=value.device) if total is None else total
+                self._sums[name] = total = total.to(value.device)
+            sums.append(total)
             self._weights[name] = self._weights.get(name, 0.0) + weight
+        if sums:
+            with torch.no_grad():
+                torch._foreach_add_(sums, list(values.values()), alpha=weight)
 
     def compute(self) -> dict[str, float]:
         """The means, with one device synchronization. Collective: all ranks must call it with the same names."""

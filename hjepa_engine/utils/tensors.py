@@ -29,7 +29,7 @@ def detach(outputs: Outputs) -> Outputs:
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.detach()
+            return value.detach() if value.requires_grad else value
         return [cut(item) for item in value] if isinstance(value, list) else value
 
     return {name: cut(value) for name, value in outputs.items()}
