@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.optim import clip_gradients, gradient_norm
+from hjepa_engine.optim import can_hold, clip_gradients, gradient_norm
 from hjepa_engine.state import Window, accumulation_window
 from hjepa_engine.utils.tensors import loss_of
 
@@ -28,11 +28,11 @@ class OptimizerStep:
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
-    set to drop this update.
+    set to drop this update, and ``engine.state.hold_update``, which decides on the device, for a fused optimizer.
     Writes: ``engine.state.window_open``; in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its
     micro-batches, and ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if
-    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.skip_update``, False at
-    every iteration's start; ``engine.state.metrics["train/skipped_updates"]``.
+    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.skip_update``, False, and
+    ``hold_update``, None, at every iteration's start; ``engine.state.metrics["train/skipped_updates"]``.
     Fires: ``TrainEvents.BACKWARD_COMPLETED`` in every iteration; in a window's last ``TrainEvents.GRADIENTS_READY``, then
     ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by ``skip_update``, or by the scaler because fp16
     gradients overflowed).
@@ -60,6 +60,7 @@ class OptimizerStep:
         self.optimizer, self.accumulation_steps, self.clip_grad = optimizer, accumulation_steps, clip_grad
         self.scaler = scaler or GradScaler("cpu", enabled=False)
         self._loss: Tensor | None = None  # of the window so far
+        self._window = Window(0, 1)
         self._replicated: list[DistributedDataParallel] = []
         self._first = self._skipped_updates = 0
 
@@ -78,8 +79,10 @@ class OptimizerStep:
 
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
-        engine.state.skip_update, engine.state.skipped_updates = False, self._skipped_updates
-        window = self._window(engine)
+        state = engine.state
+        state.skip_update, state.hold_update, state.skipped_updates = False, None, self._skipped_updates
+        window = accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
+        self._window = window
         if window.position == 0 and self._loss is not None:
             self._loss = None  # a window that was cut off leaves nothing behind
             self.optimizer.zero_grad(set_to_none=True)
@@ -90,7 +93,7 @@ class OptimizerStep:
 
     def step(self, engine: Trainer) -> None:
         """Backward; at the end of the window, step."""
-        window = self._window(engine)
+        window = self._window
         loss, share = loss_of(engine.state.output), window.size - self._first
         if share > 1:
             loss = loss / share
@@ -111,7 +114,10 @@ class OptimizerStep:
         if stepped:
             if self.clip_grad is not None:
                 clip_gradients(self._gradients(), norm, self.clip_grad)
-            self.scaler.step(self.optimizer)
+            if engine.state.hold_update is None:
+                self.scaler.step(self.optimizer)
+            else:
+                self._step_unless(engine.state.hold_update)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if stepped:
@@ -121,6 +127,15 @@ class OptimizerStep:
             self._skipped_updates += 1
             engine.state.skipped_updates = self._skipped_updates
             del engine.state.output["grad_norm"]  # often infinite, and of no update
+
+    def _step_unless(self, hold: Tensor) -> None:
+        if self.scaler.is_enabled() or not can_hold(self.optimizer):
+            raise ValueError("only a fused optimizer, without a gradient scaler, can hold an update on the device")
+        self.optimizer.found_inf = hold  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def report(self, engine: Trainer) -> None:
         """Write how many updates were skipped so far, once there are any."""
@@ -132,10 +147,6 @@ class OptimizerStep:
         if not grads:
             raise RuntimeError("the loss reaches none of the optimizer's parameters")
         return grads
-
-    def _window(self, engine: Trainer) -> Window:
-        state = engine.state
-        return accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, the scaler's (empty without fp16), and how many updates were skipped."""

@@ -50,15 +50,15 @@ class TargetEncoderEMA:
         self._averaged = [target[name] for name in averaged], [context[name] for name in averaged]
         self._copied = [(target[name], context[name]) for name in target if name not in set(averaged)]
 
-    @torch.no_grad()
     def update(self) -> None:
         """One update with the present momentum."""
         if self._averaged is None:
             self.find_tensors()
         assert self._averaged is not None
-        torch._foreach_lerp_(*self._averaged, 1 - self.param_groups[0]["momentum"])
-        for target, context in self._copied:
-            target.copy_(context)
+        with torch.no_grad():
+            torch._foreach_lerp_(*self._averaged, 1 - self.param_groups[0]["momentum"])
+            for target, context in self._copied:
+                target.copy_(context)
 
     def report(self, engine: StepEngine) -> None:
         """Write the momentum to the metrics."""

@@ -55,6 +55,7 @@ from hjepa_engine.handlers import (
 )
 from hjepa_engine.metrics.names import KNN, ONLINE_LINEAR
 from hjepa_engine.models import ContextEncoder, encoder_name
+from hjepa_engine.optim import can_hold
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Datasets, Run, with_passed_data
 from hjepa_engine.run.folder import RunFolder, own_folders
@@ -214,6 +215,8 @@ def _training(
     optimizer = build_run_optimizer(config, modules)
     schedules = build_schedules(config, steps_per_epoch(len(data.loader), training.accumulation_steps))
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp_dtype == torch.float16)
+    can_wait = training.non_finite == "stop" and not scaler.is_enabled() and can_hold(optimizer)
+    on_device = trainer.device.type == "cuda" and can_wait
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
     lr_schedule = partial(ParamSchedule, optimizer, "lr", scale=scale)
     handlers = [
@@ -222,7 +225,7 @@ def _training(
         StepSeed(config.seed),
         *_masks(config, trainer, training.accumulation_steps),
         OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
-        NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled()),
+        NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled(), on_device=on_device),
         lr_schedule(schedules.lr, select=lambda group: group["level"] is None, metric="train/lr"),
         lr_schedule(schedules.level_lr, select=lambda group: group["level"] is not None, metric=level_lr_metric),
         ParamSchedule(

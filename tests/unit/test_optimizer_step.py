@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -21,7 +22,7 @@ from torch import nn
 from hjepa_engine import TrainEvents, create_trainer
 from hjepa_engine.handlers import NonFiniteGuard, OptimizerStep, ParamSchedule, TargetEncoderEMA
 from hjepa_engine.models import build_modules
-from hjepa_engine.optim import build_optimizer, param_groups
+from hjepa_engine.optim import build_optimizer, clip_gradients, gradient_norm, param_groups
 from hjepa_engine.schedules import CosineScheduler, HierarchicalScheduler, LinearScheduler
 
 # Adam divides by the gradient's size: with its usual eps, gradients that are nothing but rounding become whole steps.
@@ -363,6 +364,33 @@ def test_optimizer_arguments_are_passed_on_and_win():
     groups = param_groups(nn.ModuleDict({"model": nn.Linear(2, 2)}))
     optimizer = build_optimizer("sgd", groups, 0.5, (0.8, 0.9), momentum=0.3, nesterov=True)
     assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["nesterov"]) == (0.3, True)
+
+
+def test_an_optimizer_is_fused_where_it_can_be_and_nothing_else_was_asked_for():
+    groups = param_groups(nn.ModuleDict({"model": nn.Linear(2, 2)}))
+
+    def is_fused(name, **arguments):
+        return build_optimizer(name, copy.deepcopy(groups), 0.1, **arguments).param_groups[0].get("fused")
+
+    assert is_fused("adamw") and is_fused("sgd") and is_fused("torch.optim.Adam")
+    assert not is_fused("torch.optim.RAdam")
+    assert not is_fused("adamw", fused=False) and not is_fused("adamw", foreach=True)
+    assert not is_fused("adamw", capturable=True)
+    groups[0]["params"] = [nn.Parameter(torch.ones(2, 2, device="meta"))]
+    assert not is_fused("adamw")
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4, math.nan])
+def test_gradients_are_measured_and_clipped_with_the_bits_of_torchs_functions(scale):
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), (2, 3, 4))]
+    for parameter in parameters:
+        parameter.grad = scale * torch.randn(parameter.shape)
+    ours = [parameter.grad.clone() for parameter in parameters]
+    norm = gradient_norm(ours)
+    clip_gradients(ours, norm, 0.3)
+    expected = nn.utils.clip_grad_norm_(parameters, 0.3)
+    for tensor, other in zip([norm, *ours], [expected, *(parameter.grad for parameter in parameters)], strict=True):
+        assert torch.equal(tensor.view(torch.int32), other.view(torch.int32))
 
 
 @pytest.mark.parametrize(
