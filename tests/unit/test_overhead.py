@@ -1,4 +1,4 @@
-"""What the default handlers do not do in every iteration: read tensors, which would wait for a GPU, and look modules up."""
+"""What the default handlers do not do in every iteration: read tensors, which waits for a GPU, and look things up."""
 
 import math
 from collections import Counter
@@ -15,6 +15,7 @@ from hjepa_engine import TrainEvents, create_trainer
 from hjepa_engine.checkpoint.state import collect_state
 from hjepa_engine.errors import GuardStop
 from hjepa_engine.handlers import NonFiniteGuard, OptimizerStep, TargetEncoderEMA
+from hjepa_engine.metrics import WeightedMeans
 from hjepa_engine.optim import build_optimizer
 from hjepa_engine.recipes import pretrain
 
@@ -190,3 +191,29 @@ def test_the_tensors_of_the_target_encoder_are_looked_up_once_per_run(monkeypatc
     trainer.attach(TargetEncoderEMA(trainer.modules["model"], target, 0.5))
     trainer.run(rows((1, 0), (0, 1), (1, 1)))
     assert len(looked_up) == 1 and not torch.equal(target.weight, LinearModel().weight)
+
+
+# Means
+
+
+def test_means_cost_two_operations_however_many_there_are_and_take_any_mixture():
+    means = WeightedMeans()
+    values = {f"loss_{number}": torch.tensor(float(number)) for number in range(20)}
+    means.add(values, 3)
+    operators = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operators.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Operators():
+        means.add(values, 1)
+    assert [name for name in operators if name != "aten::detach"] == ["aten::stack", "aten::add_.Tensor"]
+    means.add({"loss_4": torch.tensor(8.0, dtype=torch.bfloat16), "count": torch.tensor(2**24 + 1)}, 4)
+    copied = WeightedMeans()
+    copied.load_state_dict(means.state_dict())
+    for each in (means, copied):
+        found = each.compute()
+        assert list(found) == [*values, "count"]
+        assert (found["loss_4"], found["loss_5"], found["count"]) == (6.0, 5.0, 2**24 + 1)
