@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
-from hjepa_engine.optim import can_hold, clip_gradients, gradient_norm
 from hjepa_engine.state import Window, accumulation_window
+from hjepa_engine.utils.gradients import can_hold, clip_gradients, gradient_norm
 from hjepa_engine.utils.tensors import loss_of
 
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.imports import import_object
@@ -47,26 +47,6 @@ def param_groups(modules: nn.ModuleDict, weight_decay: float = 0.0) -> list[dict
         }
         for level, decay in order
     ]
-
-
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm () of all gradients together: bit for bit ``torch.nn.utils.get_total_norm``, in a quarter of its time.
-
-    Args:
-        gradients: on one device.
-    """
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients down to ``max_norm`` in place: ``torch.nn.utils.clip_grads_with_norm_`` in half as many operations.
-
-    Args:
-        gradients: on one device.
-        norm: theirs (), from :func:`gradient_norm`.
-        max_norm: larger norms become this one.
-    """
-    torch._foreach_div_(gradients, (norm / max_norm).clamp_(min=1.0))
 
 
 def _level_of(name: str) -> int | None:
@@ -118,8 +98,3 @@ def build_optimizer(
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in parameters)
-
-
-def can_hold(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``optimizer`` reads on the device whether to leave out a step, as torch's fused ones do (``found_inf``)."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)

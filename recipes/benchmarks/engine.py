@@ -38,10 +38,10 @@ from hjepa_engine.handlers import (
 )
 from hjepa_engine.masking import MultiBlockMasks
 from hjepa_engine.models import ContextEncoder
-from hjepa_engine.optim import clip_gradients, gradient_norm
 from hjepa_engine.recipes.benchmarks import machine
 from hjepa_engine.schedules import CosineScheduler
 from hjepa_engine.types import Batch, Outputs
+from hjepa_engine.utils.gradients import clip_gradients, gradient_norm
 
 ITERATIONS = 400
 GRIDS = ((8, 8, 256), (14, 14, 128), (16, 16, 128), (12, 20, 128))

@@ -55,12 +55,12 @@ from hjepa_engine.handlers import (
 )
 from hjepa_engine.metrics.names import KNN, ONLINE_LINEAR
 from hjepa_engine.models import ContextEncoder, encoder_name
-from hjepa_engine.optim import can_hold
 from hjepa_engine.recipes.common.monitoring import build_monitors
 from hjepa_engine.recipes.common.run import Datasets, Run, with_passed_data
 from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.normalization import fix_stats, recall_stats
 from hjepa_engine.types import Step, unwrap
+from hjepa_engine.utils.gradients import can_hold
 
 #: What ``build`` takes for modules: the modules, or a function that makes them for a configuration.
 Modules = nn.ModuleDict | Callable[[Config], nn.ModuleDict]

@@ -22,8 +22,9 @@ from torch import nn
 from hjepa_engine import TrainEvents, create_trainer
 from hjepa_engine.handlers import NonFiniteGuard, OptimizerStep, ParamSchedule, TargetEncoderEMA
 from hjepa_engine.models import build_modules
-from hjepa_engine.optim import build_optimizer, clip_gradients, gradient_norm, param_groups
+from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import CosineScheduler, HierarchicalScheduler, LinearScheduler
+from hjepa_engine.utils.gradients import clip_gradients, gradient_norm
 
 # Adam divides by the gradient's size: with its usual eps, gradients that are nothing but rounding become whole steps.
 OPTIMIZERS = {"sgd": (0.1, {}), "adamw": (1e-3, {"eps": 1e-3})}
