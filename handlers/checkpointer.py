@@ -104,13 +104,16 @@ class Checkpointer:
     def reasons_to_save(self, engine: Trainer) -> list[str]:
         """``epoch``, ``steps``, ``minutes`` or ``end``, whichever are due at this save point; the same on all ranks."""
         state, step = engine.state, engine.state.optimizer_step
-        due = {
-            "epoch": self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0,
-            "steps": self.every_steps and step != self._last_step and step % self.every_steps == 0,
-            "minutes": self.every_minutes and any_rank(time.monotonic() - self._last_save >= 60 * self.every_minutes),
-            "end": engine.should_terminate or state.iteration >= total_iterations(state),
-        }
-        return [reason for reason, is_due in due.items() if is_due]
+        reasons = []
+        if self.every_epochs and ends_epoch(state) and state.epoch % self.every_epochs == 0:
+            reasons.append("epoch")
+        if self.every_steps and step != self._last_step and step % self.every_steps == 0:
+            reasons.append("steps")
+        if self.every_minutes and any_rank(time.monotonic() - self._last_save >= 60 * self.every_minutes):
+            reasons.append("minutes")
+        if engine.should_terminate or state.iteration >= total_iterations(state):
+            reasons.append("end")
+        return reasons
 
     def save_now(self, engine: Trainer) -> None:
         """Save the preempted run and wait until it is on disk; ``CheckpointError`` if that fails."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ignite.engine import Events
 from torch import Tensor
 
@@ -55,10 +57,10 @@ class MetricAverager:
         engine.state.metrics.update({self.prefix + name: mean for name, mean in self.means.compute().items()})
         self.means.reset()
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
+    def state_dict(self) -> dict[str, Any]:
         """The sums of the current log interval."""
         return self.means.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.means.load_state_dict(state_dict)

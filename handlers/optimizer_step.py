@@ -8,12 +8,12 @@ from ignite.engine import Events
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.state import Window, accumulation_window
+from hjepa_engine.utils.gradients import can_hold, clip_gradients, gradient_norm
 from hjepa_engine.utils.tensors import loss_of
 
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -28,11 +28,11 @@ class OptimizerStep:
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
-    set to drop this update.
+    set to drop this update, and ``engine.state.hold_update``, which decides on the device, for a fused optimizer.
     Writes: ``engine.state.window_open``; in a window's last iteration ``engine.state.window_loss`` (), the mean loss of its
     micro-batches, and ``engine.state.output["grad_norm"]`` (), the L2 norm of all gradients before clipping, taken back if
-    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.skip_update``, False at
-    every iteration's start; ``engine.state.metrics["train/skipped_updates"]``.
+    the update is skipped; ``engine.state.optimizer_step`` and ``skipped_updates``; ``engine.state.skip_update``, False, and
+    ``hold_update``, None, at every iteration's start; ``engine.state.metrics["train/skipped_updates"]``.
     Fires: ``TrainEvents.BACKWARD_COMPLETED`` in every iteration; in a window's last ``TrainEvents.GRADIENTS_READY``, then
     ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by ``skip_update``, or by the scaler because fp16
     gradients overflowed).
@@ -59,7 +59,9 @@ class OptimizerStep:
             raise ValueError(f"clip_grad must be positive or None, got {clip_grad}")
         self.optimizer, self.accumulation_steps, self.clip_grad = optimizer, accumulation_steps, clip_grad
         self.scaler = scaler or GradScaler("cpu", enabled=False)
-        self._loss: Tensor | float = 0.0
+        self._loss: Tensor | None = None  # of the window so far
+        self._window = Window(0, 1)
+        self._replicated: list[DistributedDataParallel] = []
         self._first = self._skipped_updates = 0
 
     def attach(self, engine: Trainer) -> None:
@@ -70,55 +72,70 @@ class OptimizerStep:
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.report)
 
     def start(self, engine: Trainer) -> None:
-        """Count the skipped updates of a new run from 0."""
+        """Count the skipped updates of a new run from 0; find the modules that exchange gradients."""
+        self._replicated = [each for each in engine.modules.values() if isinstance(each, DistributedDataParallel)]
         if engine.state.iteration == 0:
             self._skipped_updates = 0
 
     def open(self, engine: Trainer) -> None:
         """Tell DDP whether this micro-batch's backward pass is the one that exchanges gradients."""
-        engine.state.skip_update, engine.state.skipped_updates = False, self._skipped_updates
-        window = self._window(engine)
-        if window.position == 0 and isinstance(self._loss, Tensor):
-            self._loss = 0.0  # a window that was cut off leaves nothing behind
+        state = engine.state
+        state.skip_update, state.hold_update, state.skipped_updates = False, None, self._skipped_updates
+        window = accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
+        self._window = window
+        if window.position == 0 and self._loss is not None:
+            self._loss = None  # a window that was cut off leaves nothing behind
             self.optimizer.zero_grad(set_to_none=True)
-        if not isinstance(self._loss, Tensor):
+        if self._loss is None:
             self._first = window.position  # above 0 where a longer run goes on behind a window that max_iters had cut
-        for module in engine.modules.values():
-            if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = window.is_last  # what module.no_sync() sets
+        for module in self._replicated:
+            module.require_backward_grad_sync = window.is_last  # what module.no_sync() sets
 
     def step(self, engine: Trainer) -> None:
         """Backward; at the end of the window, step."""
-        window = self._window(engine)
-        loss = loss_of(engine.state.output) / (window.size - self._first)
+        window = self._window
+        loss, share = loss_of(engine.state.output), window.size - self._first
+        if share > 1:
+            loss = loss / share
         self.scaler.scale(loss).backward()
-        self._loss = total = self._loss + loss.detach()
-        engine.fire_event(TrainEvents.BACKWARD_COMPLETED)
+        self._loss = total = loss.detach() if self._loss is None else self._loss + loss.detach()
+        engine.fire(TrainEvents.BACKWARD_COMPLETED)
         engine.state.window_open = not window.is_last
         if not window.is_last:
             return
-        engine.state.window_loss, self._loss = total, 0.0
+        engine.state.window_loss, self._loss = total, None
         self.scaler.unscale_(self.optimizer)
         gradients = self._gradients()
-        engine.state.output["grad_norm"] = norm = get_total_norm(gradients)
-        engine.fire_event(TrainEvents.GRADIENTS_READY)
+        engine.state.output["grad_norm"] = norm = gradient_norm(gradients)
+        engine.fire(TrainEvents.GRADIENTS_READY)
         # What the scaler itself goes by; it then lowers the scale, down to 0 if need be: the scale says nothing.
         overflow = self.scaler.is_enabled() and not norm.isfinite()
         stepped = not (engine.state.skip_update or overflow)
         if stepped:
             if self.clip_grad is not None:
-                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-                clip_grads_with_norm_(parameters, self.clip_grad, norm)
-            self.scaler.step(self.optimizer)
+                clip_gradients(self._gradients(), norm, self.clip_grad)
+            if engine.state.hold_update is None:
+                self.scaler.step(self.optimizer)
+            else:
+                self._step_unless(engine.state.hold_update)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if stepped:
             engine.state.optimizer_step += 1
-            engine.fire_event(TrainEvents.OPTIMIZER_STEPPED)
+            engine.fire(TrainEvents.OPTIMIZER_STEPPED)
         else:
             self._skipped_updates += 1
             engine.state.skipped_updates = self._skipped_updates
             del engine.state.output["grad_norm"]  # often infinite, and of no update
+
+    def _step_unless(self, hold: Tensor) -> None:
+        if self.scaler.is_enabled() or not can_hold(self.optimizer):
+            raise ValueError("only a fused optimizer, without a gradient scaler, can hold an update on the device")
+        self.optimizer.found_inf = hold  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def report(self, engine: Trainer) -> None:
         """Write how many updates were skipped so far, once there are any."""
@@ -130,10 +147,6 @@ class OptimizerStep:
         if not grads:
             raise RuntimeError("the loss reaches none of the optimizer's parameters")
         return grads
-
-    def _window(self, engine: Trainer) -> Window:
-        state = engine.state
-        return accumulation_window(state.iteration, state.epoch_length, self.accumulation_steps, state.max_iters)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, the scaler's (empty without fp16), and how many updates were skipped."""

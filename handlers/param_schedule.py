@@ -65,16 +65,17 @@ class ParamSchedule(ParamScheduler):
         """Write the value of the coming optimizer step."""
         if engine is not None:
             self.event_index = engine.state.optimizer_step
-        value = self.get_param()
-        for group in self.optimizer_param_groups:
-            group[self.param_name] = value[group["level"]] if isinstance(value, list) else value
+        value, name = self.get_param(), self.param_name
+        for group in self.optimizer.param_groups:
+            if self.select(group):
+                group[name] = value[group["level"]] if isinstance(value, list) else value
 
     def get_param(self) -> list[float] | float:
         """The schedule's value at the present optimizer step."""
-        value = self.schedule(self.event_index)
-        if isinstance(value, Sequence):
-            return [self.scale() * float(item) for item in value]
-        return self.scale() * float(value)
+        value, scale = self.schedule(self.event_index), self.scale()
+        if not isinstance(value, float) and isinstance(value, Sequence):
+            return [scale * float(item) for item in value]
+        return scale * float(value)
 
     def report(self, engine: StepEngine) -> None:
         """Write the value that the last optimizer step used to the metrics."""

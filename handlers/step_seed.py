@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ignite.distributed as idist
-
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
+from hjepa_engine.utils.distributed import rank
 from hjepa_engine.utils.rng import seed_everything
 
 
@@ -29,4 +28,4 @@ class StepSeed:
 
     def reseed(self, engine: StepEngine) -> None:
         """Seed the next step."""
-        seed_everything(self.seed, "step", engine.state.iteration, idist.get_rank())
+        seed_everything(self.seed, "step", engine.state.iteration, rank())

@@ -58,6 +58,8 @@ class StepEngine(HookedEngine):
     def _run_step(self, batch: Batch) -> Outputs:
         batch = self.state.batch = move_to(batch, self.device)
         self.fire(TrainEvents.FORWARD_STARTED)
+        if self.amp_dtype is None and not torch.is_autocast_enabled(self.device.type):
+            return self.step(self.modules, batch)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.step(self.modules, batch)
 
@@ -82,6 +84,13 @@ class Trainer(StepEngine):
         self._stepped = self._resumed = self._interval_open = False
         self._iterations_before = 0
         self._stateful: list[Stateful] = []
+        # What comes first or last at an event: order must not depend on who attached first.
+        self.hook(Events.STARTED, before=self._forget_finished_run, after=self._complete_start)
+        self.hook(Events.ITERATION_COMPLETED, after=self._finalize_iteration)
+        self.hook(Events.TERMINATE_SINGLE_EPOCH, after=self._skip_rest_of_epoch)
+        self.hook(Events.EPOCH_COMPLETED, before=self._complete_epoch, after=self._finalize_epoch)
+        self.hook(Events.COMPLETED, after=lambda: self.fire(TrainEvents.RUN_FINALIZED))
+        self.hook(TrainEvents.OPTIMIZER_STEPPED, after=self._note_step)
         self.add_event_handler(Events.EPOCH_STARTED, lambda: self.modules.train())
 
     def add_event_handler(self, event_name: Any, handler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -188,42 +197,30 @@ class Trainer(StepEngine):
         # A live loss would keep the graph, and with it all activations, until the next iteration has replaced it.
         return detach(self.state.output)
 
-    def before(self, event: Any) -> None:
-        """Put the state in order for the handlers of ``event``."""
-        if event == Events.STARTED and self.state.iteration == 0 < self._iterations_before:
-            self._forget_run()
-        elif event == Events.EPOCH_COMPLETED:
-            self._complete_epoch()
-
-    def after(self, event: Any) -> None:
-        """Fire what comes last: order must not depend on who attached first."""
-        state = self.state
-        if event == TrainEvents.OPTIMIZER_STEPPED:
-            self._stepped = True
-        elif event == Events.ITERATION_COMPLETED:
-            self._finalize_iteration()
-        elif event == Events.TERMINATE_SINGLE_EPOCH:
-            self._skip_rest_of_epoch()
-        elif event == Events.EPOCH_COMPLETED:
-            self.fire(TrainEvents.LOG_METRICS)
-            self.fire(TrainEvents.EPOCH_FINALIZED)
-            state.epoch_open = False
-            self.fire(TrainEvents.CHECKPOINT_READY)
-        elif event == Events.COMPLETED:
-            self.fire(TrainEvents.RUN_FINALIZED)
-        elif event == Events.STARTED:
-            if state.iteration == 0:
-                self.fire(TrainEvents.LOG_METRICS)
-            elif state.epoch_open:  # saved behind an epoch's last iteration: its end is still to come
-                self.fire(Events.EPOCH_COMPLETED)
-
-    def _forget_run(self) -> None:
+    def _forget_finished_run(self) -> None:
         """What Ignite does not put back when it starts a finished run anew."""
         state = self.state
+        if not state.iteration == 0 < self._iterations_before:
+            return
         state.optimizer_step = state.skipped_updates = 0
         state.window_open = state.epoch_open = False
         state.metrics.clear()
         state.media.clear()
+
+    def _complete_start(self) -> None:
+        if self.state.iteration == 0:
+            self.fire(TrainEvents.LOG_METRICS)
+        elif self.state.epoch_open:  # saved behind an epoch's last iteration: its end is still to come
+            self.fire(Events.EPOCH_COMPLETED)
+
+    def _note_step(self) -> None:
+        self._stepped = True
+
+    def _finalize_epoch(self) -> None:
+        self.fire(TrainEvents.LOG_METRICS)
+        self.fire(TrainEvents.EPOCH_FINALIZED)
+        self.state.epoch_open = False
+        self.fire(TrainEvents.CHECKPOINT_READY)
 
     def _finalize_iteration(self) -> None:
         state, self._interval_open = self.state, True

@@ -105,6 +105,9 @@ class TrainState(State):
     """Mean loss () of the last complete accumulation window, on this rank."""
     skip_update: bool
     """Whether this window's update is to be dropped; False again at the next iteration."""
+    hold_update: Tensor | None
+    """1.0 where this window's update must change nothing, else 0.0: a tensor () on the device, for the optimizer, unread;
+    None at the next iteration."""
     skipped_updates: int
     """Updates dropped so far in the run, by ``skip_update`` or the gradient scaler."""
     checkpoint: Path | None
@@ -115,6 +118,7 @@ class TrainState(State):
         self.metrics, self.media = Metrics(), {}
         self.optimizer_step = self.skipped_updates = 0
         self.window_open = self.epoch_open = self.skip_update = False
+        self.hold_update = None
         self.window_loss = torch.tensor(math.nan)
         self.checkpoint = None
 

@@ -292,7 +292,7 @@ class TrainingConfig:
     optimizer: str = "adamw"
     """``adamw``, ``sgd``, or the dotted path of a ``torch.optim.Optimizer``."""
     optimizer_args: dict[str, Any] = setting(dict)
-    """Further arguments of the optimizer."""
+    """Further arguments of the optimizer; ``fused`` is true by default where torch has a fused implementation."""
     betas: Pair[BelowOne] = setting((0.9, 0.95))
     """Of Adam and its like; the first one is SGD's momentum."""
     clip_grad: float | None = setting(None, gt=0, on_resume="elsewhere")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -38,8 +40,9 @@ class WeightedMeans:
     """Weighted means by name, summed in float64 on the values' own device, over all ranks when computed."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
+        # By the names that were added together: two operations for all of them, however many there are.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._weights: dict[tuple[str, ...], float] = {}
 
     def reset(self) -> None:
         """Forget everything."""
@@ -47,29 +50,57 @@ class WeightedMeans:
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
         """Add values (); a name may be missing from some calls, its mean is over the others."""
-        for name, value in values.items():
-            term = value.detach().double() * weight
-            self._sums[name] = self._sums[name].to(term.device) + term if name in self._sums else term
-            self._weights[name] = self._weights.get(name, 0.0) + weight
+        if not values:
+            return
+        names, added = tuple(values), _stacked([value.detach() for value in values.values()])
+        total = self._sums.get(names)
+        if total is None:
+            self._sums[names], self._weights[names] = added.double() * weight, weight
+            return
+        if total.device != added.device:  # it was resumed
+            self._sums[names] = total = total.to(added.device)
+        total.add_(added, alpha=weight)
+        self._weights[names] += weight
 
     def compute(self) -> dict[str, float]:
         """The means, with one device synchronization. Collective: all ranks must call it with the same names."""
         if not self._sums:
             return {}
         # A resumed sum is on the CPU until its name is seen again.
-        device = next((value.device for value in self._sums.values() if value.device.type != "cpu"), None)
-        sums = torch.stack([value.to(device) for value in self._sums.values()])
-        weights = torch.tensor(list(self._weights.values()), dtype=torch.float64, device=sums.device)
-        both = torch.stack([sums, weights])
+        device = next((total.device for total in self._sums.values() if total.device.type != "cpu"), None)
+        names = {name: number for number, name in enumerate(dict.fromkeys(chain.from_iterable(self._sums)))}
+        weights = [0.0] * len(names)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        for group, total in self._sums.items():
+            numbers = [names[name] for name in group]
+            sums.index_add_(0, torch.tensor(numbers, device=device), total.to(device))
+            for number in numbers:
+                weights[number] += self._weights[group]
+        both = torch.stack([sums, torch.tensor(weights, dtype=torch.float64, device=device)])
         if idist.get_world_size() > 1:
             both = idist.all_reduce(both)  # type: ignore[assignment]
-        return dict(zip(self._sums, (both[0] / both[1]).tolist(), strict=True))
+        return dict(zip(names, (both[0] / both[1]).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Sums and weights of this rank."""
-        return {"sums": {name: value.item() for name, value in self._sums.items()}, "weights": dict(self._weights)}
+    def state_dict(self) -> dict[str, Any]:
+        """Names, sums and weights of this rank."""
+        return {
+            "names": [list(names) for names in self._sums],
+            "sums": [total.tolist() for total in self._sums.values()],
+            "weights": list(self._weights.values()),
+        }
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state_dict["sums"].items()}
-        self._weights = dict(state_dict["weights"])
+        groups = [tuple(names) for names in state_dict["names"]]
+        sums = (torch.tensor(values, dtype=torch.float64) for values in state_dict["sums"])
+        self._sums = dict(zip(groups, sums, strict=True))
+        self._weights = dict(zip(groups, state_dict["weights"], strict=True))
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """Numbers () as (N,); those of several devices or types in float64, on a GPU if one of them is."""
+    first = values[0]
+    if any(value.device != first.device or value.dtype != first.dtype for value in values):
+        device = next((value.device for value in values if value.device.type != "cpu"), first.device)
+        values = [value.to(device, torch.float64) for value in values]
+    return torch.stack(values)

@@ -11,9 +11,19 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
+def world_size() -> int:
+    """Number of ranks. Ignite's function of that name looks for a launcher first, each time: too slow for every step."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0; see :func:`world_size`."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is set on any rank. Collective, and small enough for every step."""
-    return bool(idist.all_reduce(int(flag), op="MAX")) if idist.get_world_size() > 1 else flag
+    return bool(idist.all_reduce(int(flag), op="MAX")) if world_size() > 1 else flag
 
 
 def gather_objects(value: Result) -> list[Result]:

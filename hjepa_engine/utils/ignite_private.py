@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -16,17 +19,41 @@ from ignite.engine import Engine, Events
 class HookedEngine(Engine):
     """Ignite's ``Engine`` with hooks around its events, and with handlers that can be listed and detached."""
 
-    def before(self, event: Any) -> None:
-        """Called before the handlers of every ``event``."""
+    def __init__(self, process_function: Callable[[Engine, Any], Any]) -> None:
+        super().__init__(process_function)
+        self._before: dict[str, Callable[[], None]] = {}
+        self._after: dict[str, Callable[[], None]] = {}
 
-    def after(self, event: Any) -> None:
-        """Called after all handlers of every ``event``, in whatever order and whenever they were attached."""
+    def hook(
+        self, event: Any, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+    ) -> None:
+        """Call ``before`` before the handlers of ``event``, ``after`` after all of them, whenever they were attached.
+
+        An event has one function of each kind.
+        """
+        if before is not None:
+            self._before[event.name] = before
+        if after is not None:
+            self._after[event.name] = after
 
     # Everything that fires an event, also Ignite's own loop, comes through here; nothing public runs behind all handlers.
+    # An iteration fires more than ten events. Ignite's own method formats a line for its log each time, whether it is
+    # written or not, and comparing or hashing an event is Python code of Ignite's: hooks are looked up by its name.
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        self.before(event_name)
-        super()._fire_event(event_name, *event_args, **event_kwargs)
-        self.after(event_name)
+        name = getattr(event_name, "_name_", event_name)
+        if name in self._before:
+            self._before[name]()
+        if event_args or event_kwargs or self.logger.isEnabledFor(logging.DEBUG):
+            super()._fire_event(event_name, *event_args, **event_kwargs)
+        else:
+            self.last_event_name = event_name
+            for function, args, kwargs in self._event_handlers[event_name]:
+                if args and type(args[0]) is weakref.ref:
+                    function(self, *args[1:], **kwargs)
+                else:
+                    function(*args, **kwargs)
+        if name in self._after:
+            self._after[name]()
 
     def fire(self, event: Any) -> None:
         """``fire_event`` without its check that the event is registered, which takes longer than the firing."""

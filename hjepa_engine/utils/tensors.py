@@ -14,7 +14,7 @@ from hjepa_engine.types import Outputs
 def move_to(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in its dicts, lists and tuples on ``device``."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: move_to(item, device) for name, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -29,7 +29,7 @@ def detach(outputs: Outputs) -> Outputs:
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.detach()
+            return value.detach() if value.requires_grad else value
         return [cut(item) for item in value] if isinstance(value, list) else value
 
     return {name: cut(value) for name, value in outputs.items()}

@@ -62,6 +62,7 @@ from hjepa_engine.recipes.common.run import Datasets, Run, with_passed_data
 from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.measured import fix_stats, recall
 from hjepa_engine.types import Step, unwrap
+from hjepa_engine.utils.gradients import can_hold
 
 #: What ``build`` takes for modules: the modules, or a function that makes them for a configuration.
 Modules = nn.ModuleDict | Callable[[Config], nn.ModuleDict]
@@ -219,6 +220,8 @@ def _training(
     optimizer = build_run_optimizer(config, modules)
     schedules = build_schedules(config, steps_per_epoch(len(data.loader), training.accumulation_steps))
     scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.amp_dtype == torch.float16)
+    can_wait = training.non_finite == "stop" and not scaler.is_enabled() and can_hold(optimizer)
+    on_device = trainer.device.type == "cuda" and can_wait
     level_lr_metric = "train/lr" if training.level_lrs else None  # else it is train/lr itself
     lr_schedule = partial(ParamSchedule, optimizer, "lr", scale=scale)
     handlers = [
@@ -227,7 +230,7 @@ def _training(
         StepSeed(config.seed),
         *_masks(config, trainer, training.accumulation_steps),
         OptimizerStep(optimizer, training.accumulation_steps, training.clip_grad, scaler),
-        NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled()),
+        NonFiniteGuard(training.non_finite, scaled=scaler.is_enabled(), on_device=on_device),
         lr_schedule(schedules.lr, select=lambda group: group["level"] is None, metric="train/lr"),
         lr_schedule(schedules.level_lr, select=lambda group: group["level"] is not None, metric=level_lr_metric),
         ParamSchedule(

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -23,6 +24,7 @@ from hjepa_engine.handlers import NonFiniteGuard, OptimizerStep, ParamSchedule, 
 from hjepa_engine.models import build_modules
 from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import CosineScheduler, HierarchicalScheduler, LinearScheduler
+from hjepa_engine.utils.gradients import clip_gradients, gradient_norm
 
 # Adam divides by the gradient's size: with its usual eps, gradients that are nothing but rounding become whole steps.
 OPTIMIZERS = {"sgd": (0.1, {}), "adamw": (1e-3, {"eps": 1e-3})}
@@ -363,6 +365,33 @@ def test_optimizer_arguments_are_passed_on_and_win():
     groups = param_groups(nn.ModuleDict({"model": nn.Linear(2, 2)}))
     optimizer = build_optimizer("sgd", groups, 0.5, (0.8, 0.9), momentum=0.3, nesterov=True)
     assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["nesterov"]) == (0.3, True)
+
+
+def test_an_optimizer_is_fused_where_it_can_be_and_nothing_else_was_asked_for():
+    groups = param_groups(nn.ModuleDict({"model": nn.Linear(2, 2)}))
+
+    def is_fused(name, **arguments):
+        return build_optimizer(name, copy.deepcopy(groups), 0.1, **arguments).param_groups[0].get("fused")
+
+    assert is_fused("adamw") and is_fused("sgd") and is_fused("torch.optim.Adam")
+    assert not is_fused("torch.optim.RAdam")
+    assert not is_fused("adamw", fused=False) and not is_fused("adamw", foreach=True)
+    assert not is_fused("adamw", capturable=True)
+    groups[0]["params"] = [nn.Parameter(torch.ones(2, 2, device="meta"))]
+    assert not is_fused("adamw")
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4, math.nan])
+def test_gradients_are_measured_and_clipped_as_by_torchs_functions(scale):
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), (2, 3, 4))]
+    for parameter in parameters:
+        parameter.grad = scale * torch.randn(parameter.shape)
+    ours = [parameter.grad.clone() for parameter in parameters]
+    norm = gradient_norm(ours)
+    clip_gradients(ours, norm, 0.3)
+    expected = nn.utils.clip_grad_norm_(parameters, 0.3)
+    assert torch.equal(norm.view(torch.int32), expected.view(torch.int32))
+    torch.testing.assert_close(ours, [parameter.grad for parameter in parameters], rtol=1e-5, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
