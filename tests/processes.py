@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hjepa_engine.build import process_group
+from hjepa_engine.devices import process_group
 
 
 def free_port() -> int:

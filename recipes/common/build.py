@@ -22,17 +22,13 @@ from hjepa_engine.build import (
     build_schedules,
     build_step,
     build_writers,
-    choose_amp_dtype,
-    choose_device,
-    compile_modules,
-    distribute,
-    fix_precision,
     steps_per_epoch,
 )
 from hjepa_engine.config.changes import plain_config
 from hjepa_engine.data import DatasetSplit, ImageLoader, build_loader, describe, open_split, passed_splits
 from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.summary import why_unlabeled
+from hjepa_engine.devices import choose_amp_dtype, choose_device, compile_modules, distribute, fix_precision
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.handlers import (

@@ -12,7 +12,7 @@ from ignite.engine import Events
 from torch.optim import Optimizer
 
 from hjepa_engine import Config, TrainEvents
-from hjepa_engine.build import process_group
+from hjepa_engine.devices import process_group
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import (
     DamagedImages,

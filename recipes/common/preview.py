@@ -10,8 +10,9 @@ from typing import Any
 import ignite.distributed as idist
 
 from hjepa_engine import Config
-from hjepa_engine.build import Schedules, build_schedules, process_group, steps_per_epoch
+from hjepa_engine.build import Schedules, build_schedules, steps_per_epoch
 from hjepa_engine.config.schema import Level
+from hjepa_engine.devices import process_group
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import MaskSampler
 from hjepa_engine.masking import MultiBlockMasks

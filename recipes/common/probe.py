@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from hjepa_engine import Config, create_evaluator
-from hjepa_engine.build import choose_device
 from hjepa_engine.data import DatasetSplit, build_loader, open_split, sample_per_class
 from hjepa_engine.data.split import SplitName
 from hjepa_engine.data.summary import why_unlabeled
+from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import DataError
 from hjepa_engine.evaluator import labeled_features
 from hjepa_engine.handlers import DamagedImages

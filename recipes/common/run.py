@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from hjepa_engine import Config
-from hjepa_engine.build import build_model, process_group
+from hjepa_engine.build import build_model
 from hjepa_engine.data import ImageLoader, describe_data, passed_splits
 from hjepa_engine.data import describe as describe_splits
 from hjepa_engine.data.contents import Description
 from hjepa_engine.data.datasets import has_probe_split
 from hjepa_engine.data.summary import summarize, why_unlabeled
+from hjepa_engine.devices import process_group
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder, warn_no_labels

@@ -6,7 +6,7 @@ from helpers import NOISE, tiny_config
 from ignite.engine import Events
 from resuming import assert_same, outcome, train
 
-from hjepa_engine.build import compile_modules
+from hjepa_engine.devices import compile_modules
 from hjepa_engine.models import build_modules
 
 VALUES = {
@@ -70,7 +70,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(tmp_path, monkeypatch, c
     with config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
         torch._dynamo.reset()
         assert not compile_modules(modules, torch.device("cpu"))
-    said = [record.getMessage() for record in caplog.records if record.name == "hjepa_engine.build"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hjepa_engine.devices"]
     assert len(said) == 1 and "\n" not in said[0]
     assert said[0].startswith("training.compile: no compiler works here, the run goes on without")
     modules["context_encoder"](torch.randn(1, 3, 24, 24))

@@ -20,12 +20,13 @@ from PIL import Image
 from torch import nn
 
 from hjepa_engine import Config, dump_config, load_config
-from hjepa_engine.build import build_step, choose_device
+from hjepa_engine.build import build_step
 from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.options import json_schema, list_options
 from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.config.schema import Level, ModelConfig, resolve_levels
 from hjepa_engine.data import build_loader, open_split
+from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe
 from hjepa_engine.models import build_modules

@@ -8,7 +8,8 @@ from helpers import NOISE, options, tiny_config
 from timm.models.vision_transformer import Block
 
 from hjepa_engine import load_config
-from hjepa_engine.build import build_masks, build_step, fix_precision
+from hjepa_engine.build import build_masks, build_step
+from hjepa_engine.devices import fix_precision
 from hjepa_engine.models import attention, build_modules
 from hjepa_engine.models.attention import attentions, choose_kernel, is_fused_faster, run_queries
 from hjepa_engine.recipes import pretrain

@@ -38,28 +38,29 @@ ARROWS = {
     "checkpoint": "engine errors state types utils",
     "run": "checkpoint config data engine errors metrics state utils",
     "export": "checkpoint config errors models types",
+    "devices": "config errors utils",
     "build": "checkpoint config errors loggers losses masking models optim schedules steps types utils",
     "report": "build checkpoint config errors metrics run utils",
     "face": "_version config engine evaluator events export",
     "handlers": "checkpoint config data engine errors evaluator events export levels loggers masking metrics run state "
     "types utils visualization",
-    "recipes": "build checkpoint config data engine errors evaluator events face handlers levels loggers losses masking "
-    "metrics models report run schedules steps types utils visualization",
+    "recipes": "build checkpoint config data devices engine errors evaluator events face handlers levels loggers losses "
+    "masking metrics models report run schedules steps types utils visualization",
 }
 #: Packages that only these rooms import. The configuration and what it imports load without torch.
 LIBRARIES = {
     "datasets": "data recipes",
-    "ignite": "build checkpoint data engine evaluator events handlers metrics recipes report run state utils",
+    "ignite": "build checkpoint data devices engine evaluator events handlers metrics recipes report run state utils",
     "jinja2": "report",
-    "matplotlib": "handlers visualization",
+    "matplotlib": "handlers recipes visualization",
     "PIL": "data loggers recipes visualization",
     "pydantic": "config",
     "safetensors": "checkpoint export",
     "sklearn": "data",
     "tensorboardX": "loggers",
     "timm": "models recipes",
-    "torch": "build checkpoint data engine evaluator export handlers levels loggers losses masking metrics models optim "
-    "recipes run state steps types utils visualization",
+    "torch": "build checkpoint data devices engine evaluator export handlers levels loggers losses masking metrics models "
+    "optim recipes run state steps types utils visualization",
     "torchvision": "data recipes",
     "tqdm": "utils",
     "wandb": "loggers",

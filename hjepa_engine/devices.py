@@ -1,0 +1,117 @@
+"""Where a run computes: device, precision, compiler, processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import ignite.distributed as idist
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hjepa_engine.config.describe import truncate
+from hjepa_engine.config.schema import Config, TrainingConfig
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.utils.arithmetic import fastest_dtype
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    idist.initialize("nccl" if choose_device(device).type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        idist.finalize()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``name`` asks for; of several GPUs, the one of this process.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    number = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= number:
+        raise ConfigError(f"device must exist: {name} was asked for, CUDA devices here: {number}")
+    if device.type == "cuda" and idist.get_world_size() > 1:
+        if device.index is not None or idist.get_local_rank() >= number:
+            raise ConfigError(
+                f"device must be cuda, with a GPU for each process of a machine ({number} here), got {name}"
+            )
+        return torch.device("cuda", idist.get_local_rank())
+    return device
+
+
+def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in; None without mixed precision."""
+    if training.use_amp == "auto":
+        found = fastest_dtype(device)
+        return None if found == torch.float32 else found
+    if not training.use_amp:
+        return None
+    if training.amp_dtype != "auto":
+        return torch.bfloat16 if training.amp_dtype == "bfloat16" else torch.float16
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def fix_precision(config: Config) -> Config:
+    """The configuration with the precision that its device is fastest in, if it asks for that."""
+    training = config.training
+    if training.use_amp != "auto":
+        return config
+    dtype = choose_amp_dtype(training, choose_device(config.device))
+    if dtype is None:
+        return replace(config, training=replace(training, use_amp=False))
+    chosen: Literal["bfloat16", "float16"] = "bfloat16" if dtype == torch.bfloat16 else "float16"
+    return replace(config, training=replace(training, use_amp=True, amp_dtype=chosen))
+
+
+def compile_modules(modules: nn.ModuleDict, device: torch.device) -> bool:
+    """Compile modules in place: blocks one by one where a module has ``compile_blocks()``, others as a whole.
+
+    Returns:
+        Whether there is a compiler that works; without one, nothing has changed and a warning has been logged.
+    """
+    try:
+        torch.compile(lambda tensor: tensor + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of Dynamo, Inductor, Triton or the compiler itself
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("training.compile: no compiler works here, the run goes on without: %s", truncate(reason, 100))
+        return False
+    for module in modules.values():
+        compile_blocks = getattr(module, "compile_blocks", None)
+        if compile_blocks is not None:
+            compile_blocks()
+        else:
+            module.compile(dynamic=True)
+    return True
+
+
+def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
+    """Move modules to ``device``; with several processes, wrap the trained ones in DDP."""
+    modules = modules.to(device)
+    if idist.get_world_size() > 1:
+        for name, module in modules.items():
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                modules[name] = DistributedDataParallel(
+                    module, [device] if device.type == "cuda" else None, broadcast_buffers=False
+                )
+    return modules
