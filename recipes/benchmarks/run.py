@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 import torch
+from ignite.engine import Events
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hjepa_engine import load_config
@@ -160,36 +161,41 @@ def measure_memory(size: str, variant: str, folder: str) -> dict[str, float]:
     return {"needed_mb": needed / 1e6, "activations_mb": largest[0] / 1e6, "peak_mb": peak / 1e6}
 
 
+def iterate(run: Run, number: int) -> float:
+    """Train on; seconds per iteration, without what happens before the first and behind the last one."""
+    times: list[float] = []
+    handle = run.trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda: times.append(time.perf_counter()))
+    run.trainer.run(run.data, max_iters=run.trainer.state.iteration + number + 1)
+    handle.remove()
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
 def measure(size: str, variants: list[str], seconds: float, compiled: bool, folder: str) -> dict[str, dict[str, float]]:
     """Figures of each variant of a size, in turns."""
     runs = {variant: make(size, variant, folder, compiled) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     found: dict[str, dict[str, float]] = {variant: {} for variant in variants}
+    each: dict[str, float] = {}
     for variant, run in runs.items():
         products = MatrixProducts()
         if not compiled:  # a compiled step does not show its products
             with products:
                 run.trainer.run(run.data, max_iters=1)
             found[variant] = {"matrix_s": products.seconds(), "gflop": products.flops / 1e9}
-        run.trainer.run(run.data, max_iters=3)  # warm: compilers, allocators
+        each[variant] = iterate(run, 2)  # compilers and allocators are warm then
+        each[variant] = iterate(run, 2)
     for _ in range(ROUNDS):
         for variant, run in runs.items():
-            done, began = 0, time.perf_counter()
-            while done < 2 or time.perf_counter() - began < seconds / ROUNDS:
-                run.trainer.run(run.data, max_iters=run.trainer.state.iteration + 1)
-                done += 1
-            if run.trainer.device.type == "cuda":
-                torch.cuda.synchronize(run.trainer.device)
-            times[variant].append((time.perf_counter() - began) / done)
+            times[variant].append(iterate(run, max(2, round(seconds / ROUNDS / each[variant]))))
     for variant, run in runs.items():
-        each, result = statistics.median(times[variant]), found[variant]
+        each[variant], result = statistics.median(times[variant]), found[variant]
         metrics = run.trainer.state.metrics
-        result["images_per_s"] = run.config.data.batch_size / each
-        result["iteration_ms"] = 1e3 * each
+        result["images_per_s"] = run.config.data.batch_size / each[variant]
+        result["iteration_ms"] = 1e3 * each[variant]
         result |= {name: metrics[f"train/{name}"] for name in ("forward_ms", "backward_ms", "update_ms", "data_ms")}
         if "matrix_s" in result:
-            result["matrix_share"] = result.pop("matrix_s") / each
-            result["gflop_per_s"] = result["gflop"] / each
+            result["matrix_share"] = result.pop("matrix_s") / each[variant]
+            result["gflop_per_s"] = result["gflop"] / each[variant]
         run.preemption.close()
     return found
 
