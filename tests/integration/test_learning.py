@@ -11,7 +11,7 @@ from hjepa_engine.config.monitoring import default_rules
 from hjepa_engine.losses import smooth_l1
 from hjepa_engine.recipes import pretrain
 
-MARGIN = 0.30  # docs/results.md: more than 0.50 when all is well, less than 0.07 when something is broken
+MARGIN = 0.30  # docs/results.md: more than 0.50 when all is well, less than 0.05 when something is broken
 
 
 def accuracies(folder, *overrides, handlers=()):
@@ -37,12 +37,6 @@ def test_the_embedded_default_beats_a_random_encoder_and_raw_pixels(tmp_path, se
 def test_a_target_encoder_that_never_moves_does_not_reach_the_margin(tmp_path):
     found = accuracies(tmp_path / "run", "model.ema.momentum=1.0", "model.ema.momentum_end=1.0")
     assert found["trained"] == found["random"]
-
-
-@pytest.mark.slow
-def test_a_target_encoder_without_memory_does_not_reach_the_margin(tmp_path):
-    found = accuracies(tmp_path / "run", "model.ema.momentum=0.0", "model.ema.momentum_end=0.0")
-    assert found["trained"] < found["random"] + MARGIN
 
 
 class EverythingIsContext:
