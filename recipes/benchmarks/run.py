@@ -200,13 +200,6 @@ def measure(size: str, variants: list[str], seconds: float, compiled: bool, fold
     return found
 
 
-def free_bytes() -> int:
-    """Memory that is left on the device that ``auto`` chooses."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
-
-
 def markdown(results: dict[str, Any], earlier: dict[str, Any]) -> str:
     """One row for each size and variant."""
     columns = {
@@ -293,9 +286,11 @@ def memory_of(size: str, variant: str) -> dict[str, float]:
     ended = subprocess.run(
         [sys.executable, __file__, "--memory-of", size, variant], capture_output=True, text=True, check=False
     )
-    if ended.returncode and "out of memory" not in ended.stderr and ended.returncode != -9:
+    if not ended.returncode:
+        return json.loads(ended.stdout.splitlines()[-1])
+    if "out of memory" not in ended.stderr and ended.returncode != -9:
         raise SystemExit(ended.stderr)
-    return json.loads(ended.stdout.splitlines()[-1]) if not ended.returncode else {}
+    return {}
 
 
 if __name__ == "__main__":
