@@ -35,6 +35,8 @@ MEASURED = {
     "model.num_hierarchies": None,
     "model.levels": "[{pool: 1}, {pool: 3, depth: 0.5}, {pool: image}]",
     "training.level_lrs": None,
+    "masking.mask_scale": "[0.1, 0.15]",
+    "masking.context_keep": "[0.36, 0.36]",  # 52 tokens of 144 in each image
     "collapse.every": 3,
     "collapse.images": 16,
     "collapse.batch_every": 2,
@@ -170,8 +172,8 @@ def taken(batches, name, needed):
 def test_a_reading_on_batches_is_of_the_tokens_of_the_iterations_from_when_it_is_due(measured):
     run, _, kept = measured
     found = readings(run.folder.path, "collapse/batch_context_std")
-    assert list(found) == [6, 12]  # due again from 8 on
-    for first, step, iterations in ((1, 6, 6), (8, 12, 4)):
+    assert list(found) == [6, 14]  # due again from 8 on; 2 iterations are a log interval
+    for first, step, iterations in ((1, 6, 6), (8, 14, 6)):
         for name in NAMES:
             tokens, positions, count = taken(kept[first - 1 :], name, 16 * 144)
             assert count == (2 if name == "target" else iterations)
@@ -375,8 +377,8 @@ PARTED = {
     **ALIKE,
     "data.batch_size": 8,
     "data.fake_size": 56,
-    **{key: MEASURED[key] for key in MEASURED if key.startswith(("collapse.", "data.image_size"))},
-    "training.max_iters": 12,
+    **{key: MEASURED[key] for key in MEASURED if key.startswith(("collapse.", "data.image_size", "masking."))},
+    "training.max_iters": 14,
 }
 
 
@@ -387,7 +389,7 @@ def test_two_processes_read_what_one_does(tmp_path):
 
     first, second = in_processes(2, tmp_path, body)
     train(tmp_path / "one", PARTED)
-    alone, together = ([readings(tmp_path / name)[step] for step in (0, 4, 7, 12)] for name in ("one", "two"))
+    alone, together = ([readings(tmp_path / name)[step] for step in (0, 4, 7, 14)] for name in ("one", "two"))
     assert first == second and first.items() >= together[-1].items()
     for one, two in zip(alone, together, strict=True):
         assert one.keys() == two.keys()

@@ -40,7 +40,7 @@ DIGITS = {
     "data.image_size": 16,
     "data.batch_size": 256,
     "training.epochs": 3,
-    "training.lr": 1e-2,
+    "training.lr": 3e-2,
     "probe.enabled": "false",
     "online_probe.every": 2,
     "online_probe.train_images": 300,
