@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ TRAIN_NAMES = ("train", "training")
 #: The first one that is there is the validation split.
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 _MAX_NAMED = 10
+#: A folder whose name has one of these words in it may be a split.
+_SPLIT_WORD = re.compile(r"(^|[^a-z])(train|training|val|valid|validation|test|testing|dev)([^a-z]|$)", re.IGNORECASE)
 
 Labels = Literal["auto", "folders", "none"]
 
@@ -167,9 +170,15 @@ def _label(layout: Layout, labels: Labels) -> None:
     by_class, why_none = _classes_of(train.files, labels)
     if by_class is None:
         if labels != "none":
-            layout.notes.append(
-                f"no labels: {why_none}; data.labels folders takes the folders in {train.root} as classes"
-            )
+            has_folders = any("/" in file.path for file in train.files)
+            hint = f"; data.labels folders takes the folders in {train.root} as classes" if has_folders else ""
+            layout.notes.append(f"no labels: {why_none}{hint}")
+            folders = {folder for file in train.files for folder in file.path.split("/")[:-1]}
+            if named := sorted(folder for folder in folders if _SPLIT_WORD.search(folder)):
+                layout.notes.append(
+                    f"folders that may be splits ({_few(named)}) are read as any other; "
+                    "data.train_dir and data.val_dir name those of splits"
+                )
         return
     if loose := [file for file in train.files if "/" not in file.path]:
         names = _few([file.path for file in loose])
@@ -189,7 +198,8 @@ def _label(layout: Layout, labels: Labels) -> None:
     if not known:
         if len(extra) > 1:
             raise DataError(
-                f"{val.root} has none of the classes of {train.root} ({_few(layout.classes)}), but {_few(extra)}"
+                f"{val.root} has none of the classes of {train.root} ({_few(layout.classes)}), but {_few(extra)}; "
+                "data.train_dir and data.val_dir name the folders of the splits, data.labels none does without classes"
             )
         layout.notes.append(f"{_count(val.files)} in {val.root} left out: they have no labels")
         layout.val = None

@@ -166,7 +166,8 @@ def build_loader(
         raise ConfigError(f"data.batch_size must be a multiple of the number of processes ({world}), got {batch_size}")
     if (number := len(split.images)) < (batch_size if train else world):
         what = f"the {'train' if train else 'validation'} split has {number} image{'' if number == 1 else 's'}"
-        raise DataError(f"{what}, {f'data.batch_size is {batch_size}' if train else f'there are {world} processes'}")
+        limit = f"data.batch_size must be at most that, got {batch_size}" if train else f"there are {world} processes"
+        raise DataError(f"{what}, {limit}")
     sampler = EpochBatchSampler(
         len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -92,10 +93,16 @@ def scan_folder(root: Path, exclude: Mapping[Path, str] | None = None) -> Scan:
         if extension not in IMAGE_EXTENSIONS:
             scan.other_kinds[extension or "without extension"] += 1
             return
+        name = f"{prefix}{entry.name}"
         try:
-            scan.files.append(ImageFile(f"{prefix}{entry.name}", entry.stat().st_size))
+            found = entry.stat()
         except OSError as error:  # a broken link
-            scan.notes.append(f"{prefix}{entry.name} cannot be read: {error.strerror}")
+            scan.notes.append(f"{name} cannot be read: {error.strerror}")
+            return
+        if stat.S_ISREG(found.st_mode):
+            scan.files.append(ImageFile(name, found.st_size))
+        else:  # opening a pipe would wait for its other end
+            scan.notes.append(f"{name} is left out: it is a pipe, a socket or a device")
 
     walk(str(root), "")
     scan.files.sort(key=lambda file: file.path.split("/"))

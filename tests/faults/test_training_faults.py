@@ -222,7 +222,10 @@ FOLDER = {"data__dataset": "imagefolder", "data__data_path": "images"}
         (lambda: None, "does not exist"),
         (lambda: Path("images").mkdir(), "holds no images"),
         (lambda: Path("images/train/cat").mkdir(parents=True), "images holds no images"),
-        (lambda: images(Path("images"), 7), "the train split has 7 images, data.batch_size is 8"),
+        (
+            lambda: images(Path("images"), 7),
+            "the train split has 7 images, data.batch_size must be at most that, got 8",
+        ),
         (lambda: Path("images").write_text("no folder"), "images"),
     ],
 )

@@ -373,7 +373,10 @@ def test_a_run_that_has_failed_goes_on_from_its_last_checkpoint(command, tmp_pat
     [
         (["--data.dataset", "imagefolder", "--data.data_path", "nowhere"], "nowhere"),
         (["--data.dataset", "cifar10", "--data.data_path", "nowhere"], "download it with --data.download true"),
-        (["--data.batch_size", "1000"], "the train split has 40 images, data.batch_size is 1000"),
+        (
+            ["--data.batch_size", "1000"],
+            "the train split has 40 images, data.batch_size must be at most that, got 1000",
+        ),
     ],
 )
 def test_missing_data_is_exit_code_3_and_leaves_nothing(command, tmp_path, arguments, words):

@@ -386,7 +386,7 @@ def test_a_loader_passes_the_global_generator_by():
 
 def test_too_few_images_are_one_line():
     config = DataConfig(dataset="fake", fake_size=3, image_size=8, batch_size=4)
-    with pytest.raises(DataError, match=r"the train split has 3 images, data\.batch_size is 4"):
+    with pytest.raises(DataError, match=r"the train split has 3 images, data\.batch_size must be at most that, got 4"):
         build_loader(config, open_split(config, "train"), 0, train=True)
 
 

@@ -227,3 +227,27 @@ def test_folder_images_travel_to_loader_processes(tmp_path):
 def test_a_list_of_paths_gives_them_back():
     paths = ["a/b.png", "", "ä/犬 ß.jpg", os.fsdecode(b"bad\xff.png")]
     assert [PathList(paths)[index] for index in range(4)] == paths
+
+
+def test_a_pipe_named_like_an_image_is_left_out(tmp_path):
+    make(tmp_path, "cat/{0..3}.png", "dog/{0..3}.png")
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    scan = scan_folder(tmp_path)
+    assert len(scan.files) == 8
+    assert scan.notes == ["cat/pipe.jpg is left out: it is a pipe, a socket or a device"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "says", "is_said"),
+    [
+        (["{0..9}.png"], "data.labels folders takes", False),  # there are no folders to take
+        (["x/b/0.png", "x/c/{0..4}.png", "y/b/0.png"], "data.labels folders takes", True),
+        (["Train_set/cat/{0..4}.png", "Train_set/dog/0.png", "test_set/cat/0.png"],
+         "folders that may be splits (Train_set, test_set) are read as any other; data.train_dir and", True),
+        (["2021/latest/{0..4}.png", "2021/contest/0.png", "2022/latest/0.png"], "folders that may be splits", False),
+    ],
+)  # fmt: skip
+def test_hints_fit_what_is_there(tmp_path, paths, says, is_said):
+    train, _ = opened(make(tmp_path, *paths))
+    assert not train.num_classes
+    assert any(says in note for note in train.contents.notes) == is_said

@@ -58,7 +58,7 @@ def test_sizes_of_the_encoder_that_do_not_fit_are_named_by_their_keys(changes, s
 
 def test_a_split_that_is_too_small_is_named(monkeypatch):
     data = tiny_config(data__fake_size=7).data
-    with pytest.raises(DataError, match=r"^the train split has 7 images, data.batch_size is 8$"):
+    with pytest.raises(DataError, match=r"^the train split has 7 images, data.batch_size must be at most that, got 8$"):
         build_loader(data, open_split(data, "train"), 0, train=True)
     data = tiny_config(data__fake_size=1).data
     monkeypatch.setattr(idist, "get_world_size", lambda: 2)
