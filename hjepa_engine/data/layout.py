@@ -170,10 +170,10 @@ def _label(layout: Layout, labels: Labels) -> None:
     by_class, why_none = _classes_of(train.files, labels)
     if by_class is None:
         if labels != "none":
-            has_folders = any("/" in file.path for file in train.files)
-            hint = f"; data.labels folders takes the folders in {train.root} as classes" if has_folders else ""
+            paths = {file.path.rpartition("/")[0] for file in train.files}
+            folders = {folder for path in paths if path for folder in path.split("/")}
+            hint = f"; data.labels folders takes the folders in {train.root} as classes" if folders else ""
             layout.notes.append(f"no labels: {why_none}{hint}")
-            folders = {folder for file in train.files for folder in file.path.split("/")[:-1]}
             if named := sorted(folder for folder in folders if _SPLIT_WORD.search(folder)):
                 layout.notes.append(
                     f"folders that may be splits ({_few(named)}) are read as any other; "

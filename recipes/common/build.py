@@ -148,7 +148,7 @@ def build_trainer(config: Config, step: Step | None = None, modules: Modules | N
     device = choose_device(config.device)
     if step is not None and not callable(step):
         raise ConfigError(f"step must be a function (modules, batch), got {step!r}")
-    made = build_model(config, modules).to(device)
+    made = build_model(config, modules)
     if config.training.compile:
         compile_modules(made, device)
     return create_trainer(
