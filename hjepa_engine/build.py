@@ -104,7 +104,15 @@ def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
 
     def lr_schedule(peak: float) -> Schedule:
         make = SCHEDULES[training.lr_schedule]
-        return make(peak, training.min_lr, training.epochs, steps_per_epoch, training.warmup_epochs)
+        start = min(training.start_lr, peak)
+        return make(
+            peak,
+            training.min_lr,
+            epochs=training.epochs,
+            steps_per_epoch=steps_per_epoch,
+            warmup_epochs=training.warmup_epochs,
+            start=start,
+        )
 
     level_lrs = training.level_lrs or [training.lr] * len(resolve_levels(config))
     decay_end = training.weight_decay if training.weight_decay_end is None else training.weight_decay_end
@@ -113,7 +121,13 @@ def build_schedules(config: Config, steps_per_epoch: int) -> Schedules:
         level_lr=HierarchicalScheduler([lr_schedule(lr) for lr in level_lrs]),
         weight_decay=CosineScheduler(training.weight_decay, decay_end, training.epochs, steps_per_epoch),
         momentum=EMAScheduler(
-            ema.momentum, ema.momentum_end, training.epochs, steps_per_epoch, ema.momentum_warmup_epochs
+            ema.momentum,
+            ema.momentum_end,
+            training.epochs,
+            steps_per_epoch,
+            warmup_epochs=ema.momentum_warmup_epochs,
+            start=ema.momentum_start,
+            shape=ema.schedule,
         ),
     )
 

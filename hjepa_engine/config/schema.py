@@ -175,11 +175,16 @@ class EMAConfig:
     """The target encoder's momentum: the share of it that an update keeps."""
 
     momentum: float = setting(0.99, ge=0, le=1)
-    """At the start (after the warm-up)."""
+    """At the start, and during the warm-up."""
     momentum_end: float = setting(0.996, ge=0, le=1)
-    """At the last step; half a cosine leads there."""
+    """At the end of the run."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How it gets there: by half a cosine (BYOL), or linearly (I-JEPA)."""
     momentum_warmup_epochs: float = setting(0.0, ge=0)
-    """Epochs in which it rises linearly from 0 to ``momentum``."""
+    """Epochs before the schedule begins; they hold ``momentum``, or lead to it from ``momentum_start``."""
+    momentum_start: float | None = setting(None, ge=0, le=1)
+    """At the first step, where the warm-up is to lead linearly from here to ``momentum``: a lower one lets the target forget
+    its random initial weights sooner."""
 
 
 @section()
@@ -198,6 +203,9 @@ class ModelConfig:
     """Attention heads of the encoder; null: its own."""
     pos_embed: Literal["sincos", "learned"] = "learned"
     """Fixed sine-cosine positions, or learned ones."""
+    patch_init: Literal["uniform", "trunc_normal"] = "uniform"
+    """Weights of the patch embedding at the start: torch's own for its size, or of standard deviation 0.02 (I-JEPA), which for
+    small patches is less than the positions have."""
     drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
     layer_scale: float | None = setting(None, gt=0)
@@ -276,7 +284,9 @@ class TrainingConfig:
     max_iters: int | None = setting(None, ge=1, on_resume="extend")
     """End the run after this many micro-batches, inside an epoch if need be; schedules still span all ``epochs``."""
     warmup_epochs: float = setting(2.0, ge=0, on_resume="elsewhere")
-    """Linear warm-up of the learning rate from 0, at most ``epochs``: all of them by default where there are fewer."""
+    """Linear warm-up of the learning rate, at most ``epochs``: all of them by default where there are fewer."""
+    start_lr: float = setting(0.0, ge=0, on_resume="elsewhere")
+    """Learning rate from which the warm-up rises, at most ``lr``; the first step is already one step above it."""
     lr: float = setting(1e-3, gt=0, on_resume="elsewhere")
     """Learning rate at the end of the warm-up."""
     min_lr: float = setting(0.0, ge=0, on_resume="elsewhere")

@@ -66,8 +66,11 @@ def broken_rules(config: Any) -> Iterator[str]:
     ):
         if value > training.epochs:
             yield f"{key} must be at most training.epochs ({training.epochs}), got {value}"
-    if training.min_lr > training.lr:
-        yield f"training.min_lr must be at most training.lr ({training.lr}), got {training.min_lr}"
+    for key in ("min_lr", "start_lr"):
+        if getattr(training, key) > training.lr:
+            yield f"training.{key} must be at most training.lr ({training.lr}), got {getattr(training, key)}"
+    if model.ema.momentum_start is not None and not model.ema.momentum_warmup_epochs:
+        yield f"model.ema.momentum_start must be null without momentum_warmup_epochs, got {model.ema.momentum_start}"
     if model.patch_size is not None and any(side % model.patch_size for side in config.data.size):
         yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
     if model.embed_dim is not None and model.embed_dim % 4:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.attention import attentions, choose_kernel
+from hjepa_engine.models.init import init_layer, init_weights, trunc_normal
 from hjepa_engine.models.positions import sincos_2d
 from hjepa_engine.utils.imports import block_import
 
@@ -28,7 +29,9 @@ class ContextEncoder(nn.Module):
         name: any of timm's vision transformers (``timm.list_models("vit_*")``).
         img_size: H and W of the images, in pixels; one number where they are equal.
         in_chans: C of the images.
-        pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained, initialized by timm.
+        pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained.
+        patch_init: weights of the patch embedding at the start. ``uniform``: torch's own, whose scale is that of the patch's
+            pixels; ``trunc_normal``: of standard deviation 0.02, bias 0 (I-JEPA).
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
         **overrides: arguments of timm's ``VisionTransformer`` that replace those of the named model (``patch_size``,
             ``embed_dim``, ``depth``, ``num_heads``, ``drop_path_rate``, ``init_values`` (layer scale), ...).
@@ -44,6 +47,7 @@ class ContextEncoder(nn.Module):
         *,
         in_chans: int = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
+        patch_init: Literal["uniform", "trunc_normal"] = "uniform",
         activation_checkpointing: bool = False,
         **overrides: Any,
     ) -> None:
@@ -72,6 +76,9 @@ class ContextEncoder(nn.Module):
             ) from error
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
+        init_weights(vit)
+        if patch_init == "trunc_normal":
+            init_layer(vit.patch_embed.proj)
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
         self._attentions = attentions(vit)
         self._check_patches(size)
@@ -79,6 +86,8 @@ class ContextEncoder(nn.Module):
         self.num_patches, self.embed_dim, self.depth = vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
         if pos_embed == "sincos":
             self._set_sincos()
+        elif vit.pos_embed is not None:
+            trunc_normal(vit.pos_embed)
 
     def set_img_size(self, img_size: int | Sequence[int]) -> None:
         """Take images of another size from now on: learned positions are interpolated (timm), fixed ones computed anew.

@@ -16,7 +16,9 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Position embeddings of the patches of ``grid`` (H, W), row by row: (H * W, dim); first half rows, second half columns.
+    """Position embeddings of the patches of ``grid`` (H, W), row by row: (H * W, dim).
+
+    The first half of an embedding is its column's, the second half its row's, as in I-JEPA and MAE (arXiv:2111.06377).
 
     Raises:
         ValueError: ``dim`` is not a multiple of 4.
@@ -24,4 +26,4 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
     if dim % 4:
         raise ValueError(f"dim must be a multiple of 4, got {dim}")
     rows, columns = sincos_1d(torch.arange(grid[0]), dim // 2), sincos_1d(torch.arange(grid[1]), dim // 2)
-    return torch.cat([rows.repeat_interleave(grid[1], dim=0), columns.repeat(grid[0], 1)], dim=1)
+    return torch.cat([columns.repeat(grid[0], 1), rows.repeat_interleave(grid[1], dim=0)], dim=1)

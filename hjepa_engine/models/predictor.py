@@ -15,14 +15,15 @@ from hjepa_engine.config.schema import Level
 from hjepa_engine.levels import cell_centers
 from hjepa_engine.masking import Masks
 from hjepa_engine.models.attention import attentions, choose_kernel, run_queries
+from hjepa_engine.models.init import init_weights, trunc_normal
 from hjepa_engine.models.positions import sincos_1d
 
 
 class Predictor(nn.Module):
     """A narrow vision transformer with one query token per target cell and level.
 
-    A query is mask token + level embedding + position embedding of the cell's center. A level with ``pool: image`` has one
-    query per image, at the center of the grid.
+    A query is mask token + level embedding (where there are several levels) + position embedding of the cell's center. A
+    level with ``pool: image`` has one query per image, at the center of the grid.
 
     Args:
         grid: (H, W), the patch grid.
@@ -61,23 +62,24 @@ class Predictor(nn.Module):
         self.grid, self.levels, self.targets = grid, tuple(levels), targets
         self.activation_checkpointing = activation_checkpointing
 
+        norm = partial(nn.LayerNorm, eps=1e-6)  # as the encoder's
+
         def blocks(number: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(width, num_heads, mlp_ratio, qkv_bias=True) for _ in range(number))
+            return nn.ModuleList(
+                Block(width, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(number)
+            )
 
         self.embed = nn.Linear(embed_dim, width)
-        # One-dimensional, so that weight decay does not apply.
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.level_embed = nn.ParameterList(torch.zeros(width) for _ in levels)
-        self.blocks, self.norm = blocks(depth), nn.LayerNorm(width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        # A single one would get the mask token's gradient, and double its learning rate. One-dimensional: no weight decay.
+        self.level_embed = nn.ParameterList(torch.zeros(width) for _ in levels if len(levels) > 1)
+        self.blocks, self.norm = blocks(depth), norm(width)
         self.level_blocks = nn.ModuleList(blocks(level_depth) for _ in levels)
         self.heads = nn.ModuleList(nn.Linear(width, embed_dim) for _ in levels)
         self._attentions, self._run_queries = attentions(self), run_queries
         for parameter in (self.mask_token, *self.level_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+            trunc_normal(parameter)
+        init_weights(self)
         # Centers of cells are on a patch or half-way between two: tables in steps of half a patch serve all levels.
         for name, length in zip(("row_table", "column_table"), grid, strict=True):
             table = sincos_1d(torch.arange(2 * length - 1) / 2, width // 2)
@@ -160,16 +162,17 @@ class Predictor(nn.Module):
         """Queries (B, M, cells, P), or (B, 1, 1, P) for ``pool: image``."""
         pool = self.levels[number].pool
         if pool == "image":
-            middle = torch.cat([self.row_table[self.grid[0] - 1], self.column_table[self.grid[1] - 1]])
+            middle = torch.cat([self.column_table[self.grid[1] - 1], self.row_table[self.grid[0] - 1]])
             return self._queries(number, middle).expand(batch, 1, 1, -1)
         rows, columns = cell_centers(masks, pool, self.grid[1])
         return self._queries(number, self._positions(rows[..., :, None], columns[..., None, :]).flatten(2, 3))
 
     def _queries(self, number: int, positions: Tensor) -> Tensor:
-        return self.mask_token + self.level_embed[number] + positions
+        token = self.mask_token.flatten()
+        return (token + self.level_embed[number] if self.level_embed else token) + positions
 
     def _positions(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Sine-cosine position embeddings (..., P) of coordinates in half patches, which broadcast to (...)."""
         down, across = self.row_table[rows], self.column_table[columns]
         shape = torch.broadcast_shapes(rows.shape, columns.shape)
-        return torch.cat([down.expand(*shape, -1), across.expand(*shape, -1)], dim=-1)
+        return torch.cat([across.expand(*shape, -1), down.expand(*shape, -1)], dim=-1)

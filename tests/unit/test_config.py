@@ -892,11 +892,13 @@ WANDB = ("--logging.wandb.enabled=true",)
 PICTURES = ("--pictures.enabled=true",)
 EVERY_STEP = ("--checkpoint.save_every_steps=1", "--logging.log_frequency=1")
 LAST_ONLY = (*EVERY_STEP, "--checkpoint.keep_best_n=0")
-# The learning rate is 0 in the first step, which warms up, largest in the second, and falls from there.
-BY_RATE = (*EVERY_STEP, "--checkpoint.metric=train/lr")
+# The learning rate is smallest in the first step, which warms up, and largest in the second.
+WARM_UP = (*EVERY_STEP, "--training.lr_schedule=linear", "--training.warmup_epochs=1", "--training.min_lr=6e-3")
+BY_RATE = (*WARM_UP, "--checkpoint.metric=train/lr")
 ALL = ("--checkpoint.keep_last_n=9",)
-RATE_IS_WRONG = "{metric: train/lr, above: 0, readings: 1"
-ROLLBACK = (*EVERY_STEP, f"--guard.rules=[{RATE_IS_WRONG}, action: rollback}}]")
+# It is 0.996 in the first step, and more in the second.
+MOMENTUM_IS_WRONG = "{metric: train/ema_momentum, above: 0.996, readings: 1"
+ROLLBACK = (*EVERY_STEP, f"--guard.rules=[{MOMENTUM_IS_WRONG}, action: rollback}}]")
 # Two have the 2304 tokens of a reading.
 LARGE_BATCHES = (
     "--data.image_size=48",
@@ -959,6 +961,7 @@ EFFECTS = {
     "model.depth": Effect("more blocks", "3", shapes),
     "model.num_heads": Effect("more heads", "4", heads, becomes=(4, 2)),
     "model.pos_embed": Effect("positions are trained", "learned", trainable),
+    "model.patch_init": Effect("smaller weights", "trunc_normal", trained),
     "model.drop_path": Effect("blocks are dropped in training", "0.9", trained),
     "model.layer_scale": Effect("blocks have a scale", "0.1", shapes),
     "model.activation_checkpointing": Effect("less is kept for the backward pass", "true", saved_tensors),
@@ -975,7 +978,11 @@ EFFECTS = {
     "model.predictor.level_depth": Effect("levels have blocks of their own", "1", shapes),
     "model.ema.momentum": Effect("another target encoder", "0.5", trained),
     "model.ema.momentum_end": Effect("another target encoder", "0.5", trained),
+    "model.ema.schedule": Effect("another target encoder", "linear", trained),
     "model.ema.momentum_warmup_epochs": Effect("another target encoder", "1", trained),
+    "model.ema.momentum_start": Effect(
+        "another target encoder", "0.5", trained, ("--model.ema.momentum_warmup_epochs=1",)
+    ),
     "masking.num_masks": Effect("other masks", "2", trained),
     "masking.mask_scale": Effect("other masks", "[0.3, 0.35]", trained),
     "masking.aspect_ratio": Effect("other masks", "[2, 2.5]", trained),
@@ -989,6 +996,7 @@ EFFECTS = {
     "training.epochs": Effect("a longer run", "3", ending, becomes=("done", 6)),
     "training.max_iters": Effect("a shorter run", "3", ending, becomes=("done", 3)),
     "training.warmup_epochs": Effect("other learning rates", "1.5", trained),
+    "training.start_lr": Effect("a larger first step", "5e-3", trained, WARM_UP),
     "training.lr": Effect("larger steps", "2e-2", trained),
     "training.min_lr": Effect("a larger last step", "5e-3", trained),
     "training.lr_schedule": Effect("larger last steps", "constant", trained),
@@ -1018,7 +1026,7 @@ EFFECTS = {
     "checkpoint.keep_last_n": Effect("three are left", "3", kept, LAST_ONLY, [4, 3, 2]),
     "checkpoint.keep_best_n": Effect("the best one is not kept", "0", kept, BY_RATE, [4, 3]),
     "checkpoint.keep_every_epochs": Effect("the end of each epoch is kept", "1", kept, LAST_ONLY, [4, 3, 2]),
-    "checkpoint.metric": Effect("another one is best", "train/lr", kept, EVERY_STEP, [4, 3, 1]),
+    "checkpoint.metric": Effect("another one is best", "train/lr", kept, WARM_UP, [4, 3, 1]),
     "checkpoint.mode": Effect("the largest is best", "max", kept, BY_RATE, [4, 3, 2]),
     "checkpoint.checkpoint_dir": Effect("they are elsewhere", "elsewhere", files),
     "checkpoint.resume": Effect("the first run is set aside", "never", set_aside, becomes=True),
@@ -1060,7 +1068,7 @@ EFFECTS = {
     "collapse.outputs": Effect("another output is", "{x: y}", measured_outputs, becomes={"x": "y"}),
     "collapse.alpha_req": Effect("one more", "true", collapse_of, becomes=([0, 4], ["rank", "alpha_req"])),
     "collapse.lidar_views": Effect("one more", "2", collapse_of, becomes=([0, 4], ["rank", "lidar"])),
-    "guard.rules": Effect("one ends the run", f"[{RATE_IS_WRONG}, action: stop}}]", ending, EVERY_STEP, ("GuardStop", 2)),
+    "guard.rules": Effect("ends the run", f"[{MOMENTUM_IS_WRONG}, action: stop}}]", ending, EVERY_STEP, ("GuardStop", 2)),
     "guard.lr_factor": Effect("a smaller rate", "0.1", rolled_back, ROLLBACK, ("GuardStop", 2, 0.1**2)),
     "guard.max_rollbacks": Effect("ends sooner", "1", rolled_back, ROLLBACK, ("GuardStop", 1, 0.5)),
     "pictures.enabled": Effect("figures of the last step", "true", drawn, becomes=([4], [4])),

@@ -111,10 +111,10 @@ def hand_sincos(place, dim):
 
 
 def hand_position(row, column, dim):
-    return torch.tensor(hand_sincos(row, dim // 2) + hand_sincos(column, dim // 2))
+    return torch.tensor(hand_sincos(column, dim // 2) + hand_sincos(row, dim // 2))
 
 
-def test_positions_are_sines_and_cosines_of_row_then_column():
+def test_positions_are_sines_and_cosines_of_column_then_row():
     table = sincos_2d((2, 3), 8)
     for number in range(6):
         assert torch.allclose(table[number], hand_position(number // 3, number % 3, 8), atol=1e-6)
@@ -470,7 +470,7 @@ def own_ijepa_loss(modules, pictures, context_idx, target_idx):
                 tokens.append(predictor.embed.weight @ token + predictor.embed.bias + place)
             for patch in block:
                 place = hand_position(patch // 6, patch % 6, 8)
-                tokens.append(predictor.mask_token + predictor.level_embed[0] + place)
+                tokens.append(predictor.mask_token[0, 0] + place)
             tokens = torch.stack(tokens)
             for layer in predictor.blocks:
                 tokens = own_block(layer, tokens, num_heads=2)

@@ -98,8 +98,7 @@ def test_the_target_encoder_moves_once_per_optimizer_step():
 
     run.trainer.add_event_handler(TrainEvents.ITERATION_FINALIZED, look)
     run.run(max_epochs=2)
-    # The first step's learning rate is 0 (warm-up): the target has nothing to follow.
-    assert moved == [False, False, False, False, True, False, False, True, False, True]
+    assert moved == [False, False, True, False, True, False, False, True, False, True]
 
 
 def test_the_gradient_is_the_mean_over_the_micro_batches_really_in_the_window():
@@ -268,11 +267,10 @@ def test_groups_without_decay_keep_weight_decay_0_while_the_others_follow_the_sc
     run.run()
     assert len(seen) == 10
     for step, groups in enumerate(seen):
-        expected = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / 9)) / 2
+        expected = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * (step + 1) / 10)) / 2
         for name, value in groups.items():
             assert value == (0.0 if name.endswith("no_decay") else pytest.approx(expected, rel=1e-12)), (step, name)
     assert {name.rpartition("/")[2] for name in seen[0]} == {"decay", "no_decay"}
-    assert seen[0]["shared/decay"] == pytest.approx(0.04)
     assert seen[-1]["shared/decay"] == 0.4
 
 
@@ -304,7 +302,8 @@ def test_a_schedule_writes_its_exact_value_before_every_step():
         TrainEvents.METRICS_READY, lambda engine: logged.append(engine.state.metrics.get("train/lr"))
     )
     trainer.run(rows(*[(0, 0)] * 5), max_epochs=2)
-    by_step = [0.0, 1 / 3, 2 / 3, 1.0, 0.1 + 0.9 / 2, 0.1]
+    third = 0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2
+    by_step = [1 / 3, 2 / 3, 1.0, third, 0.1 + 0.9 * (1 + math.cos(2 * math.pi / 3)) / 2, 0.1]
     windows = [2, 2, 1, 2, 2, 1]
     assert seen == pytest.approx([lr for lr, size in zip(by_step, windows, strict=True) for _ in range(size)])
     assert logged == pytest.approx(by_step)  # what the step has used, not what comes next
@@ -320,14 +319,17 @@ def test_a_schedule_is_written_into_groups_that_a_loaded_state_has_replaced():
     seen = []
     trainer.add_event_handler(TrainEvents.LOSS_READY, lambda: seen.append(handler.optimizer.param_groups[0]["lr"]))
     trainer.run(rows(*[(0, 0)] * 5))
-    assert seen == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
 
 
 def test_a_schedule_has_nothing_to_restore():
     schedule = ParamSchedule(torch.optim.SGD(LinearModel().parameters(), 1.0), "lr", LinearScheduler(1.0, 0.0, 1, 5))
     assert schedule.state_dict() == {}
     schedule.load_state_dict({})
-    assert ParamSchedule.simulate_values(2, schedule=LinearScheduler(1.0, 0.0, 1, 5)) == [[0, 1.0], [1, 0.75]]
+    assert ParamSchedule.simulate_values(2, schedule=LinearScheduler(1.0, 0.0, 1, 5)) == [
+        [0, 0.8],
+        [1, pytest.approx(0.6)],
+    ]
 
 
 def test_every_level_has_a_learning_rate_of_its_own():
@@ -335,10 +337,9 @@ def test_every_level_has_a_learning_rate_of_its_own():
     assert isinstance(run.handlers["level_lr"].schedule, HierarchicalScheduler)
     seen = record(run, lambda engine: {group["level"]: group["lr"] for group in run.optimizer.param_groups})
     run.run()
-    warmup = [step / 5 for step in range(5)]
+    warmup = [update / 5 for update in range(1, 6)]
     for step, share in enumerate(warmup):
         assert seen[step] == pytest.approx({None: 1e-3 * share, 0: 2e-3 * share, 1: 5e-4 * share})
-    assert seen[5] == pytest.approx({None: 1e-3, 0: 2e-3, 1: 5e-4})
     assert seen[9] == pytest.approx({None: 1e-6, 0: 1e-6, 1: 1e-6})
 
 
