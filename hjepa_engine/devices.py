@@ -68,20 +68,22 @@ def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dt
         return None
     if training.amp_dtype != "auto":
         return torch.bfloat16 if training.amp_dtype == "bfloat16" else torch.float16
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.bfloat16 if device.type != "cuda" or fastest_dtype(device) == torch.bfloat16 else torch.float16
 
 
 def fix_precision(config: Config) -> Config:
-    """The configuration with the precision that its device is fastest in, if it asks for that."""
+    """The configuration with the precision that its devices are fastest in, if it asks for that; equal on all ranks."""
     training = config.training
     if training.use_amp != "auto":
         return config
-    dtype = choose_amp_dtype(training, choose_device(config.device))
-    if dtype is None:
+    names: tuple[Literal["bfloat16", "float16"], ...] = ("bfloat16", "float16")
+    found = fastest_dtype(choose_device(config.device))
+    number = [torch.bfloat16, torch.float16, torch.float32].index(found)
+    # Processes may run on different machines: the type that is right for the least of them.
+    chosen = int(idist.all_reduce(number, "MAX"))
+    if chosen == len(names):
         return replace(config, training=replace(training, use_amp=False))
-    chosen: Literal["bfloat16", "float16"] = "bfloat16" if dtype == torch.bfloat16 else "float16"
-    return replace(config, training=replace(training, use_amp=True, amp_dtype=chosen))
+    return replace(config, training=replace(training, use_amp=True, amp_dtype=names[chosen]))
 
 
 def compile_modules(modules: nn.ModuleDict, device: torch.device) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import NOISE, tiny_config
 from ignite.engine import Events
+from processes import in_processes
 from resuming import assert_same, outcome, train
 
 from hjepa_engine.devices import compile_modules
@@ -49,6 +50,21 @@ def test_a_compiled_run_compiles_once_keeps_its_names_and_resumes_to_the_same_bi
     assert list(whole.modules.state_dict()) == list(plain.state_dict())
     train(tmp_path / "halves", VALUES, stop=7)
     assert_same(outcome(train(tmp_path / "halves", VALUES)), outcome(whole))
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_equal_one(tmp_path):
+    values = {**VALUES, "model.drop_path": 0.0, "training.max_iters": 4}  # drop path draws by rank
+    one = train(tmp_path / "one", values).modules.state_dict()
+
+    def body():
+        return {name: each.clone() for name, each in train(tmp_path / "two", values).modules.state_dict().items()}
+
+    first, second = in_processes(2, tmp_path, body)
+    for name, tensor in first.items():
+        plain = name.replace(".module.", ".")
+        assert torch.equal(tensor, second[name]), name
+        torch.testing.assert_close(tensor, one[plain], atol=1e-4, rtol=1e-4, msg=name)
 
 
 @pytest.mark.slow
