@@ -204,8 +204,8 @@ class ModelConfig:
     pos_embed: Literal["sincos", "learned"] = "learned"
     """Fixed sine-cosine positions, or learned ones."""
     patch_init: Literal["uniform", "trunc_normal"] = "uniform"
-    """Weights of the patch embedding at the start: torch's own for its size, or of standard deviation 0.02 (I-JEPA), which is
-    little for small patches."""
+    """Weights of the patch embedding at the start: torch's own, or of standard deviation 0.02 (I-JEPA), little for small
+    patches."""
     drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
     layer_scale: float | None = setting(None, gt=0)
