@@ -127,12 +127,12 @@ def measure(
 
 
 def grow(folder: str, seconds: float, clock: Callable[[], float]) -> Results:
-    """Cost of the small size, in float32 and batches of 32, by what it grows with."""
+    """Cost of the small size, in float32 and batches of 16, by what it grows with."""
     results: Results = {}
     for what, values in GROWTH.items():
         results[what] = {}
         for value, options in values.items():
-            run = make("small", [*VARIANTS["fp32"], "--data.batch_size=32", *options], f"{folder}/{what}{value}")
+            run = make("small", [*VARIANTS["fp32"], "--data.batch_size=16", *options], f"{folder}/{what}{value}")
             with KeptActivations(run) as kept:
                 each = iterate(run, 1, clock).mean
             each = min(iterate(run, max(1, round(seconds / each)), clock).mean for _ in range(2))
@@ -140,7 +140,7 @@ def grow(folder: str, seconds: float, clock: Callable[[], float]) -> Results:
             results[what][value] = figures | {"images_per_s": run.config.data.batch_size / each}
             run.preemption.close()
             run.data.close()
-            print(f"{what} {value}: {1e3 * each:.0f} ms", flush=True)
+            print(f"{what} {value}: {1e3 * each:.0f} ms, {figures['needed_mb']:.0f} MB needed", flush=True)
     return results
 
 
@@ -191,7 +191,12 @@ def measure_size(size: str, folder: str, given: argparse.Namespace) -> dict[str,
     of_two = memory_of(size, [*VARIANTS[given.variants[0]], "--data.batch_size=2"]) if size.startswith("ViT") else {}
     batch = fitting_batch(of_two, config.data.batch_size, free_megabytes()) if of_two else config.data.batch_size
     variants = {name: [*VARIANTS[name], f"--data.batch_size={batch}"] for name in given.variants}
-    memory = {name: memory_of(size, options) for name, options in variants.items()} if batch else {}
+    memory: dict[str, dict[str, float]] = {}
+    for name in variants if batch else ():
+        memory[name] = memory_of(size, variants[name])
+        print(
+            f"{size}, {name}: {' MB, '.join(f'{key[:-3]} {mb:.0f}' for key, mb in memory[name].items())} MB", flush=True
+        )
     fits = {name: variants[name] for name, found in memory.items() if found}
     if not fits:
         print(f"{size}: skipped, it does not fit into the memory that is free", flush=True)

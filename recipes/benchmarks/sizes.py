@@ -52,9 +52,9 @@ VARIANTS: dict[str, list[str]] = {
     "fp32 recompute": ["--training.use_amp=false", "--model.activation_checkpointing=true"],
     "bf16 recompute": ["--training.use_amp=true", "--model.activation_checkpointing=true"],
 }
-#: What cost grows with: the values of each, over the small size with batches of 32.
+#: What cost grows with: the values of each, over the small size with batches of 16.
 GROWTH: dict[str, dict[str, list[str]]] = {
-    "batch size": {str(size): [f"--data.batch_size={size}"] for size in (8, 32, 128)},
+    "batch size": {str(size): [f"--data.batch_size={size}"] for size in (4, 16, 64)},
     "image size": {str(size): [f"--data.image_size={size}"] for size in (24, 32, 48, 64)},
     "levels": {
         "1": [],
