@@ -69,7 +69,9 @@ def time_masks(run: Run) -> TimedSampler:
 def bare_loop(run: Run, batches: list[Batch], number: int, clock: Timer) -> float:
     """Least seconds of an iteration of a plain loop over the run's step: backward, clipping, optimizer and EMA by hand."""
     trainer, optimizer = run.trainer, optimizer_of(run)
-    context, target = (list(run.modules[f"{name}_encoder"].parameters()) for name in ("context", "target"))
+    context, target = (
+        [parameter.data for parameter in run.modules[f"{name}_encoder"].parameters()] for name in ("context", "target")
+    )
     clip = run.handler(OptimizerStep).clip_grad
     times = []
     for position in range(number):

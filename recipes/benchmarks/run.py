@@ -3,7 +3,7 @@
     python recipes/benchmarks/run.py                              # the default run and a small model, some minutes
     python recipes/benchmarks/run.py --sizes small ViT-S/16 --compile --output small.json
     python recipes/benchmarks/run.py --compare small.json         # the same sizes and variants, beside earlier figures
-    python recipes/benchmarks/run.py --growth                     # what cost grows with
+    python recipes/benchmarks/run.py --growth --seconds 1         # what cost grows with
     python recipes/benchmarks/run.py --steady 2000                # resident memory over the default run
 
 ``--cpu-time`` measures processor time, for a machine that others use too. Variants of a size take turns in one process. If a
@@ -126,12 +126,12 @@ def measure(
     return found
 
 
-def grow(folder: str, seconds: float, clock: Callable[[], float]) -> Results:
+def grow(names: list[str], folder: str, seconds: float, clock: Callable[[], float]) -> Results:
     """Cost of the small size, in float32 and batches of 16, by what it grows with."""
     results: Results = {}
-    for what, values in GROWTH.items():
+    for what in names or GROWTH:
         results[what] = {}
-        for value, options in values.items():
+        for value, options in GROWTH[what].items():
             run = make("small", [*VARIANTS["fp32"], "--data.batch_size=16", *options], f"{folder}/{what}{value}")
             with KeptActivations(run) as kept:
                 each = iterate(run, 1, clock).mean
@@ -237,7 +237,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time")
     parser.add_argument("--only-memory", action="store_true", help="no times")
     parser.add_argument("--no-readings", dest="readings", action="store_false", help="without the collapse reading")
-    parser.add_argument("--growth", action="store_true", help="what cost grows with, instead of sizes")
+    parser.add_argument(
+        "--growth", nargs="*", choices=list(GROWTH), help="what cost grows with (all by default), instead of sizes"
+    )
     parser.add_argument(
         "--steady", type=int, metavar="STEPS", help="resident memory over these steps, instead of sizes"
     )
@@ -260,14 +262,14 @@ def main() -> None:
             print(f"{machine()}\nresident MB, every {every} steps: {', '.join(found)}")
             return
         clock = time.process_time if given.cpu_time else time.perf_counter
-        if given.growth:
-            results = grow(folder, min(given.seconds, 3), clock)
-        for size in [] if given.growth else given.sizes:
+        if given.growth is not None:
+            results = grow(given.growth, folder, min(given.seconds, 3), clock)
+        for size in [] if given.growth is not None else given.sizes:
             if found_of_size := measure_size(size, folder, given):
                 results[size] = found_of_size
     earlier = json.loads(given.compare.read_text(encoding="utf-8"))["results"] if given.compare else {}
     notes = f"{', compiled' if given.compile else ''}{', processor time' if given.cpu_time else ''}"
-    table = f"{machine()}{notes}\n\n{tables(results, earlier, given.growth)}\n"
+    table = f"{machine()}{notes}\n\n{tables(results, earlier, given.growth is not None)}\n"
     print(table)
     given.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
     given.output.with_suffix(".md").write_text(table, encoding="utf-8")

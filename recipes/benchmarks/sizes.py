@@ -61,7 +61,7 @@ GROWTH: dict[str, dict[str, list[str]]] = {
         "2": ["--model.levels=[{pool: 1}, {pool: 2}]"],
         "3": ["--model.levels=[{pool: 1}, {pool: 2}, {pool: image}]"],
     },
-    "context_keep": {str(keep): [f"--masking.context_keep=[{keep}, {keep}]"] for keep in (0.125, 0.25, 0.375)},
+    "context_keep": {str(keep): [f"--masking.context_keep=[{keep}, {keep}]"] for keep in (0.125, 0.1875, 0.25)},
     "num_workers": {str(number): [f"--data.num_workers={number}"] for number in (0, 1, 2)},
 }
 
