@@ -58,6 +58,7 @@ class StepEngine(HookedEngine):
     def _run_step(self, batch: Batch) -> Outputs:
         batch = self.state.batch = move_to(batch, self.device)
         self.fire(TrainEvents.FORWARD_STARTED)
+        self.state.output = None  # the last iteration's tensors: memory that this step needs
         if self.amp_dtype is None and not torch.is_autocast_enabled(self.device.type):
             return self.step(self.modules, batch)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hjepa_engine import create_trainer
-from hjepa_engine.engine import StepEngine
-from hjepa_engine.handlers import MaskSampler, OptimizerStep
+from hjepa_engine.handlers import OptimizerStep
 from hjepa_engine.masking import MultiBlockMasks
 from hjepa_engine.recipes.benchmarks import machine
+from hjepa_engine.recipes.benchmarks.parts import TimedSampler
 from hjepa_engine.types import Batch, Outputs
 
 #: Grid, batch size, other arguments: the defaults, the reference sampler's share, and digit_pages.yaml.
@@ -112,23 +112,6 @@ def masks_table() -> None:
         )
 
 
-class _TimedSampler(MaskSampler):
-    """Remembers how long each iteration waited for its masks."""
-
-    def __init__(self, ahead: bool) -> None:
-        super().__init__(MultiBlockMasks((14, 14)))
-        self.ahead, self.times = ahead, list[float]()
-
-    def sample(self, engine: StepEngine) -> None:
-        began = time.perf_counter()
-        super().sample(engine)
-        self.times.append(time.perf_counter() - began)
-
-    def _sample_ahead(self, *draw: Any) -> None:
-        if self.ahead:
-            super()._sample_ahead(*draw)
-
-
 def waiting_table(iterations: int = 300) -> None:
     """What an iteration waits for its masks, beside a step that multiplies matrices."""
     matrix = torch.randn(700, 700)
@@ -138,7 +121,8 @@ def waiting_table(iterations: int = 300) -> None:
         return {"loss": modules["model"](torch.ones(1)).sum() + (matrix @ matrix).sum()}
 
     for name, ahead in (("in place", False), ("beside the step", True)):
-        sampler = _TimedSampler(ahead)
+        sampler = TimedSampler(MultiBlockMasks((14, 14)))
+        sampler.ahead = ahead
         trainer = create_trainer(step, modules := nn.ModuleDict({"model": nn.Linear(1, 1)}))
         trainer.attach(sampler, OptimizerStep(torch.optim.SGD(modules.parameters(), 0.0)))
         trainer.run(images, max_epochs=1)

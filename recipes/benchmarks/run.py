@@ -1,14 +1,14 @@
 """Measure pretraining as a whole: images per second, where a step's time goes, share of the matrix rate, memory.
 
-    python recipes/benchmarks/run.py                              # the default run and a small model, a few minutes
+    python recipes/benchmarks/run.py                              # the default run and a small model, some minutes
     python recipes/benchmarks/run.py --sizes small ViT-S/16 --compile --output small.json
     python recipes/benchmarks/run.py --compare small.json         # the same sizes and variants, beside earlier figures
+    python recipes/benchmarks/run.py --growth --seconds 1         # what cost grows with
+    python recipes/benchmarks/run.py --steady 2000                # resident memory over the default run
 
-Variants of a size take turns in one process, so that other work on the machine meets them all. A size that does not fit into
-memory is skipped. Written are OUTPUT (JSON), and a table (.md) and a plot (.png) beside it.
-
-``matrix share``: time of the step's matrix products alone, of the same shapes and types and in the same run, over the time
-of an iteration. ``needed`` memory: parameters, gradients, optimizer, target encoder, and what the backward pass keeps.
+``--cpu-time`` measures processor time, for a machine that others use too. Variants of a size take turns in one process. If a
+batch does not fit into memory, its half is tried; what does not fit at all is skipped. Written are OUTPUT (JSON), and a
+table (.md) and a plot (.png) beside it; docs/performance.md says what its columns are.
 """
 
 from __future__ import annotations
@@ -16,279 +16,265 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import psutil
 import torch
-from ignite.engine import Events
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hjepa_engine import load_config
 from hjepa_engine.recipes.benchmarks import machine
-from hjepa_engine.recipes.benchmarks.monitoring import OFF, QUIET
-from hjepa_engine.recipes.common.run import Run
-from hjepa_engine.recipes.pretrain import DEFAULT_CONFIG, build
+from hjepa_engine.recipes.benchmarks.memory import (
+    KeptActivations,
+    fitting_batch,
+    free_megabytes,
+    memory_of,
+    needed,
+    resident_over,
+)
+from hjepa_engine.recipes.benchmarks.parts import (
+    collapse_reading,
+    overhead,
+    save_stall,
+    time_masks,
+    update_costs,
+)
+from hjepa_engine.recipes.benchmarks.products import MatrixProducts, peak_rate
+from hjepa_engine.recipes.benchmarks.sizes import GROWTH, SIZES, VARIANTS, Iterations, iterate, make
 
-_VIT = ["--data.image_size=224", "--model.patch_size=16", "--model.pos_embed=sincos", "--model.levels=[{pool: 1}]"]
-_VIT += ["--masking.num_masks=4", "--masking.mask_scale=[0.15, 0.2]", "--model.activation_checkpointing=false"]
-
-
-def _vit(name: str, width: int, depth: int, heads: int, batch: int) -> list[str]:
-    return [
-        *_VIT,
-        *(f"--model.encoder_type=vit_{name}_patch16_224", f"--model.embed_dim={width}", f"--model.depth={depth}"),
-        *(f"--model.num_heads={heads}", f"--data.batch_size={batch}", "--model.predictor.width=384"),
-        *("--model.predictor.depth=6", "--model.predictor.num_heads=12"),
-    ]
-
-
-#: Options of each size, over the default run's.
-SIZES: dict[str, list[str]] = {
-    "default": [],
-    "small": [  # 32 pixels, patches of 4, I-JEPA's masks
-        *("--model.patch_size=4", "--model.embed_dim=192", "--model.depth=6", "--model.num_heads=6"),
-        *("--model.levels=[{pool: 1}]", "--data.batch_size=256", "--masking.num_masks=4"),
-        *("--masking.mask_scale=[0.15, 0.2]", "--model.predictor.width=96", "--model.predictor.depth=4"),
-    ],
-    "ViT-S/16": _vit("small", 384, 12, 6, 32),
-    "ViT-B/16": _vit("base", 768, 12, 12, 32),
-    "ViT-L/16": _vit("large", 1024, 24, 16, 32),
-}
-#: What varies within a size.
-VARIANTS: dict[str, list[str]] = {
-    "fp32": ["--training.use_amp=false"],
-    "bf16": ["--training.use_amp=true"],
-    "fp32 joint": ["--training.use_amp=false", "--model.predictor.targets=joint"],
-    "bf16 joint": ["--training.use_amp=true", "--model.predictor.targets=joint"],
-}
 ROUNDS = 3
+Results = dict[str, dict[str, dict[str, Any]]]
+#: Columns of the two tables: where it is in the results, and its format.
+SPEED = {
+    "images/s": ("images_per_s", ".1f"),
+    "ms": ("iteration_ms", ".1f"),
+    "forward": ("forward_ms", ".1f"),
+    "backward": ("backward_ms", ".1f"),
+    "update": ("update_ms", ".1f"),
+    "data": ("data_ms", ".2f"),
+    "matrix share": ("matrix_share", ".0%"),
+    "GFLOP/s": ("gflop_per_s", ".0f"),
+    "MFU": ("mfu", ".0%"),
+}
+PARTS = {
+    "bare loop, ms": ("bare_ms", ".1f"),
+    "engine adds": ("overhead_ms", ".2f"),
+    "masks": ("masks_ms", ".2f"),
+    "waited": ("masks_waited_ms", ".2f"),
+    "EMA": ("ema_ms", ".2f"),
+    "optimizer": ("optimizer_ms", ".2f"),
+    "save": ("save_ms", ".1f"),
+    "reading, s": ("reading_s", ".2f"),
+}
+MEMORY = {
+    "batch": ("batch_size", "d"),
+    "weights": ("weights_mb", ".0f"),
+    "target": ("target_mb", ".0f"),
+    "gradients": ("gradients_mb", ".0f"),
+    "moments": ("moments_mb", ".0f"),
+    "activations": ("activations_mb", ".0f"),
+    "needed MB": ("needed_mb", ".0f"),
+    "tensors": ("tensors_mb", ".0f"),
+    "peak": ("peak_mb", ".0f"),
+    "process before": ("process_mb", ".0f"),
+}
 
 
-class MatrixProducts(TorchDispatchMode):
-    """Count the matrix products of a step by operator, shapes and types."""
-
-    NAMES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[tuple[Any, ...]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the product and compute it."""
-        if func._schema.name in self.NAMES:
-            one, other = [part for part in args if isinstance(part, torch.Tensor)][-2:]
-            self.found[(tuple(one.shape), tuple(other.shape), one.dtype, one.device)] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of one step."""
-        return sum(2 * _size(one) * other[-1] * number for (one, other, *_), number in self.found.items())
-
-    def seconds(self) -> float:
-        """Time of them all, each shape at its best of five."""
-        total = 0.0
-        for (one, other, dtype, device), number in self.found.items():
-            left, right = (torch.randn(shape, device=device).to(dtype) for shape in (one, other))
-            total += number * min(_timed(lambda a=left, b=right: a @ b, device) for _ in range(5))  # type: ignore[misc]
-        return total
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _timed(action: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def make(size: str, variant: str, folder: str, compiled: bool) -> Run:
-    """A run without monitors, over images that lie in memory."""
-    options = [*SIZES[size], *VARIANTS[variant], *OFF, *QUIET, f"--run_dir={folder}/{size.replace('/', '')}_{variant}"]
-    config = load_config(DEFAULT_CONFIG, [*options, f"--training.compile={str(compiled).lower()}", "--device=auto"])
-    if size == "default":
-        return build(config)
-    image = torch.randint(256, (3, *config.data.size), dtype=torch.uint8)
-    images = [(image, 0)] * (64 * config.data.batch_size)
-    return build(config, data=(images, images[: config.data.batch_size]))
-
-
-def measure_memory(size: str, variant: str, folder: str) -> dict[str, float]:
-    """Peak memory of a run in MB beside what it needs; called in a process of its own."""
-    before = psutil.Process().memory_info().rss
-    run = make(size, variant, folder, compiled=False)
-    trained = sum(p.numel() * p.element_size() for p in run.modules.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in run.modules.parameters())
-    own = {p.untyped_storage().data_ptr() for p in run.modules.parameters()}
-    largest, step = [0], run.trainer.step
-
-    def watched(modules: Any, batch: Any) -> Any:
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = step(modules, batch)
-        largest[0] = max(largest[0], sum(kept.values()))
-        return outputs
-
-    run.trainer.step = watched
-    run.trainer.run(run.data, max_iters=4)
-    if run.trainer.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.trainer.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    # Weights, gradients, two moments of Adam.
-    needed = weights + 3 * trained + largest[0]
-    run.preemption.close()
-    return {"needed_mb": needed / 1e6, "activations_mb": largest[0] / 1e6, "peak_mb": peak / 1e6}
-
-
-def iterate(run: Run, number: int) -> float:
-    """Train on; seconds per iteration, without what happens before the first and behind the last one."""
-    times: list[float] = []
-    handle = run.trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda: times.append(time.perf_counter()))
-    run.trainer.run(run.data, max_iters=run.trainer.state.iteration + number + 1)
-    handle.remove()
-    return (times[-1] - times[0]) / (len(times) - 1)
-
-
-def measure(size: str, variants: list[str], seconds: float, compiled: bool, folder: str) -> dict[str, dict[str, float]]:
+def measure(
+    size: str, variants: dict[str, list[str]], folder: str, given: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
     """Figures of each variant of a size, in turns."""
-    runs = {variant: make(size, variant, folder, compiled) for variant in variants}
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    found: dict[str, dict[str, float]] = {variant: {} for variant in variants}
+    clock = time.process_time if given.cpu_time else time.perf_counter
+    compiled = f"--training.compile={str(given.compile).lower()}"
+    runs = {
+        name: make(size, [*options, compiled], f"{folder}/{name}", given.cpu_time) for name, options in variants.items()
+    }
+    samplers = {name: time_masks(run) for name, run in runs.items()}
+    found: dict[str, dict[str, Any]] = {name: {} for name in runs}
     each: dict[str, float] = {}
-    for variant, run in runs.items():
-        products = MatrixProducts()
-        if not compiled:  # a compiled step does not show its products
-            with products:
+    for name, run in runs.items():
+        if not given.compile:  # a compiled step does not show its products
+            with MatrixProducts() as products:
                 run.trainer.run(run.data, max_iters=1)
-            found[variant] = {"matrix_s": products.seconds(), "gflop": products.flops / 1e9}
-        each[variant] = iterate(run, 2)  # compilers and allocators are warm then
-        each[variant] = iterate(run, 2)
+            peak = peak_rate(run.trainer.device, run.trainer.amp_dtype or torch.float32, clock)
+            found[name] = {"matrix_s": products.seconds(clock), "gflop": products.flops / 1e9}
+            found[name] |= {"peak_gflop_per_s": peak.flop_per_s / 1e9, "peak_source": peak.source}
+        each[name] = iterate(run, 1, clock).mean  # compilers and allocators are warm then
+        each[name] = iterate(run, 1, clock).mean
+        samplers[name].times.clear()
+    times: dict[str, list[Iterations]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
-        for variant, run in runs.items():
-            times[variant].append(iterate(run, max(2, round(seconds / ROUNDS / each[variant]))))
-    for variant, run in runs.items():
-        each[variant], result = statistics.median(times[variant]), found[variant]
-        metrics = run.trainer.state.metrics
-        result["images_per_s"] = run.config.data.batch_size / each[variant]
-        result["iteration_ms"] = 1e3 * each[variant]
-        result |= {name: metrics[f"train/{name}"] for name in ("forward_ms", "backward_ms", "update_ms", "data_ms")}
+        for name, run in runs.items():
+            times[name].append(iterate(run, max(2, round(given.seconds / ROUNDS / each[name])), clock))
+    for name, run in runs.items():
+        result, metrics = found[name], run.trainer.state.metrics
+        seconds, _, waited = (statistics.median(column) for column in zip(*times[name], strict=True))
+        result |= {"images_per_s": run.config.data.batch_size / seconds, "iteration_ms": 1e3 * seconds}
+        result |= {part: metrics[f"train/{part}"] for part in ("forward_ms", "backward_ms", "update_ms")}
+        result |= {"data_ms": 1e3 * waited, "masks_waited_ms": 1e3 * statistics.median(samplers[name].times)}
         if "matrix_s" in result:
-            result["matrix_share"] = result.pop("matrix_s") / each[variant]
-            result["gflop_per_s"] = result["gflop"] / each[variant]
+            result["matrix_share"] = result.pop("matrix_s") / seconds
+            result["gflop_per_s"] = result["gflop"] / seconds
+            result["mfu"] = result["gflop_per_s"] / result["peak_gflop_per_s"]
+        result |= update_costs(run, clock) | {"save_ms": save_stall(run)}
+        if given.readings:
+            result["reading_s"] = collapse_reading(run, clock)
+        result |= overhead(run, given.seconds, each[name], clock)
         run.preemption.close()
     return found
 
 
-def markdown(results: dict[str, Any], earlier: dict[str, Any]) -> str:
-    """One row for each size and variant."""
-    columns = {
-        "images/s": ("images_per_s", ".1f"),
-        "ms": ("iteration_ms", ".1f"),
-        "forward": ("forward_ms", ".1f"),
-        "backward": ("backward_ms", ".1f"),
-        "update": ("update_ms", ".1f"),
-        "data": ("data_ms", ".2f"),
-        "matrix share": ("matrix_share", ".0%"),
-        "GFLOP/s": ("gflop_per_s", ".0f"),
-        "needed MB": ("needed_mb", ".0f"),
-        "peak MB": ("peak_mb", ".0f"),
-    }
-    names = ["size", "variant", *columns, *(["earlier images/s", "ratio"] if earlier else [])]
+def grow(names: list[str], folder: str, seconds: float, clock: Callable[[], float]) -> Results:
+    """Cost of the small size, in float32 and batches of 16, by what it grows with."""
+    results: Results = {}
+    for what in names or GROWTH:
+        results[what] = {}
+        for value, options in GROWTH[what].items():
+            run = make("small", [*VARIANTS["fp32"], "--data.batch_size=16", *options], f"{folder}/{what}{value}")
+            with KeptActivations(run) as kept:
+                each = iterate(run, 1, clock).mean
+            each = min(iterate(run, max(1, round(seconds / each)), clock).mean for _ in range(2))
+            figures = needed(run, kept.megabytes) | {"iteration_ms": 1e3 * each}
+            results[what][value] = figures | {"images_per_s": run.config.data.batch_size / each}
+            run.preemption.close()
+            run.data.close()
+            print(f"{what} {value}: {1e3 * each:.0f} ms, {figures['needed_mb']:.0f} MB needed", flush=True)
+    return results
+
+
+def markdown(results: Results, columns: dict[str, tuple[str, str]], heads: str, earlier: Results) -> str:
+    """One row for each size and variant; columns that are empty everywhere are left out.
+
+    >>> print(markdown({"a": {"b": {"iteration_ms": 2.04}}}, SPEED, "size | variant", {}))
+    | size | variant | ms |
+    | --- | --- | --- |
+    | a | b | 2.0 |
+    """
+    rows = [(size, variant, found) for size, group in results.items() for variant, found in group.items()]
+    columns = {name: (key, form) for name, (key, form) in columns.items() if any(key in found for *_, found in rows)}
+    if not columns:
+        return ""
+    names = [*heads.split(" | "), *columns, *(["earlier images/s", "ratio"] if earlier else [])]
     lines = [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
-    for size, variants in results.items():
-        for variant, found in variants.items():
-            cells = [format(found[key], form) if key in found else "" for key, form in columns.values()]
-            if earlier:
-                before = earlier.get(size, {}).get(variant, {}).get("images_per_s")
-                cells += [f"{before:.1f}", f"{found['images_per_s'] / before:.2f}"] if before else ["", ""]
-            lines.append(f"| {size} | {variant} | {' | '.join(cells)} |")
+    for size, variant, found in rows:
+        cells = [format(found[key], form) if key in found else "" for key, form in columns.values()]
+        if earlier:
+            before = earlier.get(size, {}).get(variant, {}).get("images_per_s")
+            cells += [f"{before:.1f}", f"{found['images_per_s'] / before:.2f}"] if before else ["", ""]
+        lines.append(f"| {size} | {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Images per second of each variant over that of its size's first one."""
+def plot(results: Results, path: Path) -> None:
+    """Images per second of each row over that of its group's first one."""
     from matplotlib.figure import Figure
 
-    figure = Figure((7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
     rows = [
-        (size, variant, found["images_per_s"]) for size, group in results.items() for variant, found in group.items()
+        (f"{size}, {variant}", found["images_per_s"] / next(iter(group.values()))["images_per_s"])
+        for size, group in results.items()
+        for variant, found in group.items()
     ]
-    firsts = {size: next(iter(group.values()))["images_per_s"] for size, group in results.items()}
-    axes.barh([f"{size}, {variant}" for size, variant, _ in rows], [rate / firsts[size] for size, _, rate in rows])
+    figure = Figure((7, max(2.5, 0.3 * len(rows))), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(*(list(column) for column in zip(*rows, strict=True)))
     axes.invert_yaxis()
-    axes.set_xlabel("images per second, over the first variant")
+    axes.set_xlabel("images per second, over the first of the group")
     figure.savefig(path, dpi=120)
+
+
+def measure_size(size: str, folder: str, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Memory and speed of the variants of a size that fit into memory, with the largest batch that does."""
+    limit = [f"--data.batch_size={given.batch_size}"] if given.batch_size else []
+    config = make(size, limit, f"{folder}/sizes{size.replace('/', '')}").config
+    of_two = memory_of(size, [*VARIANTS[given.variants[0]], "--data.batch_size=2"]) if size.startswith("ViT") else {}
+    batch = fitting_batch(of_two, config.data.batch_size, free_megabytes()) if of_two else config.data.batch_size
+    variants = {name: [*VARIANTS[name], f"--data.batch_size={batch}"] for name in given.variants}
+    memory: dict[str, dict[str, float]] = {}
+    for name in variants if batch else ():
+        memory[name] = memory_of(size, variants[name])
+        print(
+            f"{size}, {name}: {' MB, '.join(f'{key[:-3]} {mb:.0f}' for key, mb in memory[name].items())} MB", flush=True
+        )
+    fits = {name: variants[name] for name, found in memory.items() if found}
+    if not fits:
+        print(f"{size}: skipped, it does not fit into the memory that is free", flush=True)
+        return {}
+    if batch < config.data.batch_size:
+        print(f"{size}: batches of {batch} instead of {config.data.batch_size}, which would not fit", flush=True)
+    speed = {} if given.only_memory else measure(size, fits, f"{folder}/{size.replace('/', '')}", given)
+    gc.collect()
+    return {name: {"batch_size": batch, **speed.get(name, {}), **memory[name]} for name in fits}
+
+
+def tables(results: Results, earlier: Results, growth: bool) -> str:
+    """All tables that there are figures for."""
+    if growth:
+        return markdown(results, {name: SPEED[name] for name in ("images/s", "ms")} | MEMORY, "of | value", earlier)
+    parts = [
+        markdown(results, columns, "size | variant", earlier if columns is SPEED else {})
+        for columns in (SPEED, PARTS, MEMORY)
+    ]
+    sources = {
+        f"{found['peak_gflop_per_s']:.0f} GFLOP/s ({variant}; {found['peak_source']})"
+        for group in results.values()
+        for variant, found in group.items()
+        if "peak_source" in found
+    }
+    parts += [f"MFU is over {', '.join(sorted(sources))}"] if sources else []
+    return "\n\n".join(part for part in parts if part)
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["default", "small"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:4])
+    parser.add_argument("--seconds", type=float, default=20, help="time for each variant")
+    parser.add_argument("--batch-size", type=int, help="of all sizes")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of time")
+    parser.add_argument("--only-memory", action="store_true", help="no times")
+    parser.add_argument("--no-readings", dest="readings", action="store_false", help="without the collapse reading")
+    parser.add_argument(
+        "--growth", nargs="*", choices=list(GROWTH), help="what cost grows with (all by default), instead of sizes"
+    )
+    parser.add_argument(
+        "--steady", type=int, metavar="STEPS", help="resident memory over these steps, instead of sizes"
+    )
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--output", type=Path, default=Path("benchmark.json"))
+    parser.add_argument("--compare", type=Path, help="an earlier OUTPUT")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["default", "small"])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=20, help="time for each variant")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--output", type=Path, default=Path("benchmark.json"))
-    parser.add_argument("--compare", type=Path, help="an earlier OUTPUT")
-    parser.add_argument("--memory-of", nargs=2, metavar=("SIZE", "VARIANT"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = arguments()
     if given.threads:
         torch.set_num_threads(given.threads)
+    results: Results = {}
     with TemporaryDirectory() as folder:
-        if given.memory_of:
-            size, variant = given.memory_of
-            print(json.dumps(measure_memory(size, variant, folder)))
+        if given.steady:
+            every = max(1, given.steady // 20)
+            found = [f"{mb:.0f}" for mb in resident_over(given.steady, every, folder)]
+            print(f"{machine()}\nresident MB, every {every} steps: {', '.join(found)}")
             return
-        results: dict[str, Any] = {}
-        for size in given.sizes:
-            memory = {variant: memory_of(size, variant) for variant in given.variants}
-            fits = [variant for variant, found in memory.items() if found]
-            if not fits:
-                print(f"{size}: skipped, it does not fit into the memory that is free", flush=True)
-                continue
-            speed = measure(size, fits, given.seconds, given.compile, folder)
-            results[size] = {variant: speed[variant] | memory[variant] for variant in fits}
-            gc.collect()
+        clock = time.process_time if given.cpu_time else time.perf_counter
+        if given.growth is not None:
+            results = grow(given.growth, folder, min(given.seconds, 3), clock)
+        for size in [] if given.growth is not None else given.sizes:
+            if found_of_size := measure_size(size, folder, given):
+                results[size] = found_of_size
     earlier = json.loads(given.compare.read_text(encoding="utf-8"))["results"] if given.compare else {}
-    table = f"{machine()}{', compiled' if given.compile else ''}\n\n{markdown(results, earlier)}\n"
+    notes = f"{', compiled' if given.compile else ''}{', processor time' if given.cpu_time else ''}"
+    table = f"{machine()}{notes}\n\n{tables(results, earlier, given.growth is not None)}\n"
     print(table)
     given.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
     given.output.with_suffix(".md").write_text(table, encoding="utf-8")
-    plot(results, given.output.with_suffix(".png"))
-
-
-def memory_of(size: str, variant: str) -> dict[str, float]:
-    """What :func:`measure_memory` finds in a process of its own; empty if the process ended for want of memory."""
-    ended = subprocess.run(
-        [sys.executable, __file__, "--memory-of", size, variant], capture_output=True, text=True, check=False
-    )
-    if not ended.returncode:
-        return json.loads(ended.stdout.splitlines()[-1])
-    if "out of memory" not in ended.stderr and ended.returncode != -9:
-        raise SystemExit(ended.stderr)
-    return {}
+    if not given.only_memory and results:
+        plot(results, given.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

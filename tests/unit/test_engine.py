@@ -1,4 +1,5 @@
 import re
+import weakref
 from collections import namedtuple
 
 import pytest
@@ -362,3 +363,18 @@ def test_an_unchanged_model_has_the_same_validation_loss_bit_for_bit_in_every_ep
     number = len(drawn) // 3
     assert all(torch.equal(drawn[i], drawn[i + number]) for i in range(2 * number))
     assert not torch.equal(drawn[0][0], drawn[0][1])
+
+
+def test_the_outputs_of_an_iteration_are_freed_before_the_next_step_computes():
+    seen, alive = [], []
+
+    def step(modules, batch):
+        alive.append([reference() is not None for reference in seen])
+        tokens = torch.ones(3)
+        seen.append(weakref.ref(tokens))
+        return {"loss": modules["model"](torch.ones(1, 1)).sum(), "tokens": tokens}
+
+    trainer = create_trainer(step, nn.ModuleDict({"model": nn.Linear(1, 1)}))
+    trainer.run([{}] * 3, max_epochs=1)
+    assert alive == [[], [False], [False, False]]
+    assert torch.equal(trainer.state.output["tokens"], torch.ones(3))  # of the last iteration
