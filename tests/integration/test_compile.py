@@ -59,7 +59,9 @@ def test_a_compiled_run_compiles_once_keeps_its_names_and_resumes_to_the_same_bi
 @pytest.mark.slow
 def test_two_compiled_processes_equal_one(tmp_path):
     """Started by torchrun: a forked process cannot use its parent's compiler."""
-    values = {**VALUES, "model.drop_path": 0.0, "training.max_iters": 4}  # drop path draws by rank
+    # Drop path draws by rank, and Adam makes much of rounding where a gradient is near 0.
+    plain = {"model.drop_path": 0.0, "training.optimizer": "sgd", "training.lr": 0.1, "training.clip_grad": 0.5}
+    values = {**VALUES, **plain, "training.max_iters": 4}
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     recipe = ["recipes/pretrain.py", *options({**values, "run_dir": tmp_path / "two"})]
     done = subprocess.run([sys.executable, *launch, *recipe], cwd=ROOT, capture_output=True, text=True, check=False)
