@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -15,15 +15,12 @@ from hjepa_engine.types import Batch, Outputs
 logger = logging.getLogger(__name__)
 
 
-def gather_labeled(
-    evaluator: Evaluator, data: Iterable[Batch], names: Sequence[str], store: FeatureStore, split: str
-) -> dict[str, Tensor]:
-    """Outputs of a step over a split, (samples, ...), and ``labels``; images without a label are left out.
+def gather_labeled(evaluator: Evaluator, data: Iterable[Batch], store: FeatureStore, split: str) -> dict[str, Tensor]:
+    """All outputs of a step over a split, (samples, ...), and ``labels``; images without a label are left out.
 
     Args:
-        evaluator: runs a step with these outputs, (B, ...) each.
+        evaluator: runs a step whose outputs are (B, ...) each.
         data: batches with ``labels``, (B,) or, of patches, (B, N).
-        names: of the outputs.
         store: where the rows go.
         split: its name in messages.
 
@@ -40,7 +37,8 @@ def gather_labeled(
         has_label = labels >= 0 if labels.ndim == 1 else (labels >= 0).all(dim=1)
         total += len(labels)
         if has_label.any():
-            store.add({name: output[name].cpu()[has_label] for name in names} | {"labels": labels[has_label]})
+            rows = {name: value.cpu()[has_label] for name, value in output.items()}
+            store.add({**rows, "labels": labels[has_label]})
 
     for_each_output(evaluator, data, read)
     if not store.count:

@@ -98,7 +98,7 @@ def read_features(
 
 def _with_labels(evaluator: Evaluator, loader: ImageLoader, name: str, max_gb: float) -> Labeled:
     store = FeatureStore(len(loader.split.images), 1e9 * max_gb)
-    found = gather_labeled(evaluator, loader, ("features",), store, name)
+    found = gather_labeled(evaluator, loader, store, name)
     return found["features"], found["labels"]
 
 
