@@ -11,8 +11,8 @@ from torch import Tensor
 from hjepa_engine.data.sampler import EpochBatchSampler
 from hjepa_engine.utils.rng import generator
 
-#: Numbers of features that are computed with at once: 128 MB in float64.
-_CHUNK = 2**24
+#: Numbers of features that are computed with at once: 32 MB in float64.
+_CHUNK = 2**22
 
 
 class FeatureBatches:

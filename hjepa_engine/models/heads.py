@@ -33,16 +33,18 @@ class LinearHeads(nn.Module):
         self, num_features: int, num_classes: int, settings: Sequence[tuple[float, float]], mean: Tensor, std: Tensor
     ) -> None:
         super().__init__()
-        rates, decays = (torch.tensor(values)[:, None, None] for values in zip(*settings, strict=True))
+        rates, decays = (torch.tensor(values)[:, None] for values in zip(*settings, strict=True))
         for name, value in {"mean": mean, "std": std, "scale": rates.sqrt(), "decay": decays}.items():
             self.register_buffer(name, value)
-        self.weight = nn.Parameter(torch.zeros(len(settings), num_features, num_classes))
-        self.bias = nn.Parameter(torch.zeros(len(settings), 1, num_classes))
+        self.weight = nn.Parameter(torch.zeros(num_features, len(settings), num_classes))
+        self.bias = nn.Parameter(torch.zeros(len(settings), num_classes))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (G, B, C) of features (B, F)."""
         standardized = (features - self.mean) / self.std
-        return self.scale * (standardized @ self.weight + self.bias)
+        # One multiplication for all heads: a batch of narrow ones is ten times slower on a CPU.
+        logits = (standardized @ self.weight.flatten(1)).view(len(features), *self.bias.shape)
+        return (self.scale * (logits + self.bias)).transpose(0, 1)
 
     def penalty(self) -> Tensor:
         """The sum of all heads' weight decay, ()."""
