@@ -98,9 +98,9 @@ def probe_heads_step(modules: nn.ModuleDict, batch: Batch) -> Outputs:
         batch: ``features`` (B, ...) and ``labels`` (B,).
 
     Returns:
-        ``loss`` (), the sum of the heads' cross-entropies in nats and of their penalties; ``predictions`` (G, B), classes.
+        ``loss`` (), the sum of the heads' cross-entropies in nats and of their penalties; ``logits`` (G, B, C).
     """
     heads, labels = modules["heads"], batch["labels"]
     logits = heads(batch["features"])
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="sum") / len(labels)
-    return {"loss": losses + heads.penalty(), "predictions": logits.argmax(dim=2)}
+    return {"loss": losses + heads.penalty(), "logits": logits}

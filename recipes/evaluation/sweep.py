@@ -154,7 +154,7 @@ def train_heads(
     predictions: list[Tensor] = []
     evaluator = create_evaluator(probe_heads_step, modules, settings.device)
     ordered = FeatureBatches(judged.features, judged.labels, _JUDGED, shuffle=False, rows=judged.rows)
-    for_each_output(evaluator, ordered, lambda output, batch: predictions.append(output["predictions"].cpu()))
+    for_each_output(evaluator, ordered, lambda output, batch: predictions.append(output["logits"].argmax(dim=2).cpu()))
     return torch.cat(predictions, dim=1)
 
 

@@ -33,7 +33,7 @@ class Settings:
     device: torch.device
     num_seeds: int = 3
     linear_grid: tuple[Setting, ...] = tuple(
-        Setting(lr, decay) for decay in (0.0, 1e-3, 1e-2) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+        Setting(lr, decay) for decay in (0.0, 1e-3, 1e-2) for lr in (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
     )
     """Of linear heads, SGD."""
     attentive_grid: tuple[Setting, ...] = tuple(Setting(lr, 1e-2) for lr in (3e-4, 1e-3, 3e-3))
