@@ -71,6 +71,17 @@ def open_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> 
 
     Arguments and errors are those of :func:`probe_run`.
     """
+    before, config, trained, random = open_encoder(folder, checkpoint, overrides)
+    return FrozenRun(before, config, {"trained": trained, "random": random, "pixels": None}, open_probe_data(config))
+
+
+def open_encoder(
+    folder: Path, checkpoint: str | None, overrides: Sequence[str]
+) -> tuple[Config, Config, nn.Module, nn.Module | None]:
+    """The configuration of a run, the same with what was given, its trained encoder, and that with initial weights.
+
+    Arguments and errors are those of :func:`probe_run`.
+    """
     _refuse_own_keys(overrides)
     saved = folder / "config.yaml"
     if not saved.is_file():
@@ -87,8 +98,7 @@ def open_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> 
             f"got {config.data.image_size}"
         )
     encoder = load_encoder(folder, checkpoint, own, config.data.size if resized else None)
-    encoders = {"trained": encoder, "random": random, "pixels": None}
-    return FrozenRun(before, config, encoders, open_probe_data(config))
+    return before, config, encoder, random
 
 
 def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> ProbedRun:
