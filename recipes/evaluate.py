@@ -16,13 +16,12 @@ import sys
 from collections.abc import Sequence
 
 from hjepa_engine.config.paths import path_argument
-from hjepa_engine.errors import ConfigError
-from hjepa_engine.run.cli import command_parser, run_command
+from hjepa_engine.run import cli
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate the encoder of a run."""
-    parser = command_parser(__doc__ or "")
+    parser = cli.command_parser(__doc__ or "")
     parser.add_argument("--run", type=path_argument, required=True, metavar="RUN_DIR", help="the run folder")
     parser.add_argument("--checkpoint", metavar="NAME", help="best, latest or a name; the exported encoder by default")
     parser.add_argument(
@@ -40,8 +39,6 @@ def main(argv: Sequence[str]) -> None:
         help="data.* of the second data set; adds the task transfer",
     )
     known, overrides = parser.parse_known_args(argv)
-    if known.seeds < 1:
-        raise ConfigError(f"--seeds must be at least 1, got {known.seeds}")
     # torch is imported here: --help does without
     from hjepa_engine.recipes.evaluation.evaluation import evaluate_run
 
@@ -51,4 +48,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, sys.argv[1:])
+    cli.run_command(main, sys.argv[1:])

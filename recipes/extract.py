@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from hjepa_engine import errors
 from hjepa_engine.config.paths import path_argument
-from hjepa_engine.errors import ConfigError
 from hjepa_engine.run.cli import command_parser, run_command
 
 
@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--shard_images", type=int, default=1024, metavar="N", help="images of a shard (1024)")
     known, overrides = parser.parse_known_args(argv)
     if (known.run is None) == (known.encoder is None):
-        raise ConfigError("one of --run and --encoder must be given")
+        raise errors.ConfigError("one of --run and --encoder must be given")
     if known.encoder is not None and (known.levels or known.checkpoint):
-        raise ConfigError("--levels and --checkpoint need --run: an exported encoder knows neither")
+        raise errors.ConfigError("--levels and --checkpoint need --run: an exported encoder knows neither")
     if known.shard_images < 1:
-        raise ConfigError(f"--shard_images must be at least 1, got {known.shard_images}")
+        raise errors.ConfigError(f"--shard_images must be at least 1, got {known.shard_images}")
     if known.data is not None:
         overrides = [*overrides, "--data.dataset=imagefolder", f"--data.data_path={known.data}"]
     # torch is imported here: --help does without

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from hjepa_engine.config.schema import Level
-from hjepa_engine.levels import as_tokens
+from hjepa_engine.levels import as_tokens, pool_disjoint
 from hjepa_engine.types import Batch, Outputs, unwrap
 
 
@@ -47,12 +46,6 @@ def extraction_step(
     outputs = {"last": found[1.0]}
     outputs |= {f"block_{number}": found[shares[number]] for number in blocks}
     for number, level in levels.items():
-        outputs[f"level_{number}"] = found[level.depth] if pooled else _cells(found[level.depth], encoder.grid, level)
+        tokens = found[level.depth]
+        outputs[f"level_{number}"] = tokens if pooled else pool_disjoint(tokens, encoder.grid, level.pool)
     return {name: (tokens.mean(dim=1) if pooled else tokens).float() for name, tokens in outputs.items()}
-
-
-def _cells(tokens: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
-    if level.pool == "image":
-        return tokens.mean(dim=1, keepdim=True)
-    maps = tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
-    return F.avg_pool2d(maps, level.pool, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)

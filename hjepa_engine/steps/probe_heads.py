@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hjepa_engine.config.schema import Level
-from hjepa_engine.levels import as_tokens
+from hjepa_engine.levels import as_tokens, pool_disjoint
 from hjepa_engine.types import Batch, Outputs, unwrap
 
 #: Of a level's cells, the most that are read side by side; of more, their mean is.
@@ -68,11 +68,7 @@ def _cells_side(level: Level, grid: tuple[int, int]) -> int:
 
 
 def _cells(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    if side == 1:
-        return tokens.mean(dim=1)
-    maps = tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
-    cells = F.avg_pool2d(maps, side, ceil_mode=True, count_include_pad=False)
-    return cells.permute(0, 2, 3, 1).flatten(1)
+    return tokens.mean(dim=1) if side == 1 else pool_disjoint(tokens, grid, side).flatten(1)
 
 
 def patch_pixels_step(modules: nn.ModuleDict, batch: Batch, grid: tuple[int, int] = (1, 1)) -> Outputs:

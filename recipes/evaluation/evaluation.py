@@ -69,6 +69,8 @@ def evaluate_run(
         ConfigError, DataError, ExportError: as ``probe_run``; or a task cannot be done.
     """
     started = time.monotonic()
+    if num_seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {num_seeds}")
     run = open_run(folder, checkpoint, overrides)
     chosen = _choose(run, tasks, transfer)
     other = open_run(folder, checkpoint, [*overrides, *transfer]) if "transfer" in chosen else None

@@ -54,9 +54,8 @@ def test_shards_hold_what_the_encoder_says_of_each_image_in_order(run, tmp_path)
     torch.testing.assert_close(found["last"], encoder(batch["images"]).mean(1))
     torch.testing.assert_close(found["block_1"], first)
     torch.testing.assert_close(found["block_2"], second)  # before the last norm
-    assert [line["index"] for line in lines] == list(range(40)) and [line["label"] for line in lines] == batch[
-        "labels"
-    ].tolist()
+    assert [line["index"] for line in lines] == list(range(40))
+    assert [line["label"] for line in lines] == batch["labels"].tolist()
     assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == [f"shard_{n:05d}" for n in range(4)]
 
 
