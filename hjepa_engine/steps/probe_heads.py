@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,8 @@ def probe_heads_step(modules: nn.ModuleDict, batch: Batch) -> Outputs:
     Returns:
         ``loss`` (), the sum of the heads' cross-entropies in nats and of their penalties; ``logits`` (G, B, C).
     """
-    heads, labels = modules["heads"], batch["labels"]
+    heads: Any = modules["heads"]
+    labels = batch["labels"]
     logits = heads(batch["features"])
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="sum") / len(labels)
     return {"loss": losses + heads.penalty(), "logits": logits}

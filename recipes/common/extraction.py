@@ -120,7 +120,7 @@ def extract(config: Config, encoder: nn.Module, output: Path, request: Request) 
     describe_once(output, _describe(config, encoder, request, splits))
     device = choose_device(config.device)
     evaluator = create_evaluator(step, nn.ModuleDict({"encoder": encoder.to(device)}), device)
-    written = {}
+    written: dict[str, int] = {}
     for name, split in splits.items():
         writer = ShardWriter(output / name, request.kind, len(split.images), request.shard_images)
         numbers = writer.missing()

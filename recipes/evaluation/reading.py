@@ -63,4 +63,5 @@ def _read(
         store = FeatureStore(len(source.images), 1e9 * config.probe.features_in_memory_gb)
         found.append(gather_labeled(evaluator, loader, store, name))
         evaluator.detach(damaged)
-    return Readings(*found, data["probe"].num_classes)
+    train, test = found
+    return Readings(train, test, data["probe"].num_classes)
