@@ -59,6 +59,17 @@ def pool_sliding(features: Tensor, grid: tuple[int, int], level: Level) -> Tenso
     return F.avg_pool2d(maps, size, stride=1).flatten(2).transpose(1, 2)
 
 
+def pool_disjoint(features: Tensor, grid: tuple[int, int], pool: int | str) -> Tensor:
+    """Average patch features (B, N, D) over disjoint ``pool`` x ``pool`` cells, or the image: (B, cells, D), row by row.
+
+    A cell that is cut off by the edge averages the patches it has.
+    """
+    if isinstance(pool, str):
+        return features.mean(dim=1, keepdim=True)
+    maps = features.view(len(features), *grid, -1).permute(0, 3, 1, 2)
+    return F.avg_pool2d(maps, pool, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
+
+
 def num_disjoint_cells(grid: tuple[int, int], level: Level) -> int:
     """Number of ``level``'s cells that fit side by side; :func:`pool_sliding` has more, but they overlap."""
     return 1 if level.pool == "image" else math.prod(max(1, side // level.pool) for side in grid)

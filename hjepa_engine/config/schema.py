@@ -385,6 +385,8 @@ class ProbeConfig:
     """Learning rate at the start; half a cosine leads to 0."""
     weight_decay: float = setting(1e-2, ge=0)
     """Of the linear head (AdamW)."""
+    features_in_memory_gb: float = setting(4.0, ge=0)
+    """Memory for the features of one split, in 1e9 bytes; more are kept in a file in TMPDIR that is mapped into memory."""
 
 
 @section()

@@ -18,6 +18,7 @@ from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.contents import Description, describe
+from hjepa_engine.data.digit_maps import DigitMaps
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
 from hjepa_engine.data.huggingface import open_huggingface
 from hjepa_engine.data.memory import DigitPages, MemoryImages
@@ -82,6 +83,20 @@ def describe_data(config: DataConfig, seed: int = 0, exclude: Mapping[Path, str]
     if config.class_path is None and config.dataset in UNCHANGING_DATASETS:
         return None
     return describe(*(open_split(config, split, seed, exclude) for split in ("train", "val")))
+
+
+def open_digit_maps(config: DataConfig, split: SplitName, seed: int, grid: tuple[int, int]) -> DatasetSplit:
+    """Pages of mixed digits with a class for each patch, whatever data set ``config`` names; its normalization holds.
+
+    Args:
+        config: the data section; pages are square, and so must be its images.
+        split: its name.
+        seed: of the split.
+        grid: patches in a column and in a row.
+    """
+    pages = DigitMaps(*_digits_of(config, split, seed), _NUM_PAGES[split], split, grid)
+    opened = DatasetSplit(pages, (*DIGITS, "background"), ((0.5,), (0.5,)))
+    return with_stats(config, opened, opened, seed)
 
 
 def _passed(config: DataConfig, split: SplitName, seed: int) -> DatasetSplit:

@@ -25,8 +25,9 @@ _CPU = torch.device("cpu")
 class ImageLoader:
     """Batches of ``images`` (B, C, H, W), normalized, ``labels`` (B,) and ``damaged``, lines ``name: reason``.
 
-    In an evaluation, damaged images are left out; where that would empty a batch, another one is split in two. If there
-    are too few images left for that, the last batches are one image again, with ``is_filler``: they count in no result.
+    In an evaluation, ``index`` (B,) says which samples they are, and damaged images are left out; where that would empty a
+    batch, another one is split in two. If there are too few images left for that, the last batches are one image again,
+    with ``is_filler``: they count in no result.
 
     Args:
         config: the data section.
@@ -85,9 +86,9 @@ class ImageLoader:
         pixels = batch.pixels.to(self.device, non_blocking=True)
         if self._augment is not None:
             images = self._augment(pixels, batch.keys, is_cropped=not self.reader.is_batched)
-        else:
-            images = self._normalize(pixels)
-        return {"images": images, "labels": batch.labels, "damaged": batch.damaged}
+            return {"images": images, "labels": batch.labels, "damaged": batch.damaged}
+        index = torch.from_numpy(batch.keys[:, 1])
+        return {"images": self._normalize(pixels), "labels": batch.labels, "index": index, "damaged": batch.damaged}
 
     def _prefetch(self, read: Iterable[PixelBatch]) -> Iterator[dict[str, Any]]:
         """Copy and augment a batch on a stream of its own while the one before is computed with."""
@@ -133,9 +134,10 @@ def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
 
 def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     """At most ``parts`` batches; the first one has the damage."""
-    images, labels = (batch[name].tensor_split(min(parts, len(batch["images"]))) for name in ("images", "labels"))
-    damaged: list[list[str]] = [batch["damaged"], *([] for _ in images[1:])]
-    return [{"images": i, "labels": j, "damaged": d} for i, j, d in zip(images, labels, damaged, strict=True)]
+    number = min(parts, len(batch["images"]))
+    tensors = {name: value.tensor_split(number) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    damaged: list[list[str]] = [batch["damaged"], *([] for _ in range(number - 1))]
+    return [{**{name: cut[n] for name, cut in tensors.items()}, "damaged": damaged[n]} for n in range(number)]
 
 
 def build_loader(

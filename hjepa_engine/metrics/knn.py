@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Similarities held at once: validation samples of a chunk x training samples.
+#: Similarities held at once: validation samples of a chunk x training samples of a chunk.
 _SIMILARITIES = 2**22
+#: Numbers of training features held at once.
+_KNOWN = 2**27
 
 
 def knn_accuracy(
@@ -47,19 +49,38 @@ def knn_accuracy(
                 f"got {tuple(rows.shape)} and {tuple(classes.shape)}"
             )
     device = features.device
-    known, labels = F.normalize(features.float(), dim=1), labels.to(device)
+    labels, val_labels = labels.to(device), val_labels.to(device)
     num_classes = int(max(labels.max(), val_labels.max())) + 1
-    right = 0
-    chunk = max(1, _SIMILARITIES // len(known))
-    for rows, classes in zip(val_features.split(chunk), val_labels.split(chunk), strict=True):
-        similarity = F.normalize(rows.to(device).float(), dim=1) @ known.T
-        # topk() may take any of equal ones.
-        nearest = similarity.sort(dim=1, descending=True, stable=True)
-        values, idx = nearest.values[:, :neighbors].double(), nearest.indices[:, :neighbors]
-        # Relative to the nearest one, or small temperatures overflow.
-        weights = ((values - values[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(rows), num_classes, dtype=weights.dtype, device=device)
+    similarity, idx = _nearest(features, val_features, neighbors)
+    # Relative to the nearest one, or small temperatures overflow.
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    right, chunk = 0, max(1, _SIMILARITIES // num_classes)
+    for weight, numbers, classes in zip(weights.split(chunk), idx.split(chunk), val_labels.split(chunk), strict=True):
+        votes = torch.zeros(len(weight), num_classes, dtype=weight.dtype, device=device)
         for neighbor in range(idx.shape[1]):  # one by one: adding in parallel would round differently from time to time
-            votes.scatter_add_(1, labels[idx[:, neighbor, None]], weights[:, neighbor, None])
-        right += int((votes.argmax(dim=1) == classes.to(device)).sum())
+            votes.scatter_add_(1, labels[numbers[:, neighbor, None]], weight[:, neighbor, None])
+        right += int((votes.argmax(dim=1) == classes).sum())
     return right / len(val_features)
+
+
+def _nearest(known: Tensor, asked: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities (m, neighbors), float64, to the most similar of ``known``, and their indices.
+
+    Both are read a part at a time, the known ones once: they may be memory-mapped, and more than fit.
+    """
+    device, size = known.device, max(1, _KNOWN // known.shape[1])
+    values = torch.empty(len(asked), 0, dtype=torch.float64, device=device)
+    idx = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+    chunk = max(1, _SIMILARITIES // min(size, len(known)))
+    for first in range(0, len(known), size):
+        part = F.normalize(known[first : first + size].float(), dim=1)
+        numbers = torch.arange(first, first + len(part), device=device)
+        found = []
+        for rows, best, places in zip(asked.split(chunk), values.split(chunk), idx.split(chunk), strict=True):
+            similarity = (F.normalize(rows.to(device).float(), dim=1) @ part.T).double()
+            # topk() may take any of equal ones. Those found before are of earlier samples, and stand first.
+            nearest = torch.cat([best, similarity], dim=1).sort(dim=1, descending=True, stable=True)
+            among = torch.cat([places, numbers.expand(len(rows), -1)], dim=1)
+            found.append((nearest.values[:, :neighbors], among.gather(1, nearest.indices[:, :neighbors])))
+        values, idx = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values, idx

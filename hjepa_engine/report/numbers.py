@@ -1,9 +1,17 @@
-"""Numbers and times as people read them."""
+"""Numbers, times and tables as people read them."""
 
 from __future__ import annotations
 
 import math
 import time
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """Headings and rows of strings."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 def number(value: float | None) -> str:

@@ -78,7 +78,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
         "Is it collapsing?": True,
         "Comparison": bool(others),
         **{name: bool(charts[name]) for name in ("Loss", "Collapse")},
-        **{"Probes": True, "Pictures": True},
+        **{"Probes": True, "Evaluation": bool(run.evaluations), "Pictures": True},
         **{name: bool(charts[name]) for name in ("Optimization", "Speed and machine", "Other metrics")},
         **{"Checkpoints": True, "Configuration": True, "Environment": True},
     }
@@ -96,6 +96,7 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
             verdict=verdicts[next(iter(runs))],
             comparison=sections.compare(runs, verdicts) if others else None,
             final_probes=sections.final_probe_rows(run),
+            evaluations=sections.evaluations(run),
             online_probes=sections.online_probes(run),
             pictures=sections.pictures(run),
             checkpoints=sections.checkpoint_table(run.checkpoints, run.kept) if run.checkpoints else None,

@@ -84,6 +84,8 @@ class RunData:
     """Why each is kept, by its name."""
     probes: list[FinalProbe] = field(default_factory=list)
     """Linear probes: at the end of the run, then those that were run by hand."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Records of ``recipes/evaluate.py``, that of the run's own images first."""
 
     @property
     def probe(self) -> dict[str, float]:
@@ -137,6 +139,7 @@ def read_run(path: Path) -> RunData:
         checkpoints,
         policy([checkpoint.record for checkpoint in checkpoints]),
         _read_probes(path, status),
+        [record for file in sorted(path.glob("evaluation*.json")) if (record := _read_object(file))],
     )
 
 

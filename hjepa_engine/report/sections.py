@@ -14,26 +14,18 @@ from hjepa_engine.config.changes import config_changes, plain_config
 from hjepa_engine.config.schema import Config
 from hjepa_engine.metrics.names import PROBE, TITLES, better
 from hjepa_engine.report.charts import Chart
-from hjepa_engine.report.numbers import number, when
+from hjepa_engine.report.evaluation import PROBED, evaluation_table
+from hjepa_engine.report.numbers import Table, number, when
 from hjepa_engine.report.panels import COMPARED, ONLINE_PROBES, comparison_charts, spread
 from hjepa_engine.report.reading import Picture, RunData, read_picture
 from hjepa_engine.report.verdict import Verdict
 
 _MAX_PICTURE = 4 * 2**20  # bytes
 _MAX_VALUE = 200  # characters; all of it is in config.yaml below
-#: What a final linear probe was trained on, as it is printed.
-PROBED = {"trained": "trained encoder", "random": "random encoder", "pixels": "raw pixels"}
 
 
 #: What is compared and, of each run, the value and the best value, which may be empty.
 ComparedRows = list[tuple[str, list[tuple[str, str]]]]
-
-
-class Table(NamedTuple):
-    """Headings and rows of strings."""
-
-    headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 class ProbeSummary(NamedTuple):
@@ -82,6 +74,20 @@ def final_probe_rows(run: RunData) -> list[tuple[str, str, str]]:
         names += [name for name in probe.accuracy if name not in PROBED]
         rows += [(PROBED.get(name, name), probe.data, f"{100 * probe.accuracy[name]:.1f} %") for name in names]
     return rows
+
+
+def evaluations(run: RunData) -> list[tuple[str, Table]]:
+    """Each evaluation: its images, in words, and its table."""
+    found = []
+    for record in run.evaluations:
+        data = record.get("data")
+        images = str(data.get("description", "")) if isinstance(data, dict) else ""
+        parts = [images, f"{record.get('seeds')} seeds"]
+        parts += [f"transfer: {record['transfer_data']}"] if record.get("transfer_data") else []
+        parts += [f"checkpoint {record['checkpoint']}"] if record.get("checkpoint") else []
+        parts += [str(record["note"])] if record.get("note") else []
+        found.append(("; ".join(parts), evaluation_table(record)))
+    return found
 
 
 def online_probes(run: RunData) -> list[ProbeSummary]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from hjepa_engine import create_evaluator, create_trainer
 from hjepa_engine.config.schema import ProbeConfig
-from hjepa_engine.data import FeatureBatches
+from hjepa_engine.data import FeatureBatches, mean_and_std
 from hjepa_engine.handlers import (
     DataPosition,
     MetricAverager,
@@ -28,11 +28,8 @@ from hjepa_engine.utils.rng import derive_seed, preserve_rng_state
 
 def standardized(train: Labeled, val: Labeled) -> tuple[Labeled, Labeled]:
     """Standardize both by the mean and standard deviation of the training features (as in MAE, arXiv:2111.06377)."""
-    (features, labels), (val_features, val_labels) = train, val
-    mean, std = features.mean(dim=0), features.std(dim=0)
-    # Dividing by the tiny std of a constant training feature (the border of digits) would blow up other images.
-    std = torch.where(std < 1e-4 * std.max(), 1.0, std)
-    return ((features - mean) / std, labels), ((val_features - mean) / std, val_labels)
+    mean, std = mean_and_std(train[0])
+    return ((train[0] - mean) / std, train[1]), ((val[0] - mean) / std, val[1])
 
 
 def train_head(

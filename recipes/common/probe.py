@@ -12,16 +12,26 @@ import torch
 from torch import nn
 
 from hjepa_engine import Config, create_evaluator
-from hjepa_engine.data import DatasetSplit, build_loader, open_split, sample_per_class
+from hjepa_engine.data import (
+    DatasetSplit,
+    FeatureStore,
+    ImageLoader,
+    build_loader,
+    mean_and_std,
+    open_split,
+    sample_per_class,
+    standardize_,
+)
 from hjepa_engine.data.split import SplitName
 from hjepa_engine.data.summary import why_unlabeled
 from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import DataError
-from hjepa_engine.evaluator import labeled_features
+from hjepa_engine.evaluator import Evaluator
 from hjepa_engine.handlers import DamagedImages
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.metrics.names import FINAL_PROBES, PROBE
-from hjepa_engine.recipes.common.heads import standardized, train_head
+from hjepa_engine.recipes.common.gathering import gather_labeled
+from hjepa_engine.recipes.common.heads import train_head
 from hjepa_engine.run.folder import own_folders
 from hjepa_engine.steps import feature_step
 from hjepa_engine.types import Labeled
@@ -73,7 +83,7 @@ def read_features(
         loader = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
         damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
         damaged.attach(evaluator)
-        splits.append(_with_labels(labeled_features(evaluator, loader, device=torch.device("cpu")), name))
+        splits.append(_with_labels(evaluator, loader, name, config.probe.features_in_memory_gb))
         evaluator.detach(damaged)
     (features, labels), val = splits
     if data["probe"].num_classes > 1 and len(torch.cat([labels, val[1]]).unique()) == 1:
@@ -81,18 +91,15 @@ def read_features(
     if config.probe.labels_per_class is not None:
         chosen = sample_per_class(labels, config.probe.labels_per_class, config.seed)
         features, labels = features[chosen], labels[chosen]
-    return *standardized((features, labels), val), data["probe"].num_classes
+    mean, std = mean_and_std(features)
+    train_set, val_set = (standardize_(features, mean, std), labels), (standardize_(val[0], mean, std), val[1])
+    return train_set, val_set, data["probe"].num_classes
 
 
-def _with_labels(found: Labeled, name: str) -> Labeled:
-    features, labels = found
-    has_label = labels >= 0
-    number, total = int(has_label.sum()), len(labels)
-    if not number:
-        raise DataError(f"a linear probe needs labels: none of the {total} {name} images has one")
-    if number < total:
-        logger.warning("%d of %d %s images have no label: the probe leaves them out", total - number, total, name)
-    return features[has_label], labels[has_label]
+def _with_labels(evaluator: Evaluator, loader: ImageLoader, name: str, max_gb: float) -> Labeled:
+    store = FeatureStore(len(loader.split.images), 1e9 * max_gb)
+    found = gather_labeled(evaluator, loader, store, name)
+    return found["features"], found["labels"]
 
 
 def probe(

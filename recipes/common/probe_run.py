@@ -53,20 +53,34 @@ class ProbedRun(NamedTuple):
     """The file with the results."""
 
 
-def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> ProbedRun:
-    """Probe the encoder of a run folder, on images with the channels and the normalization of the run.
+class FrozenRun(NamedTuple):
+    """What :func:`open_run` found."""
 
-    Results are written into ``linear_probe.json`` there, those on other data into files of their own.
+    before: Config
+    """Of the run."""
+    config: Config
+    """The same with what was given."""
+    encoders: dict[str, nn.Module | None]
+    """``trained``; ``random``, with its initial weights; ``pixels``, None."""
+    data: ProbeData
+    """Labeled images."""
 
-    Args:
-        folder: the run folder.
-        checkpoint: see :func:`~hjepa_engine.load_encoder`.
-        overrides: command-line overrides of the run's configuration: ``data`` and ``probe``, device, seed, progress bar.
 
-    Raises:
-        ConfigError: they name what is the run's own, or ask for images whose size the patches do not divide.
-        DataError: the data cannot be opened, or have no labels.
-        ExportError: there is no encoder.
+def open_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> FrozenRun:
+    """The encoders of a run folder that are compared, and images with the channels and the normalization of the run.
+
+    Arguments and errors are those of :func:`probe_run`.
+    """
+    before, config, trained, random = open_encoder(folder, checkpoint, overrides)
+    return FrozenRun(before, config, {"trained": trained, "random": random, "pixels": None}, open_probe_data(config))
+
+
+def open_encoder(
+    folder: Path, checkpoint: str | None, overrides: Sequence[str]
+) -> tuple[Config, Config, nn.Module, nn.Module | None]:
+    """The configuration of a run, the same with what was given, its trained encoder, and that with initial weights.
+
+    Arguments and errors are those of :func:`probe_run`.
     """
     _refuse_own_keys(overrides)
     saved = folder / "config.yaml"
@@ -84,18 +98,35 @@ def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) ->
             f"got {config.data.image_size}"
         )
     encoder = load_encoder(folder, checkpoint, own, config.data.size if resized else None)
-    data = open_probe_data(config)
-    path = _result_file(folder, before, config)
-    encoders = {"trained": encoder, "random": random, "pixels": None}
+    return before, config, encoder, random
+
+
+def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> ProbedRun:
+    """Probe the encoder of a run folder, on images with the channels and the normalization of the run.
+
+    Results are written into ``linear_probe.json`` there, those on other data into files of their own.
+
+    Args:
+        folder: the run folder.
+        checkpoint: see :func:`~hjepa_engine.load_encoder`.
+        overrides: command-line overrides of the run's configuration: ``data`` and ``probe``, device, seed, progress bar.
+
+    Raises:
+        ConfigError: they name what is the run's own, or ask for images whose size the patches do not divide.
+        DataError: the data cannot be opened, or have no labels.
+        ExportError: there is no encoder.
+    """
+    before, config, encoders, data = open_run(folder, checkpoint, overrides)
+    path = result_file(folder, before, config)
     log = path.stem.removeprefix("linear_")
     results = evaluate_encoders(config, encoders, folder, config.logging.progress_bar, data, log)
     found = ProbedRun(
-        config, results, _in_words(config, data), ONE_CLASS if data["probe"].num_classes == 1 else None, path
+        config, results, in_words(config, data), ONE_CLASS if data["probe"].num_classes == 1 else None, path
     )
     record = {
         "probe": asdict(config.probe),
         "checkpoint": checkpoint,
-        "data": {**_identity(config), "description": found.data},
+        "data": {**identity_of(config), "description": found.data},
         "accuracy": results,
         "note": found.note,
     }
@@ -142,7 +173,7 @@ def _initial_encoder(config: Config) -> nn.Module | None:
     return None if name is None else modules[name]
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def identity_of(config: Config) -> dict[str, Any]:
     """What tells data apart: equal ones have results in the same file."""
     data, values = config.data, asdict(config.data)
     if data.class_path is not None:
@@ -156,16 +187,16 @@ def _identity(config: Config) -> dict[str, Any]:
     return {**found, "image_size": list(data.size)}
 
 
-def _result_file(folder: Path, before: Config, config: Config) -> Path:
-    """``linear_probe.json`` for the run's own data; for others their name is added, and a digest where that is taken."""
-    own, other = _identity(before), _identity(config)
+def result_file(folder: Path, before: Config, config: Config, kind: str = "linear_probe") -> Path:
+    """``<kind>.json`` for the run's own data; for others their name is added, and a digest where that is taken."""
+    own, other = identity_of(before), identity_of(config)
     if own == other:
-        return folder / "linear_probe.json"
+        return folder / f"{kind}.json"
     names = [str(other.get("class_path") or other["dataset"])]
     names += [Path(str(other[key])).name for key in ("hub_name", "data_path") if key in other]
     if own["image_size"] != other["image_size"]:
         names.append("x".join(map(str, other["image_size"])))
-    name = re.sub(r"[^\w.-]+", "_", "_".join(["linear_probe", *names]))[:150]
+    name = re.sub(r"[^\w.-]+", "_", "_".join([kind, *names]))[:150]
     path = folder / f"{name}.json"
     try:
         taken = json.loads(path.read_text(encoding="utf-8"))["data"]
@@ -178,8 +209,9 @@ def _result_file(folder: Path, before: Config, config: Config) -> Path:
     return folder / f"{name}_{digest}.json"
 
 
-def _in_words(config: Config, data: ProbeData) -> str:
-    identity, (height, width) = _identity(config), config.data.size
+def in_words(config: Config, data: ProbeData) -> str:
+    """The images of a probe."""
+    identity, (height, width) = identity_of(config), config.data.size
     where = identity.get("hub_name") or identity.get("data_path")
     name = f"{identity.get('class_path') or identity['dataset']}{f' in {where}' if where else ''}"
     name += "".join(f", {key} {identity[key]}" for key in ("train_dir", "val_dir") if key in identity)

@@ -25,7 +25,7 @@ from hjepa_engine.checkpoint.folder import list_checkpoints
 from hjepa_engine.config.options import json_schema, list_options
 from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.config.schema import Level, ModelConfig, resolve_levels
-from hjepa_engine.data import build_loader, open_split
+from hjepa_engine.data import FeatureStore, build_loader, open_split
 from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe
@@ -814,6 +814,20 @@ def features(config, tools):
     return tuple(train.shape), tuple(val.shape)
 
 
+def in_files(config, tools):
+    """Whether the features of a probe are memory-mapped."""
+    stores = []
+
+    class Store(FeatureStore):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            stores.append(self)
+
+    tools.monkeypatch.setattr("hjepa_engine.recipes.common.probe.FeatureStore", Store)
+    features(config, tools)
+    return stores[0].is_mapped
+
+
 def probed(config, tools):
     folder = tools.folder / "probe"
     folder.mkdir(exist_ok=True)
@@ -1081,6 +1095,7 @@ EFFECTS = {
     "probe.batch_size": Effect("fewer steps", "1438", lambda c, t: probed(c, t)[1], SMALL_DIGITS, 1),
     "probe.lr": Effect("other losses", "1e-3", lambda c, t: probed(c, t)[3], SMALL_DIGITS),
     "probe.weight_decay": Effect("other losses", "10", lambda c, t: probed(c, t)[3], SMALL_DIGITS),
+    "probe.features_in_memory_gb": Effect("features are in a file", "0", in_files, becomes=True),
     "online_probe.every": Effect("three probes", "1", probes, becomes=[0, 2, 4]),
     "online_probe.train_images": Effect("fewer to learn from", "100", lambda c, t: probed_online(c, t)[0], ONLINE, 100),
     "online_probe.val_images": Effect("fewer to judge on", "100", lambda c, t: probed_online(c, t)[1], ONLINE, 100),

@@ -98,12 +98,14 @@ def test_lengths_of_features_mean_nothing():
     assert knn_accuracy(known, labels, 7 * directions(1.0), torch.tensor([0]), 3, temperature=0.5) == 1
 
 
-def test_ties_are_broken_by_the_order_of_samples_and_of_classes():
+def test_ties_are_broken_by_the_order_of_samples_and_of_classes(monkeypatch):
     same, asked = directions(0.5, 0.5, 0.5, 0.5, 0.5), directions(1.0)
     assert knn_accuracy(same, torch.tensor([3, 1, 1, 2, 2]), asked, torch.tensor([3]), 1) == 1
     assert knn_accuracy(same, torch.tensor([2, 2, 1, 1, 3]), asked, torch.tensor([1]), 4) == 1
     # More equal ones than a sorting network keeps in order by chance.
     many = torch.ones(500, 2)
+    assert knn_accuracy(many, torch.tensor([4] * 2 + [1] * 498), many[:9], torch.full((9,), 4), 3) == 1
+    monkeypatch.setattr(knn, "_KNOWN", 2 * 7)
     assert knn_accuracy(many, torch.tensor([4] * 2 + [1] * 498), many[:9], torch.full((9,), 4), 3) == 1
 
 
@@ -137,6 +139,9 @@ def test_scikit_learn_agrees_however_the_samples_are_cut(monkeypatch, neighbors,
     monkeypatch.setattr(knn, "_SIMILARITIES", 3499)  # 6 samples at a time, 0 left over of 300
     assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbors, temperature) == found
     monkeypatch.setattr(knn, "_SIMILARITIES", 1)
+    assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbors, temperature) == found
+    monkeypatch.setattr(knn, "_SIMILARITIES", 2**22)
+    monkeypatch.setattr(knn, "_KNOWN", 6 * 7)  # 7 training samples at a time, 3 left over of 500
     assert knn_accuracy(known, labels[:500], asked, labels[500:], neighbors, temperature) == found
 
 

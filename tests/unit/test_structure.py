@@ -55,7 +55,7 @@ LIBRARIES = {
     "matplotlib": "handlers recipes visualization",
     "PIL": "data loggers recipes visualization",
     "pydantic": "config",
-    "safetensors": "checkpoint export",
+    "safetensors": "checkpoint export recipes",
     "sklearn": "data",
     "tensorboardX": "loggers",
     "timm": "models recipes",

@@ -1,0 +1,1 @@
+"""The standard evaluation of a frozen encoder, one task a file."""
