@@ -46,6 +46,17 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error
 
 
+def check_description(description: Mapping[str, Any]) -> None:
+    """Refuse arguments that would make timm load a file.
+
+    Raises:
+        ValueError: there are any.
+    """
+    arguments = description.get("encoder")
+    if isinstance(arguments, dict) and (loads := arguments.keys() & _LOADING_ARGUMENTS):
+        raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
+
+
 def load_encoder(
     run_dir: str | Path,
     checkpoint: str | None = None,
@@ -129,8 +140,7 @@ def _from_export(folder: Path, encoder: nn.Module | None) -> nn.Module:
         )
     weights = load_file(folder / WEIGHTS)
     if encoder is None:
-        if loads := description["encoder"].keys() & _LOADING_ARGUMENTS:
-            raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
+        check_description(description)
         with torch.device("meta"):  # the file may ask for any size: compare shapes before memory is allocated
             wanted = TargetEncoder(**{**description["encoder"], "pos_embed": "learned"}).state_dict()
         if {name: item.shape for name, item in wanted.items()} != {name: item.shape for name, item in weights.items()}:

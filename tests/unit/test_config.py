@@ -630,8 +630,8 @@ def set_aside(config, tools):
 
 def started_from(config, tools):
     """A digest of all weights of a run that may start from those of another one, in the folder ``source``."""
-    plain = replace(config.checkpoint, init_from=None, init_parts=None)
-    source = replace(config, run_dir=str(tools.folder / "source"), seed=7, checkpoint=plain)
+    plain = replace(config.model, init_from=None, init_parts=None)
+    source = replace(config, run_dir=str(tools.folder / "source"), seed=7, model=plain)
     tools.monkeypatch.chdir(tools.folder)
     finished(source, tools)
     return trained(config, tools)
@@ -1022,8 +1022,8 @@ EFFECTS = {
     "checkpoint.mode": Effect("the largest is best", "max", kept, BY_RATE, [4, 3, 2]),
     "checkpoint.checkpoint_dir": Effect("they are elsewhere", "elsewhere", files),
     "checkpoint.resume": Effect("the first run is set aside", "never", set_aside, becomes=True),
-    "checkpoint.init_from": Effect("other weights at the start", "source", started_from),
-    "checkpoint.init_parts": Effect("fewer of them", "[predictor]", started_from, ("--checkpoint.init_from=source",)),
+    "model.init_from": Effect("other weights at the start", "source", started_from),
+    "model.init_parts": Effect("fewer of them", "[predictor]", started_from, ("--model.init_from=source",)),
     "logging.experiment_name": Effect("another folder", "b", lambda c, t: str(RunFolder(c).path), ("--run_dir=null",)),
     "logging.log_dir": Effect("event files elsewhere", "elsewhere", files, TENSORBOARD),
     "logging.log_frequency": Effect("a record each step", "1", records, becomes=[1, 2, 3, 4]),
