@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,12 @@ def read_timm_name(text: str) -> Source:
         raise refuse(
             text, "timm has no vision transformer of that name, see timm.list_models('vit_*', pretrained=True)"
         )
-    config = timm.models.get_pretrained_cfg(name)
-    repository = getattr(config, "hf_hub_id", None)
-    if config is None or not repository:
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # of a tag that there is not
+        config = None
+    repository = config and config.hf_hub_id
+    if not repository:
         raise refuse(
             text, f"timm has no weights of that name, see timm.list_models('{architecture}*', pretrained=True)"
         )
@@ -61,7 +65,7 @@ def read_timm_name(text: str) -> Source:
     for file in (config.hf_hub_filename, WEIGHTS, "pytorch_model.bin"):
         cached = huggingface_hub.try_to_load_from_cache(repository, file) if file else None
         if isinstance(cached, str):
-            return _described(_plain(text, _load(Path(cached))), architecture, {}, vars(config))
+            return _described(text, _load(Path(cached)), architecture, {}, vars(config))
     raise refuse(
         text,
         f"is not in the local cache, and nothing is downloaded: timm.create_model({name!r}, pretrained=True) fetches it",
@@ -77,20 +81,9 @@ def read_timm_folder(folder: Path, config: Mapping[str, Any]) -> Source:
     architecture, arguments = config["architecture"], config.get("model_args") or {}
     if architecture not in timm.list_models("vit_*"):
         raise refuse(folder / CONFIG, f"architecture must be a vision transformer of timm, got {architecture!r}")
-    allowed = (
-        "img_size",
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "qkv_bias",
-        "init_values",
-        "in_chans",
-    )
-    kept = {key: value for key, value in arguments.items() if key in allowed}
+    kept = {key: value for key, value in arguments.items() if key in _SIZES}
     described = config.get("pretrained_cfg") or config
-    return _described(_plain(str(folder), _load(folder / WEIGHTS)), architecture, kept, described)
+    return _described(str(folder), _load(folder / WEIGHTS), architecture, kept, described)
 
 
 def read_timm_file(path: Path, found: Any = None) -> Source:
@@ -117,7 +110,7 @@ def _tensors(path: Path, found: Any) -> Weights:
     return tensors_in(path, found)
 
 
-def _plain(where: str, given: Weights) -> Source:
+def _plain(where: str, given: Weights, grid: tuple[int, int] | None = None) -> Source:
     given = {name.removeprefix("vit."): tensor for name, tensor in given.items()}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"):
         if name not in given:
@@ -129,12 +122,13 @@ def _plain(where: str, given: Weights) -> Source:
     tokens = {name: given[name].shape[1] for name in _PREFIX_TOKENS if name in given and given[name].ndim == 3}
     length, total = positions.shape[1], sum(tokens.values())
     # Tokens beside the patches have position embeddings all of them, in front, or none of them (DeiT III).
-    prefix = next((number for number in (total, 0) if _is_square(length - number)), None)
-    if prefix is None:
+    grids = {number: _grid_of(length - number, grid) for number in (0, total)}
+    prefix = max((number for number, found in grids.items() if found), default=0)
+    found = grids[prefix]
+    if found is None:
         raise refuse(
             where, f"pos_embed must be of a square of patches, got {length} positions and {total} other tokens"
         )
-    side = math.isqrt(length - prefix)
     left_out = [name for name in given if name in _PREFIX_TOKENS or name.startswith(_HEADS)]
     weights = {f"vit.{name}": tensor for name, tensor in given.items() if name not in left_out}
     weights["vit.pos_embed"] = positions[:, prefix:]
@@ -148,41 +142,43 @@ def _plain(where: str, given: Weights) -> Source:
         "a vision transformer of timm",
         {"context_encoder": weights, "target_encoder": weights},
         lambda part, name: name.removeprefix("vit."),
-        grid=(side, side),
+        grid=found,
         notes=tuple(notes),
     )
 
 
-def _described(source: Source, architecture: str, arguments: dict[str, Any], config: Mapping[str, Any]) -> Source:
-    """Add what an architecture and a ``pretrained_cfg`` say."""
+def _described(
+    where: str, given: Weights, architecture: str, arguments: dict[str, Any], config: Mapping[str, Any]
+) -> Source:
+    """The weights of a known architecture, with what its ``pretrained_cfg`` says."""
     with torch.device("meta"):  # for its sizes alone
         try:
             vit = timm.create_model(architecture, **{**TOKENS, **arguments})
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise refuse(source.where, f"{architecture}: {error}") from error
+            raise refuse(where, f"{architecture}: {error}") from error
     if not isinstance(vit, VisionTransformer):
-        raise refuse(source.where, f"{architecture} is a {type(vit).__name__}, not a plain vision transformer")
-    grid = tuple(vit.patch_embed.grid_size)
-    if grid[0] * grid[1] != source.parts["target_encoder"]["vit.pos_embed"].shape[1]:
-        grid = source.grid or grid
+        raise refuse(where, f"{architecture} is a {type(vit).__name__}, not a plain vision transformer")
     mean, std = config.get("mean"), config.get("std")
-    built = {"name": architecture, "img_size": list(vit.patch_embed.img_size), "pos_embed": "learned", **arguments}
-    return Source(
-        source.where,
-        source.layout,
-        source.parts,
-        source.file_name,
-        grid=grid,
+    return replace(
+        _plain(where, given, tuple(vit.patch_embed.grid_size)),
         num_heads=vit.blocks[0].attn.num_heads,
         norm_eps=vit.blocks[0].norm1.eps,
         stats=(tuple(mean), tuple(std)) if mean and std else None,
-        arguments=built,
-        notes=source.notes,
+        arguments={
+            "name": architecture,
+            "pos_embed": "learned",  # a table that is loaded as it is
+            "img_size": list(vit.patch_embed.img_size),
+            **arguments,
+        },
     )
 
 
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number
+def _grid_of(number: int, known: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The grid of a number of patches: the known one, or a square."""
+    if known is not None and number == known[0] * known[1]:
+        return known
+    side = math.isqrt(max(number, 0))
+    return (side, side) if side and side * side == number else None
 
 
 def timm_arguments(encoder: ContextEncoder) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class ProbedRun(NamedTuple):
     """The images, in words."""
     note: str | None
     """Why the accuracies mean nothing; None: they do."""
-    path: Path
-    """The file with the results."""
+    path: Path | None
+    """The file with the results; None: there is none."""
 
 
 def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) -> ProbedRun:
@@ -90,7 +90,7 @@ def probe_run(folder: Path, checkpoint: str | None, overrides: Sequence[str]) ->
     log = path.stem.removeprefix("linear_")
     results = evaluate_encoders(config, encoders, folder, config.logging.progress_bar, data, log)
     found = ProbedRun(
-        config, results, _in_words(config, data), ONE_CLASS if data["probe"].num_classes == 1 else None, path
+        config, results, in_words(config, data), ONE_CLASS if data["probe"].num_classes == 1 else None, path
     )
     record = {
         "probe": asdict(config.probe),
@@ -178,7 +178,8 @@ def _result_file(folder: Path, before: Config, config: Config) -> Path:
     return folder / f"{name}_{digest}.json"
 
 
-def _in_words(config: Config, data: ProbeData) -> str:
+def in_words(config: Config, data: ProbeData) -> str:
+    """The images of a probe, in words."""
     identity, (height, width) = _identity(config), config.data.size
     where = identity.get("hub_name") or identity.get("data_path")
     name = f"{identity.get('class_path') or identity['dataset']}{f' in {where}' if where else ''}"

@@ -6,8 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import TINY, options, same_bits, weights_of
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
@@ -341,3 +343,203 @@ def test_what_holds_no_weights_is_named_with_what_was_found(tmp_path):
             read_source(str(place))
         assert str(error.value).startswith(f"{tmp_path / name}: ") and said in str(error.value), name
         assert "\n" not in str(error.value)
+
+
+# Hugging Face
+
+
+def jepa_model(seed=0, **values):
+    """A model of transformers with random weights, of norms that are not 1 and biases that are not 0."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"image_size": 24, "patch_size": 4, "layer_norm_eps": 1e-6}
+    torch.manual_seed(seed)
+    model = transformers.IJepaModel(transformers.IJepaConfig(**{**sizes, **values}), add_pooling_layer=False).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def save_jepa(folder, positions=None, **values):
+    model = jepa_model(**values)
+    if positions is not None:
+        model.embeddings.position_embeddings.data = positions[None].clone()
+    model.save_pretrained(folder)
+    return model
+
+
+def outputs(model, images):
+    with torch.no_grad():
+        return model(images).last_hidden_state
+
+
+JEPAS = {
+    "as the others": {},
+    "wide and deep": {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 100},
+    "small patches, one channel": {"patch_size": 3, "num_channels": 1, "image_size": 12},
+    "without biases, other norms": {"qkv_bias": False, "layer_norm_eps": 1e-3},
+    "transformers' own norms": {"layer_norm_eps": 1e-12},
+}
+
+
+@pytest.mark.parametrize("name", JEPAS)
+def test_a_model_of_hugging_face_computes_here_what_it_computes_there(tmp_path, name):
+    values = JEPAS[name]
+    side, channels = values.get("image_size", 24), values.get("num_channels", 3)
+    grid = side // values.get("patch_size", 4)
+    for number, positions in enumerate((None, columns_first((grid, grid), values.get("hidden_size", 16)))):
+        model = save_jepa(tmp_path / str(number), positions, **values)
+        images = torch.randn(3, channels, side, side)
+        source = read_source(str(tmp_path / str(number)))
+        encoder = build_encoder(source, arguments_of(source))
+        torch.testing.assert_close(encoder(images), outputs(model, images), atol=1e-5, rtol=0)
+
+
+def test_a_run_starts_from_a_model_of_hugging_face_with_its_positions(tmp_path):
+    positions = columns_first(GRID, WIDTH)
+    model = save_jepa(tmp_path / "model", positions)
+    modules, table = loaded(tmp_path / "model")
+    for name in ("context_encoder", "target_encoder"):
+        torch.testing.assert_close(modules[name](IMAGES), outputs(model, IMAGES), atol=1e-5, rtol=0)
+        assert same_bits({"": modules[name].vit.pos_embed[0]}, {"": positions})
+    assert "  context_encoder    29 of 29 tensors" in table and "predictor" not in table
+    plan = plan_weights(build_modules(config()), read_source(str(tmp_path / "model")))
+    assert plan.warnings == (f"{tmp_path}/model has no predictor: random weights",)
+
+
+def test_a_model_in_several_files_is_read_by_its_index(tmp_path):
+    model = jepa_model(num_hidden_layers=3)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    torch.testing.assert_close(probed(tmp_path)(IMAGES), outputs(model, IMAGES), atol=1e-5, rtol=0)
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors: holds no weights: "):
+        read_source(str(tmp_path))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["layernorm.bias"] = "../elsewhere.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"weight_map must name files beside it, got '\.\./elsewhere"):
+        read_source(str(tmp_path))
+
+
+def test_a_classifier_of_hugging_face_is_read_without_its_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made = transformers.IJepaForImageClassification(jepa_model().config).eval()
+    made.save_pretrained(tmp_path)
+    torch.testing.assert_close(probed(tmp_path)(IMAGES), outputs(made.ijepa, IMAGES), atol=1e-5, rtol=0)
+    assert read_source(str(tmp_path)).notes == ("left out: classifier.bias, classifier.weight",)
+
+
+KEY = "encoder.layer.1.attention.attention.key"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c, w: w.pop(f"{KEY}.weight"), "encoder.layer.1.attention.attention.key.weight is missing"),
+        (lambda c, w: w.pop("embeddings.position_embeddings"), "embeddings.position_embeddings is missing"),
+        (lambda c, w: c.update(num_hidden_layers=1), "encoder.layer.1."),
+        (lambda c, w: c.update(hidden_act="relu"), "config.json: hidden_act must be gelu, got 'relu'"),
+        (lambda c, w: c.update(num_attention_heads=4), "the encoder has 4 attention heads, here model.num_heads 2"),
+        (lambda c, w: c.update(layer_norm_eps=1e-12), "the layer norms add 1e-12, here 1e-06: --model.norm_eps 1e-12"),
+        (lambda c, w: c.update(hidden_size=-1), "config.json: hidden_size must be a positive integer, got -1"),
+        (
+            lambda c, w: w.update({"layernorm.weight": torch.ones(24)}),
+            "layernorm.weight is (24,), here (16,); its encoder",
+        ),
+    ],
+)
+def test_a_wrong_model_of_hugging_face_is_refused_by_the_key(tmp_path, change, said):
+    save_jepa(tmp_path)
+    description, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    change(description, weights)
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    save_file(weights, tmp_path / "model.safetensors")
+    modules = build_modules(config())
+    before = weights_of(modules)
+    with pytest.raises(CheckpointError) as error:
+        plan_weights(modules, read_source(str(tmp_path)))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert same_bits(weights_of(modules), before)
+
+
+def test_hugging_faces_norms_can_be_those_of_the_run(tmp_path):
+    model = save_jepa(tmp_path, layer_norm_eps=1e-3)
+    modules, _ = loaded(tmp_path, model__norm_eps=1e-3)
+    torch.testing.assert_close(modules["target_encoder"](IMAGES), outputs(model, IMAGES), atol=1e-5, rtol=0)
+
+
+# timm
+
+
+def vision_transformer(seed=0, name="vit_tiny_patch16_224", **values):
+    torch.manual_seed(seed)
+    tokens = {"class_token": False, "global_pool": "", "num_classes": 0}
+    model = timm.create_model(name, **{"img_size": 24, **SIZES, **tokens, **values}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "safetensors, prefix", "pth", "pth, nested"])
+def test_a_file_of_timm_computes_here_what_it_computes_there(tmp_path, kind):
+    model = vision_transformer()
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if kind.startswith("safetensors"):
+        path = tmp_path / "vit.safetensors"
+        save_file({("vit." if "prefix" in kind else "") + name: item for name, item in weights.items()}, path)
+    else:
+        path = tmp_path / "vit.pth"
+        torch.save({"state_dict": weights, "epoch": 3} if "nested" in kind else weights, path)
+    modules, _ = loaded(path)
+    for encoder in (modules["context_encoder"], modules["target_encoder"], probed(path)):
+        torch.testing.assert_close(encoder(IMAGES), model(IMAGES), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [({"reg_tokens": 4}, 41), ({"no_embed_class": True}, 36), ({}, 37)])
+def test_tokens_beside_the_patches_are_dropped_with_their_positions_and_it_is_said(tmp_path, tokens, length):
+    model = vision_transformer(class_token=True, global_pool="token", num_classes=10, **tokens)
+    assert model.pos_embed.shape[1] == length
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    modules, table = loaded(tmp_path / "vit.safetensors")
+    assert same_bits({"": modules["target_encoder"].vit.pos_embed}, {"": model.pos_embed[:, length - 36 :]})
+    assert f"dropped, with {length - 36} positions: patch tokens differ from those of the source" in table
+    assert "  left out: cls_token, " in table and "head.weight" in table
+
+
+def test_layer_scale_and_missing_biases_are_built_from_the_shapes(tmp_path):
+    model = vision_transformer(init_values=0.1, qkv_bias=False, mlp_ratio=3)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    torch.testing.assert_close(probed(tmp_path / "vit.safetensors")(IMAGES), model(IMAGES), atol=1e-5, rtol=0)
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.0\.attn\.qkv\.bias is missing; its encoder has model\.embed_dim 16"
+    ):
+        loaded(tmp_path / "vit.safetensors")
+
+
+def test_a_name_of_timm_is_read_from_the_cache_and_never_fetched(tmp_path, monkeypatch):
+    for key in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(key, raising=False)
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    with pytest.raises(CheckpointError) as error:
+        read_source(f"timm/{name}")
+    fetch = f"timm.create_model('{name}', pretrained=True) fetches it"
+    assert str(error.value) == f"timm/{name}: is not in the local cache, and nothing is downloaded: {fetch}"
+    snapshot = cache / f"models--timm--{name}" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / f"models--timm--{name}" / "refs").mkdir()
+    (cache / f"models--timm--{name}" / "refs" / "main").write_text("0123")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=12).eval()
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    source = read_source(f"timm/{name}")
+    assert source.stats == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) and source.grid == (14, 14)
+    encoder = build_encoder(source, arguments_of(source, (32, 64)))
+    assert encoder(torch.randn(1, 3, 32, 64)).shape == (1, 8, 192)
+    for wrong in ("timm/vit_tiny_patch16_22", "timm/resnet18"):
+        with pytest.raises(CheckpointError, match="timm has no vision transformer of that name"):
+            read_source(wrong)
+    with pytest.raises(CheckpointError, match="timm has no weights of that name"):
+        read_source("timm/vit_tiny_patch16_224.nobody")
