@@ -62,6 +62,8 @@ def load_encoder(
     checkpoint: str | None = None,
     encoder: nn.Module | None = None,
     img_size: int | Sequence[int] | None = None,
+    *,
+    module: str | None = None,
 ) -> Any:
     """Load the target encoder of a run, in eval mode: normalized images (B, C, H, W) to patch tokens (B, N, D).
 
@@ -72,13 +74,14 @@ def load_encoder(
         encoder: for runs that train a model of your own: an encoder with the same parameters, to load the weights into.
         img_size: H and W of the images in pixels, or one number, where they are not those of the run: multiples of the patch
             size, for which the position embeddings are interpolated.
+        module: name of another encoder of the run, with a ``checkpoint``: ``context_encoder``.
 
     Raises:
         ExportError: there is no exported encoder, or its files are invalid or do not match, or the patches do not divide
             ``img_size``.
         CheckpointError: there is no such checkpoint, or it is corrupt.
     """
-    loaded = _load(Path(run_dir), checkpoint, encoder)
+    loaded = _load(Path(run_dir), checkpoint, encoder, module)
     if img_size is not None:
         if not isinstance(loaded, ContextEncoder):
             raise ExportError(
@@ -91,9 +94,9 @@ def load_encoder(
     return loaded.requires_grad_(False).eval()
 
 
-def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None) -> nn.Module:
+def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None, module: str | None) -> nn.Module:
     if checkpoint is not None:
-        return _from_checkpoint(folder, checkpoint, encoder)
+        return _from_checkpoint(folder, checkpoint, encoder, module)
     run_dir = folder
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"
@@ -109,11 +112,11 @@ def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None) -> nn
         raise ExportError(f"the encoder in {folder} cannot be loaded: {what}") from error
 
 
-def _from_checkpoint(folder: Path, checkpoint: str, encoder: nn.Module | None) -> nn.Module:
+def _from_checkpoint(folder: Path, checkpoint: str, encoder: nn.Module | None, module: str | None) -> nn.Module:
     found, state = load_one(find_checkpoint(folder, checkpoint).path)
     try:
         config = config_from(found.config)
-        name = encoder_name(config, state["modules"])
+        name = module or encoder_name(config, state["modules"])
         if encoder is None and config.model.class_path is not None:
             raise KeyError(
                 f"the model is {config.model.class_path}: pass load_encoder an encoder to load the weights into"
