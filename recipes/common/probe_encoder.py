@@ -25,6 +25,9 @@ from hjepa_engine.utils.rng import derive_seed
 #: What can be given with an encoder to probe; all else is its own, or of training.
 _FREE = ("data.", "probe.", "device", "seed", "logging.progress_bar", "model.num_heads")
 
+#: The sizes of the configuration's own encoder have no say.
+_NO_SIZES = ("--model.patch_size=null", "--model.embed_dim=null")
+
 
 def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = None) -> ProbedRun:
     """Probe an encoder, with its own normalization and image size where they are known and not given.
@@ -41,7 +44,7 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
         DataError: the data cannot be opened, or have no labels.
     """
     given = _checked(overrides)
-    asked, source = load_config(None, overrides), read_source(place)
+    asked, source = load_config(None, [*_NO_SIZES, *overrides]), read_source(place)
     resized = asked.data.size if "data.image_size" in given else None
     arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
     config = _with_own(source, arguments, overrides)
@@ -89,4 +92,4 @@ def _with_own(source: Source, arguments: Mapping[str, Any], overrides: Sequence[
     if stats is not None:
         own |= {"data.mean": list(stats[0]), "data.std": list(stats[1])}
     # The last one counts: what was given stays.
-    return load_config(None, [*(f"--{key}={json.dumps(value)}" for key, value in own.items()), *overrides])
+    return load_config(None, [*_NO_SIZES, *(f"--{key}={json.dumps(value)}" for key, value in own.items()), *overrides])
