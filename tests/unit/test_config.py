@@ -961,6 +961,7 @@ EFFECTS = {
     "model.pos_embed": Effect("positions are trained", "learned", trainable),
     "model.drop_path": Effect("blocks are dropped in training", "0.9", trained),
     "model.layer_scale": Effect("blocks have a scale", "0.1", shapes),
+    "model.norm_eps": Effect("norms of tokens with less contrast", "1e-2", trained),
     "model.activation_checkpointing": Effect("less is kept for the backward pass", "true", saved_tensors),
     "model.class_path": Effect("other modules", f"{ME}.own_modules", module_names, becomes=["body"]),
     "model.init_args": Effect("wider ones", "{width: 5}", num_parameters, (f"--model.class_path={ME}.own_modules",), 10),
