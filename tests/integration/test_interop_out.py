@@ -98,7 +98,7 @@ PROGRAM = """if True:
         for size in (1, 2, 5):
             found[f"huggingface {size}"] = model(images[:size]).last_hidden_state
         model = timm.create_model("local-dir:timm", pretrained=True).eval()
-        print(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], model.pretrained_cfg["input_size"])
+        print(*(tuple(model.pretrained_cfg[key]) for key in ("mean", "std", "input_size")))
         found["timm 5"] = model(images)
         session = onnxruntime.InferenceSession("onnx/model.onnx")
         program = torch.export.load("torch_export/model.pt2").module()
