@@ -3,9 +3,9 @@
     python recipes/linear_probe.py --run RUN_DIR [--checkpoint best] [--probe.features concat ...]
     python recipes/linear_probe.py --encoder PATH_OR_NAME [--output FOLDER] [--data.dataset cifar10 ...]
 
-The encoder is one of another project or an export, read as docs/interop.md says; of a run:
 Of the configuration, data.* (other images: --data.dataset, --data.data_path, --data.image_size), probe.*, device, seed and
-logging.progress_bar can be given; architecture, channels and normalization are those of the run.
+logging.progress_bar can be given; architecture, channels and normalization are those of the run. --encoder takes an encoder
+of another project, or an export: docs/interop.md.
 
 The probe uses the same engine and handlers as pretraining. Features are computed once, from images without augmentation, and
 standardized (like MAE's batch norm without affine parameters, arXiv:2111.06377).

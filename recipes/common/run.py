@@ -132,6 +132,7 @@ class Run:
                 iterations=self.iterations,
                 initialize=initialize,
             )
+            del initialize  # and the weights that it holds
             writer = self.checkpointer.writer
             with (
                 write_report_on_exit(self.folder),

@@ -21,7 +21,12 @@ STATS = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 SIZES = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 #: A run that keeps its first weights: the learning rate is too small to move them.
 STILL = {**NOISE, "model.num_hierarchies": 1, "training.lr": 1e-30, "training.min_lr": 0, "training.weight_decay": 0}
-STILL |= {"model.ema.momentum": 1.0, "training.weight_decay_end": "null", "training.max_iters": 1, "probe.enabled": "false"}
+STILL |= {
+    "model.ema.momentum": 1.0,
+    "training.weight_decay_end": "null",
+    "training.max_iters": 1,
+    "probe.enabled": "false",
+}
 
 
 @pytest.fixture
