@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hjepa_engine.interop.fit import plan_weights
 from hjepa_engine.interop.source import HEADS, Source, Weights, refuse
 from hjepa_engine.models import TargetEncoder
+
+_MAX_MORE = 10**7  # positions of larger images
 
 
 def arguments_of(source: Source, img_size: Sequence[int] | None = None, num_heads: int | None = None) -> dict[str, Any]:
@@ -76,9 +80,16 @@ def build_encoder(source: Source, arguments: dict[str, Any]) -> TargetEncoder:
     Raises:
         CheckpointError: the weights are not those of a plain vision transformer.
     """
+    given = sum(tensor.numel() for tensor in source.parts["target_encoder"].values())
     try:
+        with torch.device("meta"):  # arguments in a file may ask for any size: look before memory is allocated
+            plain = TargetEncoder(**{**arguments, "pos_embed": "learned"})
+        if (asked := sum(tensor.numel() for tensor in plain.state_dict().values())) > 4 * given + _MAX_MORE:
+            raise refuse(source.where, f"holds {given:,} weights, the encoder that it describes has {asked:,}")
         encoder = TargetEncoder(**arguments)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise refuse(source.where, f"cannot be built: {error}") from error
+    if source.is_own:  # what fits is not enough here
+        source = replace(source, is_own=False, norm_eps=None)
     plan_weights(nn.ModuleDict({"target_encoder": encoder}), source, ["target_encoder"]).apply()
     return encoder.requires_grad_(False).eval()

@@ -78,11 +78,11 @@ def read_timm_folder(folder: Path, config: Mapping[str, Any]) -> Source:
     Raises:
         CheckpointError: the weights are damaged, or the architecture is not a plain vision transformer.
     """
-    architecture, arguments = config["architecture"], config.get("model_args") or {}
+    architecture, arguments, described = config["architecture"], config.get("model_args"), config.get("pretrained_cfg")
     if architecture not in timm.list_models("vit_*"):
         raise refuse(folder / CONFIG, f"architecture must be a vision transformer of timm, got {architecture!r}")
-    kept = {key: value for key, value in arguments.items() if key in _SIZES}
-    described = config.get("pretrained_cfg") or config
+    kept = {key: value for key, value in arguments.items() if key in _SIZES} if isinstance(arguments, dict) else {}
+    described = described if isinstance(described, dict) else config
     return _described(str(folder), _load(folder / WEIGHTS), architecture, kept, described)
 
 
@@ -158,7 +158,7 @@ def _described(
             raise refuse(where, f"{architecture}: {error}") from error
     if not isinstance(vit, VisionTransformer):
         raise refuse(where, f"{architecture} is a {type(vit).__name__}, not a plain vision transformer")
-    mean, std = config.get("mean"), config.get("std")
+    mean, std = (config.get(name) if isinstance(config.get(name), (list, tuple)) else None for name in ("mean", "std"))
     return replace(
         _plain(where, given, tuple(vit.patch_embed.grid_size)),
         num_heads=vit.blocks[0].attn.num_heads,

@@ -48,14 +48,18 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
     resized = asked.data.size if "data.image_size" in given else None
     arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
     config = _with_own(source, arguments, overrides)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "weights"))
-            untrained = TargetEncoder(**arguments).requires_grad_(False).eval()
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        words = " ".join(str(error).split()).replace("img_size", "data.image_size")
-        raise ConfigError(f"{source.where}: {words}") from error
-    encoders = {"trained": build_encoder(source, arguments), "random": untrained, "pixels": None}
+    patches = source.parts["target_encoder"].get("vit.patch_embed.proj.weight", torch.empty(1, 1, 1, 1))
+    for side, patch in zip(config.data.size, patches.shape[2:], strict=True):
+        if side % patch:
+            size = " x ".join(map(str, config.data.size))
+            raise ConfigError(
+                f"data.image_size must be a multiple of the patches of {source.where} ({patch}), got {size}"
+            )
+    encoder = build_encoder(source, arguments)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        untrained = TargetEncoder(**arguments).requires_grad_(False).eval()
+    encoders = {"trained": encoder, "random": untrained, "pixels": None}
     data = open_probe_data(config)
     path = None if output is None else output / "linear_probe.json"
     if output is not None:

@@ -133,7 +133,7 @@ def test_a_probe_on_larger_images_interpolates_and_others_are_refused(command, t
     out, _, code = command(linear_probe, "--encoder", place, *options({**quick, "data.image_size": "[32, 16]"}))
     assert code == 0 and "32 x 16 pixels" in out and "results:" not in out
     _, line, code = command(linear_probe, "--encoder", place, *options({**quick, "data.image_size": 30}))
-    assert (code, line) == (2, f"{place}: data.image_size must be a multiple of the patch size 4 x 4, got 30 x 30")
+    assert (code, line) == (2, f"data.image_size must be a multiple of the patches of {place} (4), got 30 x 30")
     for words, said in (
         ([], "one of --run and --encoder must be given"),
         (["--run", "x", "--encoder", "y"], "one of --run and --encoder must be given"),
@@ -148,6 +148,20 @@ def test_a_probe_on_larger_images_interpolates_and_others_are_refused(command, t
         assert code == 2 and line.startswith(said)
     _, line, code = command(linear_probe, "--encoder", "nowhere")
     assert code == 4 and line.startswith("nowhere: there is no such file or folder; accepted are a run")
+
+
+def test_an_export_that_asks_for_another_encoder_is_refused(command, tmp_path):
+    place, _ = own_export(tmp_path)
+    described = json.loads((place / "config.json").read_text())
+    for changes, said in (
+        ({"depth": 2}, "target_encoder.vit.blocks.1.norm1.weight is missing; its encoder has model.embed_dim 16"),
+        ({"embed_dim": 4096, "depth": 100}, "weights, the encoder that it describes has 20,"),
+        ({"checkpoint_path": "x"}, "config.json must not make timm load weights, got checkpoint_path"),
+    ):
+        described_now = {**described, "encoder": {**described["encoder"], **changes}}
+        (place / "config.json").write_text(json.dumps(described_now))
+        _, line, code = command(linear_probe, "--encoder", place, "--data.dataset", "fake")
+        assert code == 4 and line.startswith(f"{place}") and said in line, line
 
 
 def wrong(folder):
