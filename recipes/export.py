@@ -11,19 +11,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hjepa_engine.config.paths import path_argument
+from hjepa_engine.config import paths
 from hjepa_engine.run.cli import command_parser, run_command
 
 
 def main(argv: Sequence[str]) -> None:
     """Export, and say where it is."""
     parser = command_parser(__doc__ or "", with_config=False)
-    parser.add_argument("--run", type=path_argument, required=True, metavar="RUN_DIR", help="the run folder")
+    parser.add_argument("--run", type=paths.path_argument, required=True, metavar="RUN_DIR", help="the run folder")
     parser.add_argument(
         "--format", required=True, help="safetensors, timm, huggingface, onnx or torch_export", metavar="FORMAT"
     )
     parser.add_argument(
-        "--output", type=path_argument, metavar="FOLDER", help="a new folder (default: export/FORMAT in the run folder)"
+        "--output",
+        type=paths.path_argument,
+        metavar="FOLDER",
+        help="a new folder (default: export/FORMAT in the run folder)",
     )
     parser.add_argument("--checkpoint", metavar="NAME", help="best, latest or a name; the exported encoder by default")
     parser.add_argument("--module", metavar="NAME", help="target_encoder (default) or context_encoder")

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 
 from hjepa_engine.config.paths import path_argument
-from hjepa_engine.errors import ConfigError
 from hjepa_engine.run.cli import command_parser, run_command
 
 
@@ -32,11 +31,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=path_argument, metavar="FOLDER", help="of the results, with --encoder")
     known, overrides = parser.parse_known_args(argv)
     if (known.run is None) == (known.encoder is None):
-        raise ConfigError("one of --run and --encoder must be given")
+        parser.error("one of --run and --encoder must be given")
     if known.checkpoint is not None and known.run is None:
-        raise ConfigError("--checkpoint names one of a run: give --run, or the checkpoint's folder as --encoder")
+        parser.error("--checkpoint names one of a run: give --run, or the checkpoint's folder as --encoder")
     if known.output is not None and known.encoder is None:
-        raise ConfigError("--output is for --encoder: results of a run are in its folder")
+        parser.error("--output is for --encoder: results of a run are in its folder")
     # torch is imported here: --help does without
     from hjepa_engine.recipes.common.probe import describe
     from hjepa_engine.recipes.common.probe_encoder import probe_encoder

@@ -107,7 +107,8 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _described(encoder: ContextEncoder) -> str:
-    vit, patch = encoder.vit, encoder.vit.patch_embed.patch_size
+    vit: Any = encoder.vit
+    patch = vit.patch_embed.patch_size
     return (
         f"{encoder.arguments['name']}: width {encoder.embed_dim}, {encoder.depth} blocks, "
         f"{vit.blocks[0].attn.num_heads} heads, patches of {patch[0]} x {patch[1]} pixels, "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ignite.distributed as idist
-from timm.layers import resample_patch_embed
+from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 
 from hjepa_engine.errors import CheckpointError
@@ -112,7 +112,7 @@ def _fitting(source: Source, part: str, wanted: Weights, offered: Weights) -> tu
 
 def _resized(source: Source, part: str, module: nn.Module) -> tuple[Weights, list[str]]:
     """The weights of a part, those of patches and positions in the encoder's sizes, and what was resized."""
-    weights, lines = dict(source.parts[part]), []
+    weights, lines = dict(source.parts[part]), list[str]()
     weights.pop(PREDICTOR_POSITIONS, None)
     if not isinstance(module, ContextEncoder):
         if not source.is_own and not isinstance(module, Predictor):
@@ -125,8 +125,9 @@ def _resized(source: Source, part: str, module: nn.Module) -> tuple[Weights, lis
         weights[_PATCHES] = resample_patch_embed(patches.float(), list(new))
         lines.append(f"resized {source.file_name(part, _PATCHES)}: {_by(patches.shape[2:])} to {_by(new)} pixels")
     old = source.grid or _grid_of(positions, module.grid)
-    fits = positions is not None and positions.ndim == 3 and old is not None and positions.shape[1] == old[0] * old[1]
-    if fits and old != module.grid and positions.shape[2] == module.embed_dim:
+    if positions is None or positions.ndim != 3 or old is None or old == module.grid:
+        return weights, lines
+    if positions.shape[1:] == (old[0] * old[1], module.embed_dim):
         weights[_POSITIONS] = resized_positions(positions, old, module.grid, module.arguments["pos_embed"] == "sincos")
         lines.append(f"resized {source.file_name(part, _POSITIONS)}: {_by(old)} to {_by(module.grid)} patches")
     return weights, lines
@@ -143,7 +144,8 @@ def _grid_of(positions: Tensor | None, here: Grid) -> Grid | None:
 
 def _check_encoder(source: Source, encoder: ContextEncoder) -> list[str]:
     """Refuse what the shapes do not tell: attention heads, and what the norms add; warnings where it is not known."""
-    heads, eps = encoder.vit.blocks[0].attn.num_heads, encoder.vit.norm.eps
+    vit: Any = encoder.vit
+    heads, eps = vit.blocks[0].attn.num_heads, vit.blocks[0].norm1.eps
     usual = HEADS.get(encoder.embed_dim)
     if source.num_heads not in (None, heads):
         raise refuse(source.where, f"the encoder has {source.num_heads} attention heads, here model.num_heads {heads}")
@@ -160,7 +162,7 @@ def _not_one_level(module: nn.Module, source: Source) -> str:
     """Why the predictor of I-JEPA cannot be this one; "": it can."""
     if not isinstance(module, Predictor):
         return f"the run's is a {type(module).__name__}"
-    if [level.pool for level in module.levels] != [1] or len(module.level_blocks[0]):
+    if [level.pool for level in module.levels] != [1] or any(True for _ in module.level_blocks[0].children()):
         return "model.levels must be one level with pool 1, without blocks of its own (model.num_hierarchies 1)"
     table, grid = source.parts["predictor"].get(PREDICTOR_POSITIONS), source.grid
     name = f"predictor.{PREDICTOR_POSITIONS}"

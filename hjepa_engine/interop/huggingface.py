@@ -53,7 +53,7 @@ _DEFAULTS = {
 
 def names(depth: int, qkv_bias: bool = True) -> dict[str, tuple[str, ...]]:
     """This project's names of the tensors (in ``vit``), and Hugging Face's: three for queries, keys and values."""
-    found = {ours: (theirs,) for ours, theirs in _OUTER.items()}
+    found: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _OUTER.items()}
     for block in range(depth):
         here, there = f"blocks.{block}", f"encoder.layer.{block}"
         for kind in ("weight", "bias"):
@@ -147,7 +147,8 @@ def write_huggingface(encoder: ContextEncoder, folder: Path, stats: tuple[Any, A
     Raises:
         ExportError: ``IJepaModel`` has no such layer.
     """
-    vit, arguments = encoder.vit, encoder.arguments
+    vit: Any = encoder.vit
+    arguments = encoder.arguments
     has_bias = vit.blocks[0].attn.qkv.bias is not None
     table, given = names(encoder.depth, has_bias), vit.state_dict()
     if differ := sorted(table.keys() ^ given.keys()):

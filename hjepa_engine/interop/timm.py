@@ -56,8 +56,7 @@ def read_timm_name(text: str) -> Source:
         config = timm.models.get_pretrained_cfg(name)
     except RuntimeError:  # of a tag that there is not
         config = None
-    repository = config and config.hf_hub_id
-    if not repository:
+    if config is None or not (repository := config.hf_hub_id):
         raise refuse(
             text, f"timm has no weights of that name, see timm.list_models('{architecture}*', pretrained=True)"
         )
@@ -151,6 +150,7 @@ def _described(
     where: str, given: Weights, architecture: str, arguments: dict[str, Any], config: Mapping[str, Any]
 ) -> Source:
     """The weights of a known architecture, with what its ``pretrained_cfg`` says."""
+    vit: Any
     with torch.device("meta"):  # for its sizes alone
         try:
             vit = timm.create_model(architecture, **{**TOKENS, **arguments})
@@ -194,11 +194,11 @@ def write_timm(encoder: ContextEncoder, folder: Path, stats: tuple[Any, Any]) ->
         ExportError: timm's architectures have no such layer.
     """
     name, arguments = encoder.arguments["name"], timm_arguments(encoder)
-    plain = timm.create_model(name, **arguments)
-    if plain.norm.eps != encoder.vit.norm.eps:
-        raise ExportError(
-            f"timm's {name} has model.norm_eps {plain.norm.eps:g}, the run {encoder.vit.norm.eps:g}: choose another --format"
-        )
+    vit: Any = encoder.vit
+    plain: Any = timm.create_model(name, **arguments)
+    own, named = vit.blocks[0].norm1.eps, plain.blocks[0].norm1.eps
+    if own != named:
+        raise ExportError(f"timm's {name} has model.norm_eps {named:g}, the run {own:g}: choose another --format")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.vit.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = {

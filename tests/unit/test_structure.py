@@ -38,7 +38,7 @@ ARROWS = {
     "checkpoint": "engine errors state types utils",
     "run": "checkpoint config data engine errors metrics state utils",
     "export": "checkpoint config errors models types",
-    "interop": "checkpoint config errors export models types utils",
+    "interop": "_version checkpoint config errors export models types utils",
     "devices": "config errors utils",
     "build": "checkpoint config errors loggers losses masking models optim schedules steps types utils",
     "report": "build checkpoint config errors metrics run utils",
