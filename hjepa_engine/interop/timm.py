@@ -158,11 +158,12 @@ def _described(
             raise refuse(where, f"{architecture}: {error}") from error
     if not isinstance(vit, VisionTransformer):
         raise refuse(where, f"{architecture} is a {type(vit).__name__}, not a plain vision transformer")
+    block: Any = vit.blocks[0]
     mean, std = (config.get(name) if isinstance(config.get(name), (list, tuple)) else None for name in ("mean", "std"))
     return replace(
         _plain(where, given, tuple(vit.patch_embed.grid_size)),
-        num_heads=vit.blocks[0].attn.num_heads,
-        norm_eps=vit.blocks[0].norm1.eps,
+        num_heads=block.attn.num_heads,
+        norm_eps=block.norm1.eps,
         stats=(tuple(mean), tuple(std)) if mean and std else None,
         arguments={
             "name": architecture,
