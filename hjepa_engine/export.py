@@ -46,11 +46,24 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error
 
 
+def check_description(description: Mapping[str, Any]) -> None:
+    """Refuse arguments that would make timm load a file.
+
+    Raises:
+        ValueError: there are any.
+    """
+    arguments = description.get("encoder")
+    if isinstance(arguments, dict) and (loads := arguments.keys() & _LOADING_ARGUMENTS):
+        raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
+
+
 def load_encoder(
     run_dir: str | Path,
     checkpoint: str | None = None,
     encoder: nn.Module | None = None,
     img_size: int | Sequence[int] | None = None,
+    *,
+    module: str | None = None,
 ) -> Any:
     """Load the target encoder of a run, in eval mode: normalized images (B, C, H, W) to patch tokens (B, N, D).
 
@@ -61,13 +74,14 @@ def load_encoder(
         encoder: for runs that train a model of your own: an encoder with the same parameters, to load the weights into.
         img_size: H and W of the images in pixels, or one number, where they are not those of the run: multiples of the patch
             size, for which the position embeddings are interpolated.
+        module: name of another encoder of the run, with a ``checkpoint``: ``context_encoder``.
 
     Raises:
         ExportError: there is no exported encoder, or its files are invalid or do not match, or the patches do not divide
             ``img_size``.
         CheckpointError: there is no such checkpoint, or it is corrupt.
     """
-    loaded = _load(Path(run_dir), checkpoint, encoder)
+    loaded = _load(Path(run_dir), checkpoint, encoder, module)
     if img_size is not None:
         if not isinstance(loaded, ContextEncoder):
             raise ExportError(
@@ -80,9 +94,9 @@ def load_encoder(
     return loaded.requires_grad_(False).eval()
 
 
-def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None) -> nn.Module:
+def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None, module: str | None) -> nn.Module:
     if checkpoint is not None:
-        return _from_checkpoint(folder, checkpoint, encoder)
+        return _from_checkpoint(folder, checkpoint, encoder, module)
     run_dir = folder
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "encoder"
@@ -98,11 +112,11 @@ def _load(folder: Path, checkpoint: str | None, encoder: nn.Module | None) -> nn
         raise ExportError(f"the encoder in {folder} cannot be loaded: {what}") from error
 
 
-def _from_checkpoint(folder: Path, checkpoint: str, encoder: nn.Module | None) -> nn.Module:
+def _from_checkpoint(folder: Path, checkpoint: str, encoder: nn.Module | None, module: str | None) -> nn.Module:
     found, state = load_one(find_checkpoint(folder, checkpoint).path)
     try:
         config = config_from(found.config)
-        name = encoder_name(config, state["modules"])
+        name = module or encoder_name(config, state["modules"])
         if encoder is None and config.model.class_path is not None:
             raise KeyError(
                 f"the model is {config.model.class_path}: pass load_encoder an encoder to load the weights into"
@@ -129,8 +143,7 @@ def _from_export(folder: Path, encoder: nn.Module | None) -> nn.Module:
         )
     weights = load_file(folder / WEIGHTS)
     if encoder is None:
-        if loads := description["encoder"].keys() & _LOADING_ARGUMENTS:
-            raise ValueError(f"{DESCRIPTION} must not make timm load weights, got {min(loads)}")
+        check_description(description)
         with torch.device("meta"):  # the file may ask for any size: compare shapes before memory is allocated
             wanted = TargetEncoder(**{**description["encoder"], "pos_embed": "learned"}).state_dict()
         if {name: item.shape for name, item in wanted.items()} != {name: item.shape for name, item in weights.items()}:

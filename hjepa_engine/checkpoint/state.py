@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest, load_one
+from hjepa_engine.checkpoint.folder import load_newest, load_one
 from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.engine import Trainer
@@ -60,7 +58,7 @@ def flat_state(trainer: Trainer) -> tuple[str, dict[str, Tensor]]:
     """
     try:
         state = collect_state(trainer)
-        _modules_in(state)
+        modules_in(state)
         return flatten(state)
     except TypeError as error:
         raise CheckpointError(f"the state cannot be saved: {error}") from error
@@ -88,7 +86,7 @@ def restore_state(trainer: Trainer, state: State) -> list[str]:
 
 
 def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]]) -> list[str]:
-    _check_modules(trainer.modules, _modules_in(state))
+    _check_modules(trainer.modules, modules_in(state))
     handlers, ranks = trainer.stateful_handlers(), state["ranks"]
     if not ranks:
         raise ValueError("it lacks the states of its processes")
@@ -134,7 +132,12 @@ def _what(error: Exception) -> str:
     return f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [repr(error)])[0]
 
 
-def _modules_in(state: Any) -> dict[str, dict[str, Tensor]]:
+def modules_in(state: Any) -> dict[str, dict[str, Tensor]]:
+    """The weights in a checkpoint's state, by module.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
     modules = state.get("modules") if isinstance(state, dict) else None
     parts = list(modules.values()) if isinstance(modules, dict) else [None]
     if not all(isinstance(part, dict) and all(isinstance(item, Tensor) for item in part.values()) for part in parts):
@@ -158,7 +161,7 @@ def _check_modules(modules: nn.ModuleDict, saved: Mapping[str, Mapping[str, Tens
             if saved[part][name].shape != wanted[name].shape:
                 raise CheckpointError(
                     f"{part}.{name} is {tuple(saved[part][name].shape)} in the checkpoint, {tuple(wanted[name].shape)} in "
-                    "the run; checkpoint.init_from takes what fits"
+                    "the run; model.init_from takes what fits"
                 )
 
 
@@ -214,68 +217,3 @@ def load_on_all_ranks(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tupl
 
     path = rank_zero(choose)
     return found if path is None or idist.get_rank() == 0 else load_one(path)
-
-
-def weights_in(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """Where the weights in ``path`` come from, and the weights by part.
-
-    Args:
-        path: a checkpoint, a run folder (its newest checkpoint), or an exported encoder, whose weights are offered to
-            ``context_encoder`` and ``target_encoder``.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    candidates = (path, path / "model.safetensors", path / "encoder" / "model.safetensors")
-    exported = next((file for file in candidates if file.is_file()), None)
-    if exported is None or list_checkpoints(path / "checkpoints"):
-        found = load_on_all_ranks(lambda: load_one(path))
-        assert found is not None
-        return str(found[0].path), _modules_in(found[1])
-    try:
-        weights = load_file(exported)
-    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{exported} holds no weights: {_what(error)}") from error
-    return str(exported), {"context_encoder": weights, "target_encoder": weights}
-
-
-def load_pretrained(modules: nn.ModuleDict, source: Path, parts: Sequence[str] | None = None) -> str:
-    """Start from the weights of another run: every tensor whose name and shape fit.
-
-    Args:
-        modules: to be changed.
-        source: see :func:`weights_in`.
-        parts: names of modules; None: all that both sides have.
-
-    Returns:
-        A table of what was taken.
-
-    Raises:
-        CheckpointError: a part is not there, or nothing of it fits.
-    """
-    where, weights = weights_in(source)
-    lines = [f"weights from {where}:"]
-    for part in parts if parts is not None else [name for name in modules if name in weights]:
-        if part not in modules or part not in weights:
-            raise CheckpointError(
-                f"checkpoint.init_parts: {part!r} is not in both; the run has {', '.join(modules)}, "
-                f"{where} has {', '.join(weights)}"
-            )
-        wanted, offered = unwrap(modules[part]).state_dict(), weights[part]
-        fitting = {
-            name: offered[name] for name in wanted if name in offered and offered[name].shape == wanted[name].shape
-        }
-        if not fitting:
-            raise CheckpointError(f"checkpoint.init_from: no tensor of {part} in {where} fits")
-        unwrap(modules[part]).load_state_dict(fitting, strict=False)
-        lines.append(f"  {part:16} {len(fitting):4} of {len(wanted)} tensors")
-        for name in [name for name in wanted if name not in fitting]:
-            found = (
-                f"{tuple(offered[name].shape)} there, {tuple(wanted[name].shape)} here"
-                if name in offered
-                else "missing"
-            )
-            lines.append(f"    not {name}: {found}")
-    if len(lines) == 1:
-        raise CheckpointError(f"checkpoint.init_from: {where} has none of the modules {', '.join(modules)}")
-    return "\n".join(lines)

@@ -16,7 +16,7 @@ from hjepa_engine.config.fields import is_path
 from hjepa_engine.config.messages import error_line
 from hjepa_engine.config.overrides import apply_overrides
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
-from hjepa_engine.config.paths import path_argument
+from hjepa_engine.config.paths import is_timm_name, path_argument
 from hjepa_engine.config.schema import Config
 from hjepa_engine.errors import ConfigError
 
@@ -70,7 +70,7 @@ def dump_config(config: Config, *, absolute: bool = False) -> str:
         node = data
         for section in sections:
             node = node[section]
-        if node[name] is not None and (key, node[name]) not in _NO_PATHS:
+        if node[name] is not None and (key, node[name]) not in _NO_PATHS and not is_timm_name(node[name]):
             node[name] = os.path.abspath(node[name])
     return dump_yaml(data)
 

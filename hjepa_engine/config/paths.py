@@ -26,6 +26,11 @@ def unknown_variable(path: str) -> str | None:
     return home if home.startswith("~") and os.path.expanduser(home) == home else None
 
 
+def is_timm_name(text: str) -> bool:
+    """Whether ``text`` names weights that timm knows, ``timm/NAME``, and not a path."""
+    return text.startswith("timm/") and not os.path.exists(text)
+
+
 class _NoSuchName(ConfigError, ArgumentTypeError):
     """Of an option, argparse prints the message of such an error alone."""
 

@@ -225,6 +225,14 @@ class ModelConfig:
     """Number of levels, which pool 1, 2, 4, ... patches; by default there are two, single patches and the whole image."""
     levels: list[Level] | None = None
     """The levels in detail, finest first, instead of the ones that ``num_hierarchies`` makes."""
+    norm_eps: float | None = setting(None, gt=0)
+    """What the encoder's layer norms add to the variance; null: its own, 1e-6."""
+    init_from: PathString | None = setting(None, on_resume="allow")
+    """Weights that a new run starts with: a run, checkpoint or export of this project (as far as names and shapes fit),
+    Meta's I-JEPA checkpoint, a folder of Hugging Face's ``IJepaModel``, a file of a plain timm vision transformer, or
+    ``timm/NAME`` from the local cache; docs/interop.md says how they are read."""
+    init_parts: list[str] | None = setting(None, on_resume="allow")
+    """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default."""
     predictor: PredictorConfig = setting(PredictorConfig)
     ema: EMAConfig = setting(EMAConfig, on_resume="elsewhere")
 
@@ -361,10 +369,6 @@ class CheckpointConfig:
     """``auto``: go on from the run folder's newest checkpoint if there is one; ``must``: there has to be one; ``never``: set
     an earlier run in the folder aside and start anew; or the path of a checkpoint (or run) to go on from where the run
     folder has none of its own."""
-    init_from: PathString | None = None
-    """Checkpoint, run folder or exported encoder whose weights a new run starts with, as far as names and shapes fit."""
-    init_parts: list[str] | None = None
-    """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default."""
 
 
 @section()

@@ -83,8 +83,8 @@ def broken_rules(config: Any) -> Iterator[str]:
             f"model.predictor.width must be a multiple of 4 and of num_heads ({predictor.num_heads}), got {predictor.width}"
         )
     checkpoint = config.checkpoint
-    if checkpoint.init_parts is not None and checkpoint.init_from is None:
-        yield f"checkpoint.init_parts must be null without checkpoint.init_from, got {checkpoint.init_parts}"
+    if model.init_parts is not None and model.init_from is None:
+        yield f"model.init_parts must be null without model.init_from, got {model.init_parts}"
     yield from broken_metric_rules(config)
     if config.logging.watch != "none" and config.logging.watch_frequency % config.logging.log_frequency:
         yield (

@@ -25,6 +25,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "num_heads": model.num_heads,
         "init_values": model.layer_scale,
         "drop_path_rate": model.drop_path or None,
+        "norm_eps": model.norm_eps,
     }
     return {
         "name": model.encoder_type,

@@ -33,6 +33,7 @@ class ContextEncoder(nn.Module):
         patch_init: weights of the patch embedding at the start. ``uniform``: torch's own, whose scale is that of the patch's
             pixels; ``trunc_normal``: of standard deviation 0.02, bias 0 (I-JEPA).
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
+        norm_eps: what the layer norms add to the variance; timm's own by default, 1e-6.
         **overrides: arguments of timm's ``VisionTransformer`` that replace those of the named model (``patch_size``,
             ``embed_dim``, ``depth``, ``num_heads``, ``drop_path_rate``, ``init_values`` (layer scale), ...).
 
@@ -49,6 +50,7 @@ class ContextEncoder(nn.Module):
         pos_embed: Literal["sincos", "learned"] = "sincos",
         patch_init: Literal["uniform", "trunc_normal"] = "uniform",
         activation_checkpointing: bool = False,
+        norm_eps: float | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -60,6 +62,7 @@ class ContextEncoder(nn.Module):
             "in_chans": in_chans,
             "pos_embed": pos_embed,
             "activation_checkpointing": activation_checkpointing,
+            **({} if norm_eps is None else {"norm_eps": norm_eps}),
             **overrides,
         }
         if name not in timm.list_models():
@@ -80,6 +83,9 @@ class ContextEncoder(nn.Module):
         if patch_init == "trunc_normal":
             init_layer(vit.patch_embed.proj)
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
+        for layer in vit.modules() if norm_eps is not None else ():
+            if isinstance(layer, nn.LayerNorm):
+                layer.eps = norm_eps  # type: ignore[assignment]
         self._attentions = attentions(vit)
         self._check_patches(size)
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
@@ -90,7 +96,9 @@ class ContextEncoder(nn.Module):
             trunc_normal(vit.pos_embed)
 
     def set_img_size(self, img_size: int | Sequence[int]) -> None:
-        """Take images of another size from now on: learned positions are interpolated (timm), fixed ones computed anew.
+        """Take images of another size from now on: fixed positions are computed anew, others interpolated (timm).
+
+        Fixed positions of other weights, which are not this project's, are interpolated as well.
 
         Args:
             img_size: H and W in pixels, multiples of the patch size; one number where they are equal.
@@ -100,11 +108,18 @@ class ContextEncoder(nn.Module):
         """
         height, width = size = _sides(img_size)
         self._check_patches(size)
+        is_own = self.arguments["pos_embed"] == "sincos" and self._has_own_table()
         self.vit.set_input_size(img_size=size)
         self.grid, self.num_patches = tuple(self.vit.patch_embed.grid_size), self.vit.patch_embed.num_patches
         self.arguments["img_size"] = height if height == width else size
-        if self.arguments["pos_embed"] == "sincos":
+        if is_own:
             self._set_sincos()
+
+    def _has_own_table(self) -> bool:
+        table = self.vit.pos_embed
+        assert table is not None
+        own = sincos_2d(self.grid, self.embed_dim)
+        return torch.allclose(table[0, -self.num_patches :].float().cpu(), own, atol=5e-3)  # half precision rounds
 
     def _check_patches(self, size: tuple[int, int]) -> None:
         sides = self.vit.patch_embed.patch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,6 @@ import ignite.distributed as idist
 from hjepa_engine.checkpoint.folder import load_one
 from hjepa_engine.checkpoint.state import (
     load_on_all_ranks,
-    load_pretrained,
     restore_state,
     resume,
 )
@@ -33,8 +32,15 @@ from hjepa_engine.utils.rng import seed_everything
 logger = logging.getLogger(__name__)
 
 
-def start_run(trainer: Trainer, folder: RunFolder, *, epoch_length: int, iterations: int) -> None:
-    """Resume or initialize the trainer as ``checkpoint.resume`` and ``init_from`` say, and describe the run in its folder.
+def start_run(
+    trainer: Trainer,
+    folder: RunFolder,
+    *,
+    epoch_length: int,
+    iterations: int,
+    initialize: Callable[[], str] | None = None,
+) -> None:
+    """Resume the trainer as ``checkpoint.resume`` says, or initialize it, and describe the run in its folder.
 
     All handlers must be attached. If this raises, the folder is as it was.
 
@@ -43,19 +49,23 @@ def start_run(trainer: Trainer, folder: RunFolder, *, epoch_length: int, iterati
         folder: of the run, locked.
         epoch_length: batches of an epoch.
         iterations: length of the whole run.
+        initialize: fills the modules of a run that starts from the beginning, and returns what to say of it; None: they
+            stay as they are.
 
     Raises:
         CheckpointError: there is no usable checkpoint where one must be, or it does not fit.
         ConfigError: the configuration is another one, or asks for less than was trained already.
         DataError: the data is other than before, or epochs have another length now.
     """
-    found = _find_start(trainer, folder, epoch_length, iterations)
+    found = _find_start(trainer, folder, epoch_length, iterations, initialize)
     rank_zero(folder.enter)
     own = found.path if found is not None and found.path.parent == folder.checkpoint_path else None
     folder.write_status("running", step=trainer.state.optimizer_step, checkpoint=own)
 
 
-def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int) -> Checkpoint | None:
+def _find_start(
+    trainer: Trainer, folder: RunFolder, epoch_length: int, iterations: int, initialize: Callable[[], str] | None
+) -> Checkpoint | None:
     config = folder.config
     how = config.checkpoint.resume
     found: tuple[Checkpoint, list[str]] | None = None
@@ -75,9 +85,8 @@ def _find_start(trainer: Trainer, folder: RunFolder, epoch_length: int, iteratio
     if found is None:
         if how != "never" and folder.status() is not None:
             _print_once(f"no checkpoint yet in {folder.checkpoint_path}: starting from the beginning")
-        if config.checkpoint.init_from is not None:
-            parts = config.checkpoint.init_parts
-            _print_once(load_pretrained(trainer.modules, Path(config.checkpoint.init_from), parts))
+        if initialize is not None:
+            _print_once(initialize())
         if how == "never":
             idist.barrier()  # everybody has read what is about to move
             if aside := rank_zero(folder.set_aside):
@@ -181,7 +190,7 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Ch
     changes = config_changes(checkpoint.config, folder.config) if checkpoint.config else []
     if refused := [change for change in changes if not change.key.startswith(MAY_CHANGE_ELSEWHERE)]:
         raise ConfigError(
-            f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; checkpoint.init_from takes the weights alone"
+            f"checkpoint.resume {path}: {'; '.join(map(str, refused[:3]))}; model.init_from takes the weights alone"
         )
     remarks = restore_state(trainer, state)
     for handler in [] if is_own else trainer.stateful_handlers().values():

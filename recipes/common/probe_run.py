@@ -49,8 +49,8 @@ class ProbedRun(NamedTuple):
     """The images, in words."""
     note: str | None
     """Why the accuracies mean nothing; None: they do."""
-    path: Path
-    """The file with the results."""
+    path: Path | None
+    """The file with the results; None: there is none."""
 
 
 class FrozenRun(NamedTuple):

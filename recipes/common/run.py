@@ -22,6 +22,7 @@ from hjepa_engine.data.summary import summarize, why_unlabeled
 from hjepa_engine.devices import process_group
 from hjepa_engine.engine import Trainer
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
+from hjepa_engine.recipes.common.initial_weights import initial_weights
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder, warn_no_labels
 from hjepa_engine.recipes.common.probe import ProbeData, as_metrics, describe, evaluate_encoders
 from hjepa_engine.recipes.common.rollback import train_with_rollbacks
@@ -121,9 +122,17 @@ class Run:
 
         A run that is asked to stop is saved and raises ``Preempted``.
         """
-        rank_zero(self.folder.lock)
         try:
-            start_run(self.trainer, self.folder, epoch_length=len(self.data), iterations=self.iterations)
+            initialize = initial_weights(self.trainer.modules, self.folder)  # before anything is written
+            rank_zero(self.folder.lock)
+            start_run(
+                self.trainer,
+                self.folder,
+                epoch_length=len(self.data),
+                iterations=self.iterations,
+                initialize=initialize,
+            )
+            del initialize  # and the weights that it holds
             writer = self.checkpointer.writer
             with (
                 write_report_on_exit(self.folder),

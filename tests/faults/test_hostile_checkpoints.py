@@ -17,10 +17,11 @@ from helpers import LinearModel, save_state, sign_again
 from torch import nn
 
 from hjepa_engine.checkpoint.folder import find_checkpoint, load_newest, load_one
-from hjepa_engine.checkpoint.state import load_pretrained, weights_in
 from hjepa_engine.checkpoint.storage import MANIFEST, STATE, CorruptCheckpoint, read_manifest
 from hjepa_engine.errors import CheckpointError, ExportError
 from hjepa_engine.export import load_encoder
+from hjepa_engine.interop.fit import plan_weights
+from hjepa_engine.interop.own import read_own
 
 GOOD = {"modules": {"model": {"weight": torch.ones(2)}}, "engine": {}, "handlers": {}, "ranks": []}
 ONE = {"modules": {"model": {"weight": {"$tensor": "a"}}}, "engine": {}, "handlers": {}, "ranks": []}
@@ -256,8 +257,8 @@ def entry_points(run, path):
     return {
         "load_one": lambda: load_one(path),
         "load_one of the run": lambda: load_one(run),
-        "weights_in": lambda: weights_in(run),
-        "load_pretrained": lambda: load_pretrained(modules, run),
+        "read_own": lambda: read_own(run),
+        "plan_weights": lambda: plan_weights(modules, read_own(run)),
         "find_checkpoint": lambda: load_one(find_checkpoint(run, "latest").path),
         "load_encoder": lambda: load_encoder(run),
         "load_newest": lambda: load_newest(run / "checkpoints"),

@@ -9,9 +9,11 @@ from helpers import LinearModel, linear_trainer, same_bits, save_state, weights_
 from test_hostile_checkpoints import LIES, gadgets, in_a_child, link_to, report, torch_files
 from torch import nn
 
-from hjepa_engine.checkpoint.state import load_pretrained, resume, weights_in
+from hjepa_engine.checkpoint.state import resume
 from hjepa_engine.errors import CheckpointError, ExportError
 from hjepa_engine.export import load_encoder, save_encoder
+from hjepa_engine.interop.fit import plan_weights
+from hjepa_engine.interop.own import read_own
 from hjepa_engine.models.encoder import TargetEncoder
 
 ENCODER = {"name": "vit_tiny_patch16_224", "img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
@@ -93,7 +95,7 @@ def test_a_state_that_is_none_of_a_run_is_refused(tmp_path, state):
         resume(trainer, tmp_path / "checkpoints")
     assert same_bits(weights_of(trainer.modules), before)
     if not isinstance(state, dict) or "handlers" not in state:
-        for load in (weights_in, lambda path: load_pretrained(nn.ModuleDict({"model": LinearModel()}), path)):
+        for load in (read_own, lambda path: plan_weights(nn.ModuleDict({"model": LinearModel()}), read_own(path))):
             with pytest.raises(CheckpointError):
                 load(tmp_path)
 

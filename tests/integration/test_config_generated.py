@@ -421,7 +421,7 @@ CROSS = [
     ("model: {predictor: {width: 8, num_heads: 3}}", "model.predictor.width", "8", "of 4 and of num_heads (3)"),
     ("model: {predictor: {width: 6, num_heads: 1}}", "model.predictor.width", "6", "of 4 and of num_heads (1)"),
     ("model: {embed_dim: 18}", "model.embed_dim", "18", "a multiple of 4"),
-    ("checkpoint: {init_parts: [predictor]}", "checkpoint.init_parts", "['predictor']", "null without checkpoint.init_from"),
+    ("model: {init_parts: [predictor]}", "model.init_parts", "['predictor']", "null without model.init_from"),
     ("logging: {watch: all, watch_frequency: 75}", "logging.watch_frequency", "75", "a multiple of log_frequency (50)"),
     ("guard: {rules: [{metric: m}]}", "guard.rules[0]", "none", "one of below, above, drop, spike and non_finite"),
     ("guard: {rules: [{metric: m, below: 1, drop: 0.5}]}", "guard.rules[0]", "below and drop", "must have one of below"),

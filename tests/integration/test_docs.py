@@ -4,15 +4,23 @@ import ast
 import importlib.util
 import inspect
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from forkserver import PRETRAIN, PROGRAM
+from helpers import NOISE, options
+from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 import hjepa_engine.handlers
+from hjepa_engine import dump_config, load_config
 from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
+from hjepa_engine.interop.writing import export_encoder
+from hjepa_engine.models import build_modules
+from hjepa_engine.recipes import export, linear_probe, pretrain
 from hjepa_engine.state import TrainState
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +94,54 @@ def test_the_run_with_an_own_step_of_the_documentation_runs(run, tmp_path):
     (tmp_path / "program.py").write_text(program)
     run(tmp_path, "program.py")
     assert "collapse/target_rank" in (tmp_path / "runs" / "my_mae" / "metrics.jsonl").read_text()
+
+
+#: What takes long; the others are run by default.
+SLOW_FORMATS = ("onnx",)
+
+
+@pytest.fixture
+def encoders(tmp_path, monkeypatch):
+    """A folder with a run and the encoders of other projects that docs/interop.md names, small ones."""
+    monkeypatch.chdir(tmp_path)
+    changes = {"model.num_hierarchies": 1, "probe.enabled": "false", "training.epochs": 1}
+    config = load_config(None, options({**NOISE, **changes}))
+    (tmp_path / "my_run.yaml").write_text(dump_config(config))
+    pretrain.main(["--config", "my_run.yaml", "--run_dir", "runs/my_run"])
+    modules = build_modules(config)
+    parts = {"encoder": modules["context_encoder"].vit, "target_encoder": modules["target_encoder"].vit}
+    weights = {key: {f"module.{name}": value for name, value in vit.state_dict().items()} for key, vit in parts.items()}
+    torch.save({**weights, "epoch": 300}, "IN1K-vit.h.14-300e.pth.tar")
+    export_encoder(Path("runs/my_run"), "huggingface", Path("ijepa_vith14_1k"))
+    save_file(modules["target_encoder"].vit.state_dict(), "vit.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_commands_and_programs_of_interop_run(encoders, capsys, slow):
+    quick = {"data.dataset": "fake", "data.fake_size": 20, "probe.epochs": 1, "model.num_heads": 2, "device": "cpu"}
+    more = {linear_probe: options({**quick, "logging.progress_bar": "false"})}
+    recipes = {
+        f"recipes/{recipe.__name__.rpartition('.')[2]}.py": recipe for recipe in (pretrain, linear_probe, export)
+    }
+    ran = 0
+    for line in "".join(blocks("docs/interop.md", "bash")).splitlines():
+        _, name, *words = shlex.split(line)
+        if slow or not set(SLOW_FORMATS) & set(words):
+            recipes[name].main([*words, *more.get(recipes[name], [])])
+            ran += 1
+    assert ran == 10 + slow
+    programs = [
+        text for text in blocks("docs/interop.md", "python") if slow or not any(x in text for x in SLOW_FORMATS)
+    ]
+    assert len(programs) == 4 + slow
+    for program in programs:
+        found = {}
+        exec(program.replace("224, 224", "24, 24"), found)
+        assert found["tokens"].shape[1:] == (36, 16)
+    printed = capsys.readouterr().out
+    assert printed.count("weights from ") == 4 and "runs/my_run/export/timm: timm, 0.0 MB" in printed
+    assert Path("probes/vith14/linear_probe.json").is_file()
 
 
 def test_the_readme_example_runs(run, tmp_path):

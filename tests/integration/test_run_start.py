@@ -99,6 +99,7 @@ OTHER = {
     "data.max_damaged": 0.5,
     "data.max_pixels": 10_000,
     "data.allow_growth": "true",
+    "model.init_from": "nowhere",
     "checkpoint.keep_last_n": 3,
     "logging.log_frequency": 3,
     "collapse.every": 7,
@@ -114,7 +115,7 @@ OTHER = {
 def test_every_key_that_may_change_does_and_no_other(tmp_path, capsys):
     train(tmp_path, PLAIN, stop=7)
     known = {key if key in MAY_CHANGE else f"{key.partition('.')[0]}." for key in OTHER}
-    assert {*MAY_CHANGE} == known | {"run_dir", "data.download", "data.hub_name"}
+    assert {*MAY_CHANGE} == known | {"run_dir", "data.download", "data.hub_name", "model.init_parts"}
     for key, value in (*OTHER.items(), ("data.download", None)):
         config = load_config(None, options({**PLAIN, **({} if value is None else {key: value}), "run_dir": tmp_path}))
         config.data.download = value is None  # noise cannot be fetched
@@ -160,9 +161,13 @@ def test_never_sets_checkpoints_that_lie_elsewhere_aside_and_nothing_else_there(
 
 def test_weights_to_start_with_may_come_from_the_run_that_is_set_aside(command, tmp_path):
     assert command()[2] == 0
-    _, line, code = command(checkpoint__resume="never", checkpoint__init_from="nowhere")
-    assert (code, line) == (4, "nowhere holds no checkpoint") and not (tmp_path / "run" / "previous_1").exists()
-    out, _, code = command(checkpoint__resume="never", checkpoint__init_from="run")
+    _, line, code = command(checkpoint__resume="never", model__init_from="nowhere")
+    assert (
+        code == 4
+        and line.startswith("nowhere: there is no such file or folder; accepted are a run, checkpoint")
+        and not (tmp_path / "run" / "previous_1").exists()
+    )
+    out, _, code = command(checkpoint__resume="never", model__init_from="run")
     assert code == 0 and "weights from run/checkpoints/epoch_0002_step_00000010:" in out and "previous_1" in out
 
 
@@ -192,7 +197,7 @@ def test_a_run_goes_on_from_another_ones_checkpoint_with_a_lower_rate(tmp_path, 
 def test_a_run_does_not_go_on_from_one_that_differs_in_more(tmp_path, key, value):
     path = train(tmp_path / "first", PLAIN, stop=7).trainer.state.checkpoint
     assert not key.startswith(MAY_CHANGE_ELSEWHERE)
-    with pytest.raises(ConfigError, match=f"^checkpoint.resume {path}: {key} was .*; checkpoint.init_from takes the"):
+    with pytest.raises(ConfigError, match=f"^checkpoint.resume {path}: {key} was .*; model.init_from takes the"):
         train(tmp_path / "second", {**PLAIN, key: value, "checkpoint.resume": str(path)})
     assert contents(tmp_path / "second") == {}
 
@@ -349,7 +354,7 @@ def test_a_run_starts_with_the_weights_of_a_checkpoint_or_of_a_run(other, tmp_pa
     weights = weights_of(other.modules)
     places = (other.folder.path, other.trainer.state.checkpoint)
     for number, place in enumerate(places):
-        assert same_bits(started(tmp_path / str(number), checkpoint__init_from=place), weights)
+        assert same_bits(started(tmp_path / str(number), model__init_from=place), weights)
         out = capsys.readouterr().out
         assert f"weights from {other.trainer.state.checkpoint}:\n" in out
         for name in ("context_encoder", "target_encoder", "predictor"):
@@ -358,7 +363,7 @@ def test_a_run_starts_with_the_weights_of_a_checkpoint_or_of_a_run(other, tmp_pa
 
 
 def test_a_run_starts_with_an_exported_encoder_in_both_encoders(other, tmp_path, capsys):
-    weights = started(tmp_path, checkpoint__init_from=other.folder.path / "encoder")
+    weights = started(tmp_path, model__init_from=other.folder.path / "encoder")
     target = weights_of(other.modules["target_encoder"])
     assert same_bits(part(weights, "target_encoder"), target) and same_bits(part(weights, "context_encoder"), target)
     assert largest_difference(part(weights, "predictor"), weights_of(other.modules["predictor"])) > 0
@@ -368,11 +373,11 @@ def test_a_run_starts_with_an_exported_encoder_in_both_encoders(other, tmp_path,
 def test_a_run_starts_with_the_parts_that_are_named_and_what_fits_of_them(other, tmp_path, capsys):
     plain = started(tmp_path / "plain")
     capsys.readouterr()
-    weights = started(tmp_path / "parts", checkpoint__init_from=other.folder.path, checkpoint__init_parts="[predictor]")
+    weights = started(tmp_path / "parts", model__init_from=other.folder.path, model__init_parts="[predictor]")
     assert same_bits(part(weights, "predictor"), weights_of(other.modules["predictor"]))
     assert same_bits(part(weights, "context_encoder"), part(plain, "context_encoder"))
     capsys.readouterr()
-    weights = started(tmp_path / "wide", checkpoint__init_from=other.folder.path, model__predictor__mlp_ratio=2)
+    weights = started(tmp_path / "wide", model__init_from=other.folder.path, model__predictor__mlp_ratio=2)
     out = capsys.readouterr().out
     assert "    not blocks.0.mlp.fc1.weight: (64, 16) there, (32, 16) here\n" in out
     assert same_bits(part(weights, "context_encoder"), weights_of(other.modules["context_encoder"]))
@@ -381,13 +386,13 @@ def test_a_run_starts_with_the_parts_that_are_named_and_what_fits_of_them(other,
 def test_weights_that_are_not_there_or_do_not_fit_are_exit_code_4(command, other):
     for changes, said in (
         (
-            {"checkpoint__init_parts": "[decoder]"},
-            "checkpoint.init_parts: 'decoder' is not in both; the run has context_",
+            {"model__init_parts": "[decoder]"},
+            "model.init_parts: 'decoder' is not in both; the run has context_",
         ),
         (
-            {"checkpoint__init_parts": "[predictor]", "model__predictor__width": 24, "model__embed_dim": 24},
+            {"model__init_parts": "[predictor]", "model__predictor__width": 24, "model__embed_dim": 24},
             "no tensor of",
         ),
     ):
-        _, line, code = command(checkpoint__init_from=other.folder.path, **changes)
+        _, line, code = command(model__init_from=other.folder.path, **changes)
         assert code == 4 and said in line

@@ -630,8 +630,8 @@ def set_aside(config, tools):
 
 def started_from(config, tools):
     """A digest of all weights of a run that may start from those of another one, in the folder ``source``."""
-    plain = replace(config.checkpoint, init_from=None, init_parts=None)
-    source = replace(config, run_dir=str(tools.folder / "source"), seed=7, checkpoint=plain)
+    plain = replace(config.model, init_from=None, init_parts=None)
+    source = replace(config, run_dir=str(tools.folder / "source"), seed=7, model=plain)
     tools.monkeypatch.chdir(tools.folder)
     finished(source, tools)
     return trained(config, tools)
@@ -978,6 +978,7 @@ EFFECTS = {
     "model.patch_init": Effect("smaller weights", "trunc_normal", trained),
     "model.drop_path": Effect("blocks are dropped in training", "0.9", trained),
     "model.layer_scale": Effect("blocks have a scale", "0.1", shapes),
+    "model.norm_eps": Effect("norms of tokens with less contrast", "1e-2", trained),
     "model.activation_checkpointing": Effect("less is kept for the backward pass", "true", saved_tensors),
     "model.class_path": Effect("other modules", f"{ME}.own_modules", module_names, becomes=["body"]),
     "model.init_args": Effect("wider ones", "{width: 5}", num_parameters, (f"--model.class_path={ME}.own_modules",), 10),
@@ -1044,8 +1045,8 @@ EFFECTS = {
     "checkpoint.mode": Effect("the largest is best", "max", kept, BY_RATE, [4, 3, 2]),
     "checkpoint.checkpoint_dir": Effect("they are elsewhere", "elsewhere", files),
     "checkpoint.resume": Effect("the first run is set aside", "never", set_aside, becomes=True),
-    "checkpoint.init_from": Effect("other weights at the start", "source", started_from),
-    "checkpoint.init_parts": Effect("fewer of them", "[predictor]", started_from, ("--checkpoint.init_from=source",)),
+    "model.init_from": Effect("other weights at the start", "source", started_from),
+    "model.init_parts": Effect("fewer of them", "[predictor]", started_from, ("--model.init_from=source",)),
     "logging.experiment_name": Effect("another folder", "b", lambda c, t: str(RunFolder(c).path), ("--run_dir=null",)),
     "logging.log_dir": Effect("event files elsewhere", "elsewhere", files, TENSORBOARD),
     "logging.log_frequency": Effect("a record each step", "1", records, becomes=[1, 2, 3, 4]),

@@ -17,7 +17,7 @@ KEYS = [
     "logging.log_dir",
     "checkpoint.checkpoint_dir",
     "checkpoint.resume",
-    "checkpoint.init_from",
+    "model.init_from",
     "run_dir",
 ]
 
@@ -75,7 +75,7 @@ def test_the_runs_configuration_holds_absolute_paths_and_the_word_auto(tmp_path)
     saved = load_config("runs/a/config.yaml")
     assert (saved.run_dir, saved.data.data_path) == (f"{tmp_path}/runs/a", f"{tmp_path}/images")
     assert (saved.logging.log_dir, saved.checkpoint.resume) == (f"{tmp_path}/logs", "auto")
-    assert saved.checkpoint.init_from is None
+    assert saved.model.init_from is None
     assert dump_config(load_config(None, ["--run_dir=a"])).count(str(tmp_path)) == 0
 
 
