@@ -61,8 +61,9 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     folder = Path(tempfile.gettempdir())
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="features_") as file:
-            # Without blocks of its own, a disk that is full later would end the process by a signal.
-            os.posix_fallocate(file.fileno(), 0, size)
+            # Without blocks of its own, a disk that is full later would end the process by a signal. macOS has no such call.
+            reserve = getattr(os, "posix_fallocate", lambda file, start, length: os.ftruncate(file, start + length))
+            reserve(file.fileno(), 0, size)
             return torch.from_file(file.name, shared=True, size=numbers, dtype=dtype).view(shape)
     except OSError as error:
         raise DataError(
