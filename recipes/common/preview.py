@@ -104,7 +104,9 @@ def table_of(config: Config, schedules: Schedules, steps: int, per_epoch: int) -
         "weight decay": schedules.weight_decay,
         "momentum": schedules.momentum,
     }
-    moments = {0: "start", round(config.training.warmup_epochs * per_epoch): "end of warm-up"}
+    moments = {0: "start"}
+    if warmup := round(config.training.warmup_epochs * per_epoch):
+        moments[warmup - 1] = "end of warm-up"
     moments |= {steps * quarter // 4: f"{quarter}/4" for quarter in (1, 2, 3)} | moments | {steps - 1: "last step"}
     lines = ["".join(f"{name:>14}" for name in ("epoch", "step", *columns))]
     for step in sorted(step for step in moments if step < steps):

@@ -112,6 +112,7 @@ def test_a_table_has_a_row_for_each_variant_and_compares_with_an_earlier_one():
     assert benchmark.markdown(results, benchmark.MEMORY, "size | variant", {}) == ""
 
 
+@pytest.mark.slow
 def test_times_of_all_parts_are_there(tmp_path):
     given = argparse.Namespace(cpu_time=True, compile=False, seconds=0.1, readings=True)
     found = benchmark.measure("default", {"tiny": TINY}, str(tmp_path), given)["tiny"]

@@ -437,6 +437,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(tmp_path, words
     assert not list(folder.glob("evaluation*"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_the_same_on_mapped_features(tmp_path):
     found = []
     for limit in ("4", "0"):

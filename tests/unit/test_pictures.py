@@ -438,7 +438,7 @@ def test_the_preview_prints_the_schedules_and_masks_of_the_run_and_makes_nothing
     config = load_config(DEFAULT_CONFIG, words)
     schedules = build_schedules(config, 5)
     table = table_in(text)
-    steps = {"start": 0, "end of warm-up": 5, "2/4": 10, "3/4": 15, "last step": 19}
+    steps = {"start": 0, "end of warm-up": 4, "1/4": 5, "2/4": 10, "3/4": 15, "last step": 19}
     assert {name: row["step"] for name, row in table.items()} == steps
     for row in table.values():
         step = int(row["step"])
