@@ -128,12 +128,11 @@ def build_data(config: Config, data: Datasets | None = None) -> Data:
 
 def _check_regularizers(config: Config) -> None:
     """Refuse regularizers that would compare an image with itself alone."""
-    loss, least, batch_size = config.loss, 2 * idist.get_world_size(), config.data.batch_size
+    loss, batch_size = config.loss, config.data.batch_size
     for name in ("variance", "covariance", "sigreg"):
-        if config.step is None and getattr(loss, f"{name}_weight") > 0 and batch_size < least:
+        if config.step is None and getattr(loss, f"{name}_weight") > 0 and batch_size < 2:
             raise ConfigError(
-                f"data.batch_size must be at least 2 for each process ({least}) where loss.{name}_weight is above 0, "
-                f"got {batch_size}"
+                f"data.batch_size must be at least 2 where loss.{name}_weight is above 0, got {batch_size}"
             )
 
 
