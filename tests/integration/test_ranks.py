@@ -41,7 +41,9 @@ def test_regularizers_are_of_the_whole_batch(tmp_path, processes):
     (one, alone), (several, weights) = (
         trained(number, tmp_path / str(number), **settings) for number in (1, processes)
     )
-    assert {"train/loss_variance", "train/loss_covariance", "train/loss_sigreg"} <= {key for each in one for key in each}
+    assert {"train/loss_variance", "train/loss_covariance", "train/loss_sigreg"} <= {
+        key for each in one for key in each
+    }
     assert_same_losses(one, several, 2e-5)
     for each in weights:
         assert max((each[name] - value).abs().max() for name, value in alone[0].items()) < 1e-5

@@ -15,7 +15,9 @@ OWN_SIZES = {f"model__{name}": None for name in ("patch_size", "embed_dim", "dep
 @pytest.mark.parametrize("term", ["variance", "covariance", "sigreg"])
 def test_a_regularizer_needs_two_images(term, monkeypatch):
     weight = {f"loss__{term}_weight": 0.1}
-    with pytest.raises(ConfigError, match=rf"^data\.batch_size must be at least 2 where loss\.{term}_weight is above 0"):
+    with pytest.raises(
+        ConfigError, match=rf"^data\.batch_size must be at least 2 where loss\.{term}_weight is above 0"
+    ):
         build_data(tiny_config(data__batch_size=1, **weight))
     build_data(tiny_config(data__batch_size=2, **weight))
     build_data(tiny_config(data__batch_size=1))

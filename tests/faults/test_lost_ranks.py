@@ -1,0 +1,124 @@
+"""One process of several fails, is killed, hangs or is asked to stop: the cause, its rank and its exit code are kept."""
+
+import json
+import os
+import signal
+import time
+
+import ignite.distributed as idist
+import pytest
+from helpers import NOISE, mostly_slow, options
+from ignite.engine import Events
+from processes import Commands
+
+from hjepa_engine.errors import DataError
+from hjepa_engine.recipes import pretrain
+
+
+def arguments(folder, **changes):
+    named = {key.replace("__", "."): value for key, value in changes.items()}
+    values = {"probe.enabled": "false", "collapse.enabled": "false", "checkpoint.save_every_steps": 1, **named}
+    return options({**NOISE, "run_dir": folder / "run", **values})
+
+
+def status(folder):
+    return json.loads((folder / "run" / "status.json").read_text())
+
+
+class OnOneRank:
+    """Does something on rank 1 (or another) in iteration 7 (of 10)."""
+
+    def __init__(self, action, rank=1, iteration=7):
+        self.action, self.rank, self.iteration = action, rank, iteration
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_STARTED(once=self.iteration), self.act)
+
+    def act(self, engine):
+        if idist.get_rank() == self.rank:
+            engine.add_event_handler(Events.ITERATION_STARTED, lambda: None)
+            self.action()
+
+
+def run_with(folder, action, rank=1, number=2, timeout=60.0, **changes):
+    handler = OnOneRank(action, rank)
+    commands = Commands(
+        number, folder, lambda argv: pretrain.main(argv, handlers=[handler]), lambda _: arguments(folder, **changes)
+    )
+    return commands, commands.wait(timeout)
+
+
+def fail():
+    raise DataError("the shelf is empty")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", mostly_slow([0, 1], (1,)))
+def test_the_cause_of_one_rank_is_what_the_run_ended_with(tmp_path, rank):
+    commands, codes = run_with(tmp_path, fail, rank)
+    assert codes == [3, 3], commands.said(0) + commands.said(1)
+    found = status(tmp_path)
+    assert found["state"] == "stopped" and found["exit_code"] == 3 and found["reason"].endswith("the shelf is empty")
+    assert found["checkpoint"].endswith("step_00000006")
+    assert commands.said(rank).splitlines()[-1] == "the shelf is empty"
+    assert commands.said(1 - rank).splitlines()[-1] == f"another process ended: rank {rank}: the shelf is empty"
+
+
+@pytest.mark.parametrize("rank", mostly_slow([0, 1], (1,)))
+def test_a_killed_rank_is_named_and_the_run_is_to_be_queued_again(tmp_path, rank):
+    commands, codes = run_with(tmp_path, kill, rank)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 75
+    found = status(tmp_path)
+    assert found["state"] == "preempted" and found["exit_code"] == 75
+    assert found["reason"].startswith(f"lost contact with rank {rank} (killed, hanging, or its machine is gone: ")
+    kept = int(found["checkpoint"][-1])
+    assert kept in ((4, 5, 6) if rank == 0 else (6,))  # rank 0 may have been writing
+    commands = Commands(2, tmp_path, pretrain.main, lambda _: arguments(tmp_path))
+    assert commands.wait() == [0, 0], commands.said(0)
+    assert "resumed step " in commands.said(0) and status(tmp_path)["state"] == "done"
+
+
+def test_a_rank_that_is_asked_to_stop_in_the_final_probe_preempts_the_run(tmp_path):
+    def main(argv):
+        from hjepa_engine.recipes.common import run
+
+        def probe(*args):
+            time.sleep(0.5)
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {}
+
+        run.evaluate_encoders = probe
+        pretrain.main(argv)
+
+    commands = Commands(2, tmp_path, main, lambda _: arguments(tmp_path, probe__enabled="true"))
+    assert commands.wait() == [75, 75]
+    found = status(tmp_path)
+    assert (found["state"], found["exit_code"]) == ("preempted", 75)
+    assert "SIGTERM outside of training" in found["reason"] and found["checkpoint"].endswith("step_00000010")
+
+
+@pytest.mark.slow
+def test_finished_processes_leave_with_0(tmp_path):
+    for number in range(5):
+        folder = tmp_path / str(number)
+        changes = {"training__max_iters": 1, "data__batch_size": 8}
+        commands = Commands(4, folder, pretrain.main, lambda _, f=folder, c=changes: arguments(f, **c))
+        assert commands.wait() == [0] * 4
+        assert not any("terminate called" in commands.said(rank) for rank in range(4))
+        assert "run folder: " in commands.said(0)  # nothing that was printed is lost
+
+
+@pytest.mark.slow
+def test_a_failure_before_training_is_told_too(tmp_path):
+    def main(argv):
+        if os.environ["RANK"] == "1":
+            argv = [*argv, "--data.fake_size", "4"]
+        pretrain.main(argv)
+
+    commands = Commands(2, tmp_path, main, lambda _: arguments(tmp_path))
+    assert commands.wait() != [0, 0]
+    assert "Connection" not in commands.said(0).splitlines()[-1]
