@@ -29,7 +29,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_samples(samples: Tensor) -> Tensor:
-    """The rows of all ranks, in the order of ranks, with gradients: (B, ...) of each becomes (sum of all B, ...). Collective.
+    """The rows (B, ...) of all ranks, in the order of ranks: (sum of all B, ...), with gradients. Collective.
 
     All ranks must compute the same loss of the result, and average their gradients as DDP does: each then sends back what
     that loss asks of its own rows, times the number of ranks, which the average divides by.

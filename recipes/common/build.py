@@ -8,7 +8,6 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
-import ignite.distributed as idist
 import torch
 from torch import nn
 

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import torch
 from helpers import tiny_config
 from processes import in_processes
 
 from hjepa_engine.recipes.pretrain import build
-from hjepa_engine.utils.distributed import rank
 
 REGULARIZED = {f"loss__{name}_weight": 0.1 for name in ("variance", "covariance", "sigreg")}
 
