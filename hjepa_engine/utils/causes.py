@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 
@@ -14,6 +15,8 @@ from hjepa_engine.utils.distributed import rank, world_size
 #: Seconds that a process which has lost contact waits for the others to say why.
 PATIENCE = 3.0
 
+#: What gloo, whose errors have no class of their own, says of other processes.
+_SIGNS = re.compile(r"gloo|connection (closed|reset|refused) by peer|pair closure|timed out waiting \d+ms", re.IGNORECASE)
 _store: dist.Store | None = None
 
 
@@ -51,7 +54,7 @@ def is_lost_contact(error: BaseException) -> bool:
     """Whether ``error`` is of a collective operation that failed."""
     if isinstance(error, RunError) or not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or _SIGNS.search(str(error)) is not None
 
 
 def _told(store: dist.Store) -> PeerEnded | None:

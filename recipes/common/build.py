@@ -49,6 +49,7 @@ from hjepa_engine.handlers import (
     TargetEncoderEMA,
     Throughput,
     Validation,
+    WeightCheck,
 )
 from hjepa_engine.metrics.names import KNN, ONLINE_LINEAR
 from hjepa_engine.models import ContextEncoder, encoder_name
@@ -199,6 +200,7 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
             on_saved=lambda path, saved: folder.write_status("running", step=saved["step"], checkpoint=path),
         ),
         preemption,
+        *([WeightCheck(every)] if (every := config.distributed.weight_check_every) else []),
         *([EarlyStopping(config.training.early_stopping)] if config.training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
         *_export(config, trainer, data, folder),

@@ -13,6 +13,7 @@ from processes import Commands
 
 from hjepa_engine.errors import DataError
 from hjepa_engine.recipes import pretrain
+from hjepa_engine.run import agreement
 
 
 def arguments(folder, **changes):
@@ -99,6 +100,38 @@ def test_a_rank_that_is_asked_to_stop_in_the_final_probe_preempts_the_run(tmp_pa
     found = status(tmp_path)
     assert (found["state"], found["exit_code"]) == ("preempted", 75)
     assert "SIGTERM outside of training" in found["reason"] and found["checkpoint"].endswith("step_00000010")
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_is_named_after_the_timeout(tmp_path):
+    commands, codes = run_with(tmp_path, lambda: time.sleep(40), timeout=25, distributed__timeout=0.1)
+    assert codes[0] == 75, commands.said(0)
+    assert status(tmp_path)["reason"].startswith("lost contact with rank 1 (killed, hanging, ")
+
+
+def test_different_configurations_are_refused_with_key_values_and_rank(tmp_path):
+    given = {0: {"data__num_workers": 0}, 1: {"data__num_workers": 1, "training__lr": 0.5, "training__epochs": 3}}
+    commands = Commands(2, tmp_path, pretrain.main, lambda rank: arguments(tmp_path, **given[rank]))
+    assert commands.wait() == [2, 2]
+    line = "all processes must have one configuration, but training.epochs is 2 on rank 0 and 3 on rank 1"
+    assert [commands.said(rank).splitlines()[-1] for rank in (0, 1)] == [line] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_single_machines_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement, "_PATIENCE", 0.1)
+    (tmp_path / "own").mkdir()
+
+    def main(argv):
+        (tmp_path / os.environ["RANK"]).mkdir()
+        os.chdir(tmp_path / os.environ["RANK"])  # one path, a folder for each, as with disks of two machines
+        pretrain.main([*argv, "--run_dir", "mine"])
+
+    commands = Commands(2, tmp_path, main, lambda _: arguments(tmp_path))
+    assert commands.wait() == [2, 2]
+    line = "run_dir mine must be a folder that all processes share; what rank 0 wrote there is not seen by rank 1 on "
+    assert all(commands.said(rank).splitlines()[-1].startswith(line) for rank in (0, 1))
+    assert [path.name for path in (tmp_path / "0" / "mine").rglob("*") if path.is_file()] in ([".lock"], [".lock"] * 2)
 
 
 @pytest.mark.slow
