@@ -26,7 +26,9 @@ class ImageLoader:
     """Batches of ``images`` (B, C, H, W), normalized, ``labels`` (B,) and ``damaged``, lines ``name: reason``.
 
     In an evaluation, damaged images are left out; where that would empty a batch, another one is split in two. If there
-    are too few images left for that, the last batches are one image again, with ``is_filler``: they count in no result.
+    are too few images left for that, the last batches are one image again, with ``is_filler``: they count in no result. A
+    process that has no share of the last batch has an empty image there, with ``is_filler`` too. ``offset`` is the place of
+    a batch's first image in the batch of all processes.
 
     Args:
         config: the data section.
@@ -87,7 +89,10 @@ class ImageLoader:
             images = self._augment(pixels, batch.keys, is_cropped=not self.reader.is_batched)
         else:
             images = self._normalize(pixels)
-        return {"images": images, "labels": batch.labels, "damaged": batch.damaged}
+        found = {"images": images, "labels": batch.labels, "damaged": batch.damaged}
+        if self._augment is None and len(batch.keys):
+            found["offset"] = int(batch.keys[0, 1]) % self.sampler.batch_size
+        return found
 
     def _prefetch(self, read: Iterable[PixelBatch]) -> Iterator[dict[str, Any]]:
         """Copy and augment a batch on a stream of its own while the one before is computed with."""
@@ -112,8 +117,12 @@ class ImageLoader:
 def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """As many batches, none of them empty: engines and other ranks count on their number, so that others are split."""
     held: dict[str, Any] | None = None
+    without_share: list[dict[str, Any]] = []
     owed, untold = 0, list[str]()
     for batch in batches:
+        if not len(batch["images"]) and not batch["damaged"]:
+            without_share.append(_filler(batch["images"], batch["labels"]))
+            continue
         if not len(batch["images"]):
             owed, untold = owed + 1, untold + batch["damaged"]
             continue
@@ -122,20 +131,38 @@ def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
         *first, held = _split({**batch, "damaged": untold + batch["damaged"]}, owed + 1)
         owed, untold = owed - len(first), []
         yield from first
+    if held is None and without_share and not owed:
+        yield from without_share
+        return
     if held is None:
         raise DataError(f"no image could be read, the last one: {untold[-1]}")
     parts = _split({**held, "damaged": held["damaged"] + untold}, owed + 1)
     yield from parts
-    image, label = parts[-1]["images"][:1], parts[-1]["labels"][:1]
-    filler = {"images": image, "labels": label, "damaged": [], "is_filler": True}
+    filler = {
+        **parts[-1],
+        **{name: parts[-1][name][:1] for name in ("images", "labels")},
+        "damaged": [],
+        "is_filler": True,
+    }
     yield from [filler] * (owed + 1 - len(parts))
+    yield from without_share
+
+
+def _filler(images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """A batch of one empty image, of the shape of those in an empty one."""
+    image, label = (each.new_zeros(1, *each.shape[1:]) for each in (images, labels))
+    return {"images": image, "labels": label, "damaged": [], "is_filler": True}
 
 
 def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     """At most ``parts`` batches; the first one has the damage."""
     images, labels = (batch[name].tensor_split(min(parts, len(batch["images"]))) for name in ("images", "labels"))
     damaged: list[list[str]] = [batch["damaged"], *([] for _ in images[1:])]
-    return [{"images": i, "labels": j, "damaged": d} for i, j, d in zip(images, labels, damaged, strict=True)]
+    found, offset = [], batch.get("offset", 0)
+    for image, label, lines in zip(images, labels, damaged, strict=True):
+        found.append({"images": image, "labels": label, "damaged": lines, "offset": offset})
+        offset += len(image)
+    return found
 
 
 def build_loader(
@@ -164,9 +191,11 @@ def build_loader(
     rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
     if batch_size % world:
         raise ConfigError(f"data.batch_size must be a multiple of the number of processes ({world}), got {batch_size}")
-    if (number := len(split.images)) < (batch_size if train else world):
+    if (number := len(split.images)) < (batch_size if train else 1):
         what = f"the {'train' if train else 'validation'} split has {number} image{'' if number == 1 else 's'}"
-        limit = f"data.batch_size must be at most that, got {batch_size}" if train else f"there are {world} processes"
+        limit = f"data.batch_size must be at most that, got {batch_size}" if train else "at least one is needed"
+        if number < world:
+            limit = f"there are {world} processes: each needs one in every batch" if train and world > 1 else limit
         raise DataError(f"{what}, {limit}")
     sampler = EpochBatchSampler(
         len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world

@@ -16,7 +16,9 @@ from hjepa_engine.utils.distributed import rank, world_size
 PATIENCE = 3.0
 
 #: What gloo, whose errors have no class of their own, says of other processes.
-_SIGNS = re.compile(r"gloo|connection (closed|reset|refused) by peer|pair closure|timed out waiting \d+ms", re.IGNORECASE)
+_SIGNS = re.compile(
+    r"gloo|connection (closed|reset|refused) by peer|pair closure|timed out waiting \d+ms", re.IGNORECASE
+)
 _store: dist.Store | None = None
 
 
