@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import ignite.distributed as idist
 import pytest
-from helpers import NOISE, mostly_slow, options
+from helpers import NOISE, ROOT, mostly_slow, options
 from ignite.engine import Events
 from processes import Commands
 
@@ -132,6 +134,40 @@ def test_folders_of_single_machines_are_refused(tmp_path, monkeypatch):
     line = "run_dir mine must be a folder that all processes share; what rank 0 wrote there is not seen by rank 1 on "
     assert all(commands.said(rank).splitlines()[-1].startswith(line) for rank in (0, 1))
     assert [path.name for path in (tmp_path / "0" / "mine").rglob("*") if path.is_file()] in ([".lock"], [".lock"] * 2)
+
+
+KILLER = """
+import os, signal
+import ignite.distributed as idist
+from ignite.engine import Events
+
+class Killer:
+    def attach(self, engine):
+        engine.add_event_handler(Events.ITERATION_STARTED(once=7), self.kill)
+
+    def kill(self, engine):
+        if idist.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_killed_processes_again_and_the_run_goes_on(tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    command = [
+        *launch,
+        str(ROOT / "recipes" / "pretrain.py"),
+        *arguments(tmp_path, handlers="[{class_path: killer.Killer}]"),
+    ]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    done = subprocess.run(
+        [sys.executable, *command], env=paths, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed step 6" in done.stdout and "lost contact with rank 1" in done.stderr
+    assert "FutureWarning" not in done.stderr and "terminate called" not in done.stderr
+    assert status(tmp_path)["state"] == "done"
 
 
 @pytest.mark.slow
