@@ -174,7 +174,7 @@ def test_the_launches_of_the_page_on_scaling_have_options_that_exist():
     (loop,) = re.findall(r"```bash\n(.*?)```", page, re.S)
     subprocess.run(["bash", "-n"], input=loop, text=True, check=True)
     keys = {option.key for option in list_options()}
-    assert {key for key in re.findall(r"`((?:distributed|loss)\.\w+)`", page)} <= keys
+    assert set(re.findall(r"`((?:distributed|loss)\.\w+)`", page)) <= keys
 
 
 def test_the_gathering_step_of_the_documentation_runs():

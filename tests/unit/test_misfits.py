@@ -62,5 +62,7 @@ def test_a_split_that_is_too_small_is_named(monkeypatch):
         build_loader(data, open_split(data, "train"), 0, train=True)
     data = tiny_config(data__fake_size=1).data
     monkeypatch.setattr(idist, "get_world_size", lambda: 2)
-    with pytest.raises(DataError, match=r"^the validation split has 1 image, there are 2 processes$"):
+    with pytest.raises(
+        DataError, match=r"^the train split has 1 image, there are 2 processes: each needs one in every"
+    ):
         build_loader(data, open_split(data, "val"), 0, train=False)
