@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.config.describe import truncate
@@ -30,15 +31,15 @@ logger = logging.getLogger(__name__)
 _SCHEME = "hjepa-env"
 
 
-def _meet(url: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
-    store, rank, size = next(iter(dist.rendezvous(url.replace(_SCHEME, "env", 1), **options)))
+def _meet(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    store, rank, size = next(iter(rendezvous(url.replace(_SCHEME, "env", 1), **options)))
     # ``torchrun --max-restarts`` keeps one store for all attempts: the addresses in it are of processes that are gone.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    share_causes(dist.PrefixStore(f"causes of attempt {attempt}", store))
-    yield dist.PrefixStore(f"attempt {attempt}", store), rank, size
+    share_causes(PrefixStore(f"causes of attempt {attempt}", store))
+    yield PrefixStore(f"attempt {attempt}", store), rank, size
 
 
-dist.register_rendezvous_handler(_SCHEME, _meet)
+register_rendezvous_handler(_SCHEME, _meet)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
 
     One of several processes then leaves without Python's own ending, in which threads of the collectives' library may abort.
     """
-    leave = leave_at_once if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit
+    leave: Callable[[int], NoReturn] = leave_at_once if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit
     argv = sys.argv[1:] if argv is None else argv
     make_streams_safe()
     for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -19,10 +20,24 @@ PATIENCE = 3.0
 _SIGNS = re.compile(
     r"gloo|connection (closed|reset|refused) by peer|pair closure|timed out waiting \d+ms", re.IGNORECASE
 )
-_store: dist.Store | None = None
 
 
-def share_causes(store: dist.Store | None) -> None:
+class Store(Protocol):
+    """What is used of a ``torch.distributed`` store."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+
+
+_store: Store | None = None
+
+
+def share_causes(store: Store | None) -> None:
     """Tell causes to the other processes by ``store``, which all of them reach; None: to nobody."""
     global _store
     _store = store
@@ -59,7 +74,7 @@ def is_lost_contact(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or _SIGNS.search(str(error)) is not None
 
 
-def _told(store: dist.Store) -> PeerEnded | None:
+def _told(store: Store) -> PeerEnded | None:
     """What another process has told, if it has."""
     if not store.check(["cause"]):
         return None
@@ -67,7 +82,7 @@ def _told(store: dist.Store) -> PeerEnded | None:
     return None if number == rank() else PeerEnded(f"another process ended: rank {number}: {reason}", code)
 
 
-def _wait(store: dist.Store, written: Callable[[], PeerEnded | None]) -> PeerEnded | None:
+def _wait(store: Store, written: Callable[[], PeerEnded | None]) -> PeerEnded | None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if told := _told(store) or written():
@@ -76,7 +91,7 @@ def _wait(store: dist.Store, written: Callable[[], PeerEnded | None]) -> PeerEnd
     return None
 
 
-def _silent(store: dist.Store, error: BaseException) -> PeerEnded:
+def _silent(store: Store, error: BaseException) -> PeerEnded:
     silent = ", ".join(map(str, _unheard(store)))
     return PeerEnded(_lost(f"rank {silent}" if silent else "the other processes", error))
 
@@ -87,7 +102,7 @@ def _lost(whom: str, error: BaseException) -> str:
     return f"lost contact with {whom} (killed, hanging, or its machine is gone: {how}): run the same command again to go on"
 
 
-def _unheard(store: dist.Store) -> list[int]:
+def _unheard(store: Store) -> list[int]:
     """Ranks that have neither ended by themselves nor lost contact."""
 
     def is_heard(number: int, ways: Iterable[str] = ("ended", "lost contact")) -> bool:

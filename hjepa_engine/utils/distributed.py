@@ -37,7 +37,7 @@ def gather_samples(samples: Tensor) -> Tensor:
     Args:
         samples: of this rank, (B, ...); B may differ between ranks and be 0.
     """
-    return _GatherRows.apply(samples) if world_size() > 1 else samples  # type: ignore[no-untyped-call, no-any-return]
+    return _GatherRows.apply(samples) if world_size() > 1 else samples
 
 
 def of_rank_zero(tensor: Tensor) -> Tensor:

@@ -65,4 +65,4 @@ def test_a_split_that_is_too_small_is_named(monkeypatch):
     with pytest.raises(
         DataError, match=r"^the train split has 1 image, there are 2 processes: each needs one in every"
     ):
-        build_loader(data, open_split(data, "val"), 0, train=False)
+        build_loader(data, open_split(data, "train"), 0, train=True)
