@@ -102,9 +102,8 @@ def read_config(
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error.
 
-    One of several processes then leaves without Python's own ending, in which threads of the collectives' library may abort.
+    One of several processes leaves without Python's own ending: see :func:`~hjepa_engine.utils.process.leave_at_once`.
     """
-    leave: Callable[[int], NoReturn] = leave_at_once if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit
     argv = sys.argv[1:] if argv is None else argv
     make_streams_safe()
     for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over
@@ -123,8 +122,14 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print(one_line(error), file=sys.stderr, flush=True)
         if isinstance(error, ForceQuit):
             os._exit(exit_code_of(error))  # an ordinary exit would wait for the checkpoint that is being written
-        leave(exit_code_of(error))
-    leave(0)
+        _leave(exit_code_of(error))
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave_at_once(code)
+    sys.exit(code)
 
 
 def _exit_undisturbed() -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any
 
 import torch.distributed as dist
 
@@ -22,18 +22,7 @@ _SIGNS = re.compile(
 )
 
 
-class Store(Protocol):
-    """What is used of a ``torch.distributed`` store."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def get(self, key: str) -> bytes: ...
-
-    def check(self, keys: list[str]) -> bool: ...
-
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
-
-
+Store = Any  # torch's, which is not typed
 _store: Store | None = None
 
 
