@@ -111,6 +111,8 @@ def test_regularizers_are_of_the_whole_batch(tmp_path, processes):
     assert {"train/loss_variance", "train/loss_covariance", "train/loss_sigreg"} <= {
         key for each in one for key in each
     }
-    assert_same_losses(one, several, 2e-5)
-    for each in weights:
-        assert max((each[name] - value).abs().max() for name, value in alone[0].items()) < 1e-5
+    assert_same_losses(one, several, 1e-6)
+    losses = max(abs(a[key] - b[key]) for a, b in zip(one, several, strict=True) for key in a if "loss" in key)
+    moved = max(float((each[name] - value).abs().max()) for each in weights for name, value in alone[0].items())
+    print(f"\n{processes} processes: losses differ by at most {losses:.1e}, weights by {moved:.1e}")
+    assert moved < 1e-6
