@@ -26,6 +26,7 @@ from hjepa_engine.handlers.step_timing import StepTiming
 from hjepa_engine.handlers.target_encoder_ema import TargetEncoderEMA
 from hjepa_engine.handlers.throughput import Throughput
 from hjepa_engine.handlers.validation import Validation
+from hjepa_engine.handlers.weight_check import WeightCheck
 
 __all__ = [
     "BatchCollapse",
@@ -54,4 +55,5 @@ __all__ = [
     "TargetEncoderEMA",
     "Throughput",
     "Validation",
+    "WeightCheck",
 ]

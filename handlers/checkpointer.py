@@ -18,7 +18,7 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.run.environment import reproducibility_info
-from hjepa_engine.utils.distributed import any_rank, rank_zero
+from hjepa_engine.utils.distributed import rank_zero, world_size
 from hjepa_engine.utils.eta import total_iterations
 
 
@@ -70,6 +70,8 @@ class Checkpointer:
         self.keep_before = keep_before
         self._open_end: StateCopy | None = None
         self._moment, self._last_step, self._last_save = 0, 0, 0.0
+        self._first: int | None = None  # iteration in which ranks compared their clocks first since the last save
+        self._next_look = 0
 
     def attach(self, engine: Trainer) -> None:
         """Attach to the trainer."""
@@ -83,7 +85,7 @@ class Checkpointer:
         """Prepare the folder, and check now rather than hours later that the state can be saved."""
         flat_state(engine)
         rank_zero(self.writer.prepare)
-        self._last_save = time.monotonic()
+        self._last_save, self._first, self._next_look = time.monotonic(), None, 0
         self._open_end = self._copy(engine) if engine.state.epoch_open else None
 
     def begin(self, engine: Trainer) -> None:
@@ -109,11 +111,27 @@ class Checkpointer:
             reasons.append("epoch")
         if self.every_steps and step != self._last_step and step % self.every_steps == 0:
             reasons.append("steps")
-        if self.every_minutes and any_rank(time.monotonic() - self._last_save >= 60 * self.every_minutes):
+        if self.every_minutes and self._are_over(60 * self.every_minutes, state.iteration):
             reasons.append("minutes")
         if engine.should_terminate or state.iteration >= total_iterations(state):
             reasons.append("end")
         return reasons
+
+    def _are_over(self, limit: float, iteration: int) -> bool:
+        """Whether ``limit`` seconds have passed on any rank since the last save.
+
+        Ranks compare their clocks every 50 iterations, and more often the closer the time has come.
+        """
+        passed = time.monotonic() - self._last_save
+        if world_size() == 1:
+            return passed >= limit
+        if iteration < self._next_look:
+            return False
+        self._first = min(self._first or iteration, iteration)
+        passed = float(idist.all_reduce(passed, op="MAX"))
+        left = (limit - passed) / max(passed, 1e-3) * (iteration - self._first)
+        self._next_look = iteration + max(1, min(50, int(left / 2)))
+        return passed >= limit
 
     def save_now(self, engine: Trainer) -> None:
         """Save the preempted run and wait until it is on disk; ``CheckpointError`` if that fails."""
@@ -169,7 +187,7 @@ class Checkpointer:
         return copy
 
     def _save(self, copy: StateCopy, reasons: list[str]) -> None:
-        self._last_save = time.monotonic()
+        self._last_save, self._first, self._next_look = time.monotonic(), None, 0
         if idist.get_rank() == 0:
             self.writer.start(copy._replace(description={**copy.description, "reasons": reasons}))
 

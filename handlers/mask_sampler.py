@@ -33,7 +33,8 @@ class MaskSampler:
     it begins.
 
     Listens to: ``ITERATION_STARTED``; ``COMPLETED``, ``TERMINATE``, ``INTERRUPT`` and ``EXCEPTION_RAISED``: the thread ends.
-    Reads: ``engine.state.batch["images"]`` (B, C, H, W), ``engine.state.optimizer_step``.
+    Reads: ``engine.state.batch["images"]`` (B, C, H, W), and ``["offset"]`` of an evaluator's, if it is there;
+    ``engine.state.optimizer_step``.
     Writes: ``engine.state.batch["masks"]``, a :class:`~hjepa_engine.masking.Masks`.
 
     Args:
@@ -65,7 +66,10 @@ class MaskSampler:
         else:
             step, micro_batch = state.iteration - 1, 0
             following = (step + 1, 0)
-        masks = self._take(self._draw(size, step, micro_batch))
+        draw = self._draw(size, step, micro_batch)
+        if not isinstance(engine, Trainer):  # ranks' shares of the last batch differ in size
+            draw = draw._replace(offset=state.batch.get("offset", draw.offset))
+        masks = self._take(draw)
         self._sample_ahead(self._draw(size, *following))
         state.batch = {**state.batch, "masks": masks}
 

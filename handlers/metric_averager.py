@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from ignite.engine import Events
 from torch import Tensor
 
@@ -50,7 +51,10 @@ class MetricAverager:
         # A filler stands for images that cannot be read.
         is_filler = isinstance(batch, dict) and batch.get("is_filler", False)
         samples = 0 if is_filler else next(len(value) for value in batch.values() if isinstance(value, Tensor))
-        self.means.add({n: v for n, v in output.items() if isinstance(v, Tensor) and v.ndim == 0}, samples)
+        values = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
+        if is_filler:  # even what is not finite
+            values = {name: torch.zeros_like(value) for name, value in values.items()}
+        self.means.add(values, samples)
 
     def report(self, engine: StepEngine) -> None:
         """Write the averages and reset the sums."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Events
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import GuardStop
@@ -27,7 +28,8 @@ class NonFiniteGuard:
     """Stop the run or skip the update if the loss or the gradient is not finite, before the weights change.
 
     With fp16, a non-finite gradient with a finite loss is left to the gradient scaler, which skips the step and lowers the
-    scale. All ranks decide together.
+    scale. All ranks decide together: under DDP a gradient that is not finite, which a loss that is not finite always has
+    (``OptimizerStep``), is so on all ranks, so that none has to ask the others in every step.
 
     Reading loss and norm in every optimizer step means waiting for a GPU. With ``on_device`` the GPU decides by itself: from
     the first update that is not finite on, the optimizer makes none. The program reads that at the end of the log interval,
@@ -61,6 +63,7 @@ class NonFiniteGuard:
         self.action, self.patience, self.scaled, self.on_device = action, patience, scaled, on_device
         self.in_a_row = 0
         self._held: Tensor | None = None
+        self._is_shared = False
         self._optimizer_step = 0
 
     def attach(self, engine: StepEngine) -> None:
@@ -70,9 +73,10 @@ class NonFiniteGuard:
         engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.stop_if_held)
         engine.add_event_handler(Events.COMPLETED, self.stop_if_held)
 
-    def start(self) -> None:
-        """Nothing is held when a run starts."""
+    def start(self, engine: StepEngine) -> None:
+        """Nothing is held when a run starts; find out whether ranks have their gradients in common."""
         self._held = None
+        self._is_shared = any(isinstance(module, DistributedDataParallel) for module in engine.modules.values())
 
     def check(self, engine: StepEngine) -> None:
         """Check the loss and gradient of the accumulation window."""
@@ -81,7 +85,8 @@ class NonFiniteGuard:
             bad_loss, bad_norm = not math.isfinite(loss.item()), not math.isfinite(norm.item())
         else:  # one read of the device
             bad_loss, bad_norm = (~torch.stack([loss.float(), norm.float()]).isfinite()).tolist()
-        bad_loss = any_rank(bad_loss)  # losses differ between ranks, gradients do not
+        if bad_norm or self.scaled or not self._is_shared:
+            bad_loss = any_rank(bad_loss)  # losses differ between ranks, gradients do not
         self.in_a_row = self.in_a_row + 1 if bad_loss or bad_norm else 0
         ours = bad_loss or (bad_norm and not self.scaled)
         limit = (1 if self.action == "stop" else self.patience) if ours else MAX_OVERFLOWS
@@ -95,7 +100,7 @@ class NonFiniteGuard:
         """Let the device decide whether this update, and those after it, change anything."""
         loss, norm = engine.state.window_loss, engine.state.output["grad_norm"]
         is_bad = 1.0 - (loss.isfinite() & norm.isfinite()).float()
-        if world_size() > 1:
+        if world_size() > 1 and not self._is_shared:
             dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
         held = torch.zeros_like(is_bad) if self._held is None else self._held
         self._held = torch.where(is_bad + held > 0, held + 1.0, held)

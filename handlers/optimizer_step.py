@@ -97,7 +97,8 @@ class OptimizerStep:
         loss, share = loss_of(engine.state.output), window.size - self._first
         if share > 1:
             loss = loss / share
-        self.scaler.scale(loss).backward()
+        # A loss that is not finite makes all gradients NaN, and the mean over ranks does so on all of them.
+        self.scaler.scale(loss).backward(1 + 0 * loss.detach() if self._replicated else None)
         self._loss = total = loss.detach() if self._loss is None else self._loss + loss.detach()
         engine.fire(TrainEvents.BACKWARD_COMPLETED)
         engine.state.window_open = not window.is_last

@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import ignite.distributed as idist
 import torch
 from torch import nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.config.describe import truncate
 from hjepa_engine.config.schema import Config, TrainingConfig
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.utils.arithmetic import fastest_dtype
+from hjepa_engine.utils.causes import explain, share_causes
 
 logger = logging.getLogger(__name__)
 
 
+#: Where the processes of a group meet: as torch's own ``env://``, and apart from what a former attempt has left there.
+_SCHEME = "hjepa-env"
+
+
+def _meet(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    store, rank, size = next(iter(rendezvous(url.replace(_SCHEME, "env", 1), **options)))
+    # ``torchrun --max-restarts`` keeps one store for all attempts: the addresses in it are of processes that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    share_causes(PrefixStore(f"causes of attempt {attempt}", store))
+    yield PrefixStore(f"attempt {attempt}", store), rank, size
+
+
+register_rendezvous_handler(_SCHEME, _meet)
+
+
 @contextmanager
-def process_group(device: str) -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started, if it has."""
+def process_group(device: str, timeout: float | None = None) -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if it has; leave together when one of them fails.
+
+    Args:
+        device: as the configuration names it.
+        timeout: minutes that a collective operation may wait for the slowest process; None: torch's default.
+
+    Raises:
+        PeerEnded: another process has ended, with or without telling why.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    idist.initialize("nccl" if choose_device(device).type == "cuda" else "gloo")
+    backend = "nccl" if choose_device(device).type == "cuda" else "gloo"
+    limit = {} if timeout is None else {"timeout": timedelta(minutes=timeout)}
+    idist.initialize(backend, init_method=f"{_SCHEME}://", **limit)
     try:
         yield
+    except BaseException as raised:
+        error = explain(raised)
+        if error is raised:
+            raise
+        raise error from raised
     finally:
+        share_causes(None)
         idist.finalize()
 
 
@@ -111,9 +147,11 @@ def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
     """Move modules to ``device``; with several processes, wrap the trained ones in DDP."""
     modules = modules.to(device)
     if idist.get_world_size() > 1:
+        # Its name since PyTorch 2.14; the former one is deprecated.
+        named = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers = {"forward_sync_buffers" if named else "broadcast_buffers": False}
         for name, module in modules.items():
             if any(parameter.requires_grad for parameter in module.parameters()):
-                modules[name] = DistributedDataParallel(
-                    module, [device] if device.type == "cuda" else None, broadcast_buffers=False
-                )
+                ids = [device] if device.type == "cuda" else None
+                modules[name] = DistributedDataParallel(module, ids, **buffers)  # type: ignore[arg-type]
     return modules

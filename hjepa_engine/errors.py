@@ -39,6 +39,19 @@ class Preempted(RunError):
     exit_code = 75
 
 
+class PeerEnded(RunError):
+    """Another process of the run has ended, and so must this one: with its exit code, or 75 if it left without a word.
+
+    Args:
+        message: which one, and why.
+        exit_code: its exit code.
+    """
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class ForceQuit(KeyboardInterrupt):
     """A second Ctrl-C: exit at once, without saving: exit code 130."""
 
@@ -60,3 +73,21 @@ class Rollback(GuardStop):
     def __init__(self, message: str, before: int) -> None:
         super().__init__(message)
         self.before = before
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The documented exit code of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, RunError) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one sentence; a loader's worker wraps it into a traceback of its own, whose last line it is."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, RunError):
+        return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    return f"unexpected {type(error).__name__}: {line} (--debug shows where)"

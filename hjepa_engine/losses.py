@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hjepa_engine.types import LossFunction
+from hjepa_engine.utils.distributed import of_rank_zero
 
 
 def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -61,10 +62,12 @@ def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tenso
 
     Mean over random directions of the Epps-Pulley statistic: the squared distance between the empirical characteristic
     function and exp(-t^2 / 2), weighted by exp(-t^2 / 2), integrated over t from -5 to 5 (trapezoidal rule), times the
-    number of samples. Directions are drawn from torch's global generator, which a run seeds before every step.
+    number of samples. Directions are drawn from torch's global generator, which a run seeds before every step; those of
+    rank 0 count for all (a collective: all ranks must call this).
     """
     samples = tokens.float().flatten(0, -2)
-    directions = F.normalize(torch.randn(samples.shape[1], num_slices, device=samples.device), dim=0)
+    drawn = of_rank_zero(torch.randn(samples.shape[1], num_slices, device=samples.device))
+    directions = F.normalize(drawn, dim=0)
     t = torch.linspace(-5, 5, num_points, device=samples.device)
     normal = torch.exp(-0.5 * t.square())
     angles = (samples @ directions).unsqueeze(-1) * t  # (samples, slices, points)
@@ -72,5 +75,6 @@ def sigreg(tokens: Tensor, num_slices: int = 256, num_points: int = 17) -> Tenso
     return len(samples) * torch.trapezoid(distance * normal, t, dim=-1).mean()
 
 
-#: Regularizers by name; each maps tokens (..., D) to a loss ().
+#: Regularizers by name; each maps tokens (..., D) to a loss (). With several processes, give them the tokens of all
+#: (:func:`~hjepa_engine.utils.distributed.gather_samples`).
 REGULARIZERS = {"variance": variance, "covariance": covariance, "sigreg": sigreg}

@@ -50,13 +50,14 @@ def plain_config(config: Config) -> dict[str, Any]:
 
 def config_changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
     """Keys that differ between a saved plain configuration and the present one; keys that it lacks had their default."""
-    old, new = (_flat(plain_config(each)) for each in (config_from(dict(saved)), config))
+    old, new = (flat(plain_config(each)) for each in (config_from(dict(saved)), config))
     keys = [*new, *(key for key in old if key not in new)]
     return [Change(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their whole keys, ``training.lr``."""
+    found: dict[str, Any] = {}
     for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return found

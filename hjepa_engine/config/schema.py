@@ -344,6 +344,17 @@ class TrainingConfig:
 
 
 @section()
+class DistributedConfig:
+    """Several processes: docs/scaling.md."""
+
+    timeout: float | None = setting(None, gt=0)
+    """Minutes that a process waits for the others, before the run ends and names who did not come; null: torch's own (30 on
+    CPUs, 10 on GPUs)."""
+    weight_check_every: int | None = setting(50, ge=1)
+    """Optimizer steps between comparisons of the weights of all processes, bit by bit; null: never."""
+
+
+@section()
 class CheckpointConfig:
     """When the whole state of a run is saved, which checkpoints stay, and how a run starts."""
 
@@ -422,6 +433,7 @@ class Config:
     masking: MaskingConfig = setting(MaskingConfig, on_resume="elsewhere")
     loss: LossConfig = setting(LossConfig, on_resume="elsewhere")
     training: TrainingConfig = setting(TrainingConfig)
+    distributed: DistributedConfig = setting(DistributedConfig, on_resume="allow")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, on_resume="allow")
     logging: LoggingConfig = setting(LoggingConfig, on_resume="allow")
     collapse: CollapseConfig = setting(CollapseConfig, on_resume="allow")

@@ -41,7 +41,8 @@ class EvalTransform:
         size = (pixels.shape[2], pixels.shape[3])
         if size == self.size:
             return pixels
-        return resample(pixels, torch.tensor([center_box(size, self.size)] * len(pixels)), self.size) / white(pixels)
+        boxes = torch.tensor([center_box(size, self.size)]).repeat(len(pixels), 1)
+        return resample(pixels, boxes, self.size) / white(pixels)
 
 
 class TrainTransform:

@@ -27,7 +27,8 @@ class ImageLoader:
 
     In an evaluation, ``index`` (B,) says which samples they are, and damaged images are left out; where that would empty a
     batch, another one is split in two. If there are too few images left for that, the last batches are one image again,
-    with ``is_filler``: they count in no result.
+    with ``is_filler``: they count in no result. A process that has no share of the last batch has an empty image there, with
+    ``is_filler`` too. ``offset`` is the place of a batch's first image in the batch of all processes.
 
     Args:
         config: the data section.
@@ -88,7 +89,10 @@ class ImageLoader:
             images = self._augment(pixels, batch.keys, is_cropped=not self.reader.is_batched)
             return {"images": images, "labels": batch.labels, "damaged": batch.damaged}
         index = torch.from_numpy(batch.keys[:, 1])
-        return {"images": self._normalize(pixels), "labels": batch.labels, "index": index, "damaged": batch.damaged}
+        found = {"images": self._normalize(pixels), "labels": batch.labels, "index": index, "damaged": batch.damaged}
+        if len(index):
+            found["offset"] = int(index[0]) % self.sampler.batch_size
+        return found
 
     def _prefetch(self, read: Iterable[PixelBatch]) -> Iterator[dict[str, Any]]:
         """Copy and augment a batch on a stream of its own while the one before is computed with."""
@@ -113,8 +117,12 @@ class ImageLoader:
 def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """As many batches, none of them empty: engines and other ranks count on their number, so that others are split."""
     held: dict[str, Any] | None = None
+    without_share: list[dict[str, Any]] = []
     owed, untold = 0, list[str]()
     for batch in batches:
+        if not len(batch["images"]) and not batch["damaged"]:
+            without_share.append(_filler(batch["images"], batch["labels"]))
+            continue
         if not len(batch["images"]):
             owed, untold = owed + 1, untold + batch["damaged"]
             continue
@@ -123,13 +131,27 @@ def _without_empty(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
         *first, held = _split({**batch, "damaged": untold + batch["damaged"]}, owed + 1)
         owed, untold = owed - len(first), []
         yield from first
+    if held is None and without_share and not owed:
+        yield from without_share
+        return
     if held is None:
         raise DataError(f"no image could be read, the last one: {untold[-1]}")
     parts = _split({**held, "damaged": held["damaged"] + untold}, owed + 1)
     yield from parts
-    image, label = parts[-1]["images"][:1], parts[-1]["labels"][:1]
-    filler = {"images": image, "labels": label, "damaged": [], "is_filler": True}
+    filler = {
+        **parts[-1],
+        **{name: value[:1] for name, value in parts[-1].items() if isinstance(value, torch.Tensor)},
+        "damaged": [],
+        "is_filler": True,
+    }
     yield from [filler] * (owed + 1 - len(parts))
+    yield from without_share
+
+
+def _filler(images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """A batch of one empty image, of the shape of those in an empty one."""
+    image, label = (each.new_zeros(1, *each.shape[1:]) for each in (images, labels))
+    return {"images": image, "labels": label, "damaged": [], "is_filler": True}
 
 
 def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
@@ -137,7 +159,11 @@ def _split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     number = min(parts, len(batch["images"]))
     tensors = {name: value.tensor_split(number) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     damaged: list[list[str]] = [batch["damaged"], *([] for _ in range(number - 1))]
-    return [{**{name: cut[n] for name, cut in tensors.items()}, "damaged": damaged[n]} for n in range(number)]
+    found, offset = [], batch.get("offset", 0)
+    for part, lines in enumerate(damaged):
+        found.append({**{name: cut[part] for name, cut in tensors.items()}, "damaged": lines, "offset": offset})
+        offset += len(found[-1]["images"])
+    return found
 
 
 def build_loader(
@@ -166,9 +192,11 @@ def build_loader(
     rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
     if batch_size % world:
         raise ConfigError(f"data.batch_size must be a multiple of the number of processes ({world}), got {batch_size}")
-    if (number := len(split.images)) < (batch_size if train else world):
+    if (number := len(split.images)) < (batch_size if train else 1):
         what = f"the {'train' if train else 'validation'} split has {number} image{'' if number == 1 else 's'}"
-        limit = f"data.batch_size must be at most that, got {batch_size}" if train else f"there are {world} processes"
+        limit = f"data.batch_size must be at most that, got {batch_size}" if train else "at least one is needed"
+        if number < world:
+            limit = f"there are {world} processes: each needs one in every batch" if train and world > 1 else limit
         raise DataError(f"{what}, {limit}")
     sampler = EpochBatchSampler(
         len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world

@@ -22,8 +22,8 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
         batch_size: global batch size over all ranks, a multiple of ``world_size``.
         seed: seed of the run.
         shuffle: a new permutation every epoch; if False, the order of the dataset.
-        drop_last: drop the samples after the last full batch. If False, the last batch is smaller, and only the samples
-            that cannot be split evenly over the ranks are dropped.
+        drop_last: drop the samples after the last full batch. If False, the last batch is smaller, and ranks have shares
+            of it that differ by a sample: one may have none.
         rank: rank of this process.
         world_size: number of processes.
 
@@ -43,7 +43,7 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size must be a positive multiple of world_size ({world_size}), got {batch_size}")
-        if size < (least := batch_size if drop_last else world_size):
+        if size < (least := batch_size if drop_last else 1):
             raise ValueError(f"size must be at least {least} samples for one batch, got {size}")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
@@ -51,7 +51,7 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         full, rest = divmod(self.size, self.batch_size)
-        return full + (not self.drop_last and rest >= self.world_size)
+        return full + (not self.drop_last and rest > 0)
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Start the next pass at ``batch`` of ``epoch``, both from 0; later passes start at batch 0."""
@@ -63,7 +63,8 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
         order = torch.randperm(self.size, generator=generator(self.seed, "order", epoch)) if self.shuffle else None
         for number in range(first, len(self)):
             start = number * self.batch_size
-            per_rank = min(self.batch_size, self.size - start) // self.world_size
-            mine = range(start + self.rank * per_rank, start + (self.rank + 1) * per_rank)
+            share, more = divmod(min(self.batch_size, self.size - start), self.world_size)
+            first_idx = start + self.rank * share + min(self.rank, more)
+            mine = range(first_idx, first_idx + share + (self.rank < more))
             indices = list(mine) if order is None else order[mine.start : mine.stop].tolist()
             yield [(epoch, index) for index in indices]

@@ -19,8 +19,8 @@ from hjepa_engine.config.loading import dump_config, load_config
 from hjepa_engine.config.options import json_schema, list_options
 from hjepa_engine.config.parsing import dump_yaml
 from hjepa_engine.config.schema import Config
-from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError
-from hjepa_engine.utils.process import before_exit, make_streams_safe
+from hjepa_engine.errors import ConfigError, ForceQuit, Preempted, RunError, exit_code_of, one_line
+from hjepa_engine.utils.process import before_exit, leave_at_once, make_streams_safe
 
 EXIT_CODES = """\
 exit codes:
@@ -100,7 +100,10 @@ def read_config(
 
 
 def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error."""
+    """Run a recipe's ``main``: an error ends it with its exit code and one sentence on the last line of standard error.
+
+    One of several processes leaves without Python's own ending: see :func:`~hjepa_engine.utils.process.leave_at_once`.
+    """
     argv = sys.argv[1:] if argv is None else argv
     make_streams_safe()
     for name in (signal.SIGTERM, signal.SIGUSR1):  # until a run's own handler takes them over
@@ -110,7 +113,6 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     try:
         body(argv)
         before_exit(_exit_undisturbed)
-        sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
         before_exit(_exit_undisturbed)
         if bars := sys.modules.get("hjepa_engine.utils.bars"):  # else there are none
@@ -120,7 +122,14 @@ def run_command(body: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print(one_line(error), file=sys.stderr, flush=True)
         if isinstance(error, ForceQuit):
             os._exit(exit_code_of(error))  # an ordinary exit would wait for the checkpoint that is being written
-        sys.exit(exit_code_of(error))
+        _leave(exit_code_of(error))
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        leave_at_once(code)
+    sys.exit(code)
 
 
 def _exit_undisturbed() -> None:
@@ -131,27 +140,9 @@ def _exit_undisturbed() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    if isinstance(sys.exc_info()[1], (RunError, KeyboardInterrupt)):
+    if isinstance(sys.exc_info()[1], (RunError, RuntimeError, KeyboardInterrupt)):
         return  # the command is ending already; whoever sends signals tends to send several
     raise Preempted(f"{signal.Signals(number).name} outside of training: run the same command again to go on")
-
-
-def exit_code_of(error: BaseException) -> int:
-    """The documented exit code of an error."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return error.exit_code if isinstance(error, RunError) else 1
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one sentence; a loader's worker wraps it into a traceback of its own, whose last line it is."""
-    lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, RunError):
-        return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    line = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-    return f"unexpected {type(error).__name__}: {line} (--debug shows where)"
 
 
 def _options_help() -> str:

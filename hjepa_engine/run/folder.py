@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from hjepa_engine.config.changes import LENGTH_KEYS, MAY_CHANGE, Change, config_
 from hjepa_engine.config.loading import dump_config, load_config
 from hjepa_engine.config.schema import Config
 from hjepa_engine.data.contents import Description
-from hjepa_engine.errors import ConfigError, DataError
+from hjepa_engine.errors import ConfigError, DataError, PeerEnded
 from hjepa_engine.run.environment import describe_environment
 from hjepa_engine.run.other_data import accepted_changes
 from hjepa_engine.utils.files import replace_file
@@ -25,6 +26,8 @@ from hjepa_engine.utils.files import replace_file
 logger = logging.getLogger(__name__)
 
 
+#: How the reasons of processes begin that ended because of others.
+_TOLD = ("another process ended", "lost contact")
 _OF_CHECKPOINTS = ("epoch_", "damaged_", "index.json")
 
 
@@ -68,6 +71,17 @@ class RunFolder:
             return None
         except (ValueError, TypeError) as error:
             raise ConfigError(f"run_dir {self.path} holds a damaged status.json; choose another one") from error
+
+    def cause(self) -> PeerEnded | None:
+        """What ``status.json`` says of another process that has ended since this run was started; None: nothing."""
+        with suppress(ConfigError):
+            status = self.status() or {}
+            if status.get("state") in ("stopped", "preempted"):
+                reason = str(status["reason"])
+                if not reason.startswith(_TOLD):
+                    reason = f"{_TOLD[0]}: rank {status.get('rank', 0)}: {reason}"
+                return PeerEnded(reason, status["exit_code"])
+        return None
 
     def changes(self) -> list[Change]:
         """How the configuration differs from that of the run in the folder; empty where there is none."""
@@ -213,7 +227,7 @@ class RunFolder:
         checkpoint: Path | None = None,
         any_rank: bool = False,
     ) -> None:
-        """Write ``status.json``: state, optimizer step, exit code, reason, the probe's results, the newest checkpoint.
+        """Write ``status.json``: state, optimizer step, exit code, reason, who says so, results of the probe, checkpoint.
 
         Rank 0 writes; with ``any_rank`` others do too, for an error that rank 0 may not hear of.
         """
@@ -228,6 +242,7 @@ class RunFolder:
             "step": step,
             "exit_code": exit_code,
             "reason": reason,
+            "rank": idist.get_rank(),
             "results": results or {},
             "checkpoint": self._newest and str(self._newest),
         }

@@ -10,7 +10,7 @@ from typing import Literal
 
 import ignite.distributed as idist
 
-from hjepa_engine.checkpoint.folder import load_one
+from hjepa_engine.checkpoint.folder import list_checkpoints, load_one
 from hjepa_engine.checkpoint.state import (
     load_on_all_ranks,
     restore_state,
@@ -21,11 +21,19 @@ from hjepa_engine.checkpoint.writer import CheckpointWriter
 from hjepa_engine.config.changes import MAY_CHANGE_ELSEWHERE, Change, config_changes
 from hjepa_engine.data.workers import translate_worker_error
 from hjepa_engine.engine import Trainer
-from hjepa_engine.errors import CheckpointError, ConfigError, DataError, ForceQuit, Preempted
-from hjepa_engine.run.cli import exit_code_of, one_line
+from hjepa_engine.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ForceQuit,
+    Preempted,
+    exit_code_of,
+    one_line,
+)
 from hjepa_engine.run.environment import reproducibility_changes, reproducibility_info
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.run.other_data import accepted_changes, rebase, refuse_inside_epoch
+from hjepa_engine.utils.causes import explain
 from hjepa_engine.utils.distributed import rank_zero
 from hjepa_engine.utils.rng import seed_everything
 
@@ -141,6 +149,7 @@ def record_outcome(
     results: dict[str, float] = {}
     try:
         yield results
+        idist.barrier()  # done is what all processes have done
         now = trainer.state
         ended = f"ended after {now.iteration} of {iterations} iterations"
         folder.write_status(
@@ -153,21 +162,32 @@ def record_outcome(
         )
     except BaseException as raised:
         error = (translate_worker_error(raised) if folder.config.data.num_workers else None) or raised
+        error = explain(error, folder.cause)
         if not isinstance(error, ForceQuit):
             with suppress(Exception):  # the error at hand counts
                 writer.wait()
-        state: Literal["preempted", "stopped"] = "preempted" if isinstance(error, Preempted) else "stopped"
+        code = exit_code_of(error)
+        state: Literal["preempted", "stopped"] = "preempted" if code == Preempted.exit_code else "stopped"
         folder.write_status(
             state,
             step=trainer.state.optimizer_step,
-            exit_code=exit_code_of(error),
+            exit_code=code,
             reason=one_line(error),
-            checkpoint=writer.newest,
-            any_rank=state == "stopped",
+            checkpoint=writer.newest or _newest_on_disk(writer.folder),
+            any_rank=not isinstance(error, Preempted),
         )
         if error is raised:
             raise
         raise error from raised
+
+
+def _newest_on_disk(folder: Path) -> Path | None:
+    """The newest checkpoint, which only rank 0 knows that writes them; None where there is none."""
+    if idist.get_rank() == 0:
+        return None
+    with suppress(Exception):  # the error at hand counts
+        return list_checkpoints(folder, lambda path, error: None)[0].path
+    return None
 
 
 def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Checkpoint, list[str]] | None:

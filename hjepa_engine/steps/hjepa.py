@@ -11,6 +11,7 @@ from torch import nn
 from hjepa_engine.levels import pool_target
 from hjepa_engine.losses import REGULARIZERS, smooth_l1
 from hjepa_engine.types import Batch, LossFunction, Outputs, unwrap
+from hjepa_engine.utils.distributed import gather_samples
 
 
 def hjepa_step(
@@ -29,7 +30,8 @@ def hjepa_step(
         batch: ``images`` (B, C, H, W), normalized; ``masks``, a :class:`~hjepa_engine.masking.Masks`.
         loss_fn: mean distance between predictions and targets, both (..., D).
         regularizers: weight of each of :data:`~hjepa_engine.losses.REGULARIZERS`, computed on the mean context token of
-            each image (B, D): on single tokens, differences between positions would count as variance.
+            each image (B, D), over all processes: on single tokens, differences between positions would count as
+            variance.
 
     Returns:
         ``loss`` (), ``loss_level_{l}`` () and, for each regularizer, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
@@ -50,7 +52,9 @@ def hjepa_step(
         for number, (prediction, target) in enumerate(zip(predictions, targets, strict=True))
     }
     loss = torch.stack([level.weight * outputs[f"loss_level_{number}"] for number, level in enumerate(levels)]).sum()
-    summary = context.mean(dim=1)
+    summary = context.mean(dim=1).float()
+    if regularizers:  # what they measure, they measure of the whole batch
+        summary = gather_samples(summary[:0] if batch.get("is_filler") else summary)
     for name, weight in (regularizers or {}).items():
         outputs[f"loss_{name}"] = REGULARIZERS[name](summary)
         loss = loss + weight * outputs[f"loss_{name}"]

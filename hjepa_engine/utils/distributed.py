@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -24,6 +26,46 @@ def rank() -> int:
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is set on any rank. Collective, and small enough for every step."""
     return bool(idist.all_reduce(int(flag), op="MAX")) if world_size() > 1 else flag
+
+
+def gather_samples(samples: Tensor) -> Tensor:
+    """The rows (B, ...) of all ranks, in the order of ranks: (sum of all B, ...), with gradients. Collective.
+
+    All ranks must compute the same loss of the result, and average their gradients as DDP does: each then sends back what
+    that loss asks of its own rows, times the number of ranks, which the average divides by.
+
+    Args:
+        samples: of this rank, (B, ...); B may differ between ranks and be 0.
+    """
+    return _GatherRows.apply(samples) if world_size() > 1 else samples
+
+
+def of_rank_zero(tensor: Tensor) -> Tensor:
+    """Rank 0's ``tensor``, without gradients; all ranks give one of its shape and type. Collective."""
+    if world_size() > 1:
+        tensor = tensor.detach().contiguous()
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, samples: Tensor) -> Tensor:
+        own = torch.tensor([len(samples)], device=samples.device)
+        counts = [torch.zeros_like(own) for _ in range(world_size())]
+        dist.all_gather(counts, own)
+        sizes = torch.cat(counts).tolist()
+        padded = samples.new_zeros(max(sizes), *samples.shape[1:])
+        padded[: len(samples)] = samples
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        first = sum(sizes[: rank()])
+        ctx.rows = slice(first, first + len(samples))
+        return torch.cat([rows[:size] for rows, size in zip(found, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0][ctx.rows] * world_size()
 
 
 def gather_objects(value: Result) -> list[Result]:

@@ -8,7 +8,6 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
-import ignite.distributed as idist
 import torch
 from torch import nn
 
@@ -50,6 +49,7 @@ from hjepa_engine.handlers import (
     TargetEncoderEMA,
     Throughput,
     Validation,
+    WeightCheck,
 )
 from hjepa_engine.metrics.names import KNN, ONLINE_LINEAR
 from hjepa_engine.models import ContextEncoder, encoder_name
@@ -128,12 +128,11 @@ def build_data(config: Config, data: Datasets | None = None) -> Data:
 
 def _check_regularizers(config: Config) -> None:
     """Refuse regularizers that would compare an image with itself alone."""
-    loss, least, batch_size = config.loss, 2 * idist.get_world_size(), config.data.batch_size
+    loss, batch_size = config.loss, config.data.batch_size
     for name in ("variance", "covariance", "sigreg"):
-        if config.step is None and getattr(loss, f"{name}_weight") > 0 and batch_size < least:
+        if config.step is None and getattr(loss, f"{name}_weight") > 0 and batch_size < 2:
             raise ConfigError(
-                f"data.batch_size must be at least 2 for each process ({least}) where loss.{name}_weight is above 0, "
-                f"got {batch_size}"
+                f"data.batch_size must be at least 2 where loss.{name}_weight is above 0, got {batch_size}"
             )
 
 
@@ -201,6 +200,7 @@ def default_handlers(config: Config, trainer: Trainer, data: Data, folder: RunFo
             on_saved=lambda path, saved: folder.write_status("running", step=saved["step"], checkpoint=path),
         ),
         preemption,
+        *([WeightCheck(every)] if (every := config.distributed.weight_check_every) else []),
         *([EarlyStopping(config.training.early_stopping)] if config.training.early_stopping else []),
         *([ProgressBar()] if config.logging.progress_bar else []),
         *_export(config, trainer, data, folder),

@@ -111,7 +111,7 @@ def find_lr(config: Config, build: Callable[[Config], Any], steps: int = 100) ->
     Raises:
         ConfigError: the picture cannot be written.
     """
-    with process_group(config.device):
+    with process_group(config.device, config.distributed.timeout):
         run = build(config)
         sweep = sweep_lr(run.trainer, run.data, steps)
         if idist.get_rank() == 0:

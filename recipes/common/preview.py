@@ -35,7 +35,7 @@ def preview(config: Config, build: Callable[[Config], Any]) -> None:
     Raises:
         ConfigError: the pictures cannot be written.
     """
-    with process_group(config.device):
+    with process_group(config.device, config.distributed.timeout):
         run = build(config)
         if idist.get_rank() == 0:
             _preview(config, run)

@@ -21,17 +21,19 @@ from hjepa_engine.data.datasets import has_probe_split
 from hjepa_engine.data.summary import summarize, why_unlabeled
 from hjepa_engine.devices import process_group
 from hjepa_engine.engine import Trainer
+from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
 from hjepa_engine.recipes.common.initial_weights import initial_weights
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder, warn_no_labels
 from hjepa_engine.recipes.common.probe import ProbeData, as_metrics, describe, evaluate_encoders
 from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
+from hjepa_engine.run.agreement import refuse_local_folders, refuse_other_configs
 from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.lifecycle import record_outcome, start_run
 from hjepa_engine.run.measured import recall
 from hjepa_engine.types import unwrap
-from hjepa_engine.utils.distributed import rank_zero
+from hjepa_engine.utils.distributed import gather_objects, rank_zero
 
 Kind = TypeVar("Kind")
 #: What ``build`` takes for data: map-style data sets to train on and to validate.
@@ -125,6 +127,8 @@ class Run:
         try:
             initialize = initial_weights(self.trainer.modules, self.folder)  # before anything is written
             rank_zero(self.folder.lock)
+            folders = {"run_dir": self.folder.path, "checkpoint.checkpoint_dir": self.folder.checkpoint_path}
+            refuse_local_folders(folders)
             start_run(
                 self.trainer,
                 self.folder,
@@ -199,11 +203,15 @@ def run_to_end(config: Config, build: Callable[[Config], Run], data: Datasets | 
             return describe_data(config.data, config.seed, own_folders(config))
         return describe_splits(**passed_splits(data))
 
-    with process_group(config.device):
+    with process_group(config.device, config.distributed.timeout):
         config = recall(config if data is None else with_passed_data(config))
+        refuse_other_configs(config)
         folder = RunFolder(config)
         finished = folder.finished_results(describe_now)
-        idist.barrier()  # rank 0 is about to write there
+        if len(set(gather_objects(finished is None))) > 1:
+            raise ConfigError(
+                f"run_dir {folder.path} must be a folder that all processes share; some see a finished run"
+            )
         results = finished
         if finished is None:
             run = build(config)

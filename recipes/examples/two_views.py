@@ -21,6 +21,7 @@ from hjepa_engine.models import ContextEncoder, encoder_arguments
 from hjepa_engine.recipes import pretrain
 from hjepa_engine.run.cli import run_command
 from hjepa_engine.types import Batch, Outputs
+from hjepa_engine.utils.distributed import gather_samples
 
 DEFAULT_CONFIG = pretrain.DEFAULT_CONFIG.with_name("two_views.yaml")
 
@@ -40,7 +41,8 @@ def two_view_step(modules: nn.ModuleDict, batch: Batch, num_views: int = 2, sigr
     tokens = modules["encoder"](torch.cat(random_views(images, num_views, seed)))
     embeddings = modules["projector"](tokens.mean(dim=1)).float().unflatten(0, (num_views, len(images)))
     distance = (embeddings - embeddings.mean(dim=0)).square().mean()
-    isotropy = torch.stack([sigreg(view) for view in embeddings]).mean()
+    everywhere = gather_samples(embeddings.transpose(0, 1))  # SIGReg is about the whole batch, of all processes
+    isotropy = torch.stack([sigreg(view) for view in everywhere.unbind(1)]).mean()
     loss = (1 - sigreg_weight) * distance + sigreg_weight * isotropy
     return {"loss": loss, "distance": distance, "sigreg": isotropy, "target_tokens": tokens[: len(images)]}
 

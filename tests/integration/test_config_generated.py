@@ -415,6 +415,8 @@ CROSS = [
     ("training: {epochs: 9, warmup_epochs: 10}", "training.warmup_epochs", "10.0", "at most training.epochs (9)"),
     ("model: {ema: {momentum_warmup_epochs: 21}}", "model.ema.momentum_warmup_epochs", "21.0", "training.epochs (20)"),
     ("training: {lr: 1e-3, min_lr: 1e-2}", "training.min_lr", "0.01", "at most training.lr (0.001)"),
+    ("training: {start_lr: 2}", "training.start_lr", "2.0", "at most training.lr (0.001)"),
+    ("model: {ema: {momentum_start: 0.5}}", "model.ema.momentum_start", "0.5", "null without momentum_warmup_epochs"),
     ("training: {min_lr: 2}", "training.min_lr", "2.0", "at most training.lr (0.001)"),
     ("model: {patch_size: 5}", "data.image_size", "32", "a multiple of model.patch_size (5)"),
     ("{data: {image_size: 23}, model: {patch_size: 4}}", "data.image_size", "23", "multiple of model.patch_size (4)"),
@@ -623,7 +625,8 @@ def good_numbers() -> Iterator[tuple[Place, str, Any, Config]]:
     """Of every key that is a number: in every spelling, what the sections take."""
     draw = random.Random(0)
     for place in NUMBERS:
-        if place.item is not None or place.listed:
+        # The last one is refused without a warm-up: CROSS has it.
+        if place.item is not None or place.listed or place.key == "model.ema.momentum_start":
             continue
         whole = int in place.types
         found = 0

@@ -18,6 +18,7 @@ from torch.distributed.run import get_args_parser
 import hjepa_engine.handlers
 from hjepa_engine import dump_config, load_config
 from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
+from hjepa_engine.config.options import list_options
 from hjepa_engine.interop.writing import export_encoder
 from hjepa_engine.models import build_modules
 from hjepa_engine.recipes import export, linear_probe, pretrain
@@ -217,6 +218,25 @@ def test_the_table_of_what_handlers_share_is_what_they_say_themselves():
             told = {name for name in re.findall(r"`(\w+)`", cell) if name in HANDLERS}
             if not re.search(r"\b(whoever|every handler)\b", cell):
                 assert told == {n for n in HANDLERS if attribute in promises(HANDLERS[n], word)}, (attribute, word)
+
+
+def test_the_launches_of_the_page_on_scaling_have_options_that_exist():
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    launches = re.findall(r"torchrun (.*?)recipes/", page, re.S)
+    known = get_args_parser().format_help().replace("-", "_")
+    options = {option for launch in launches for option in re.findall(r"--[a-z_-]+", launch)}
+    assert len(launches) >= 3 and all(option.replace("-", "_") in known for option in options)
+    (loop,) = re.findall(r"```bash\n(.*?)```", page, re.S)
+    subprocess.run(["bash", "-n"], input=loop, text=True, check=True)
+    keys = {option.key for option in list_options()}
+    assert set(re.findall(r"`((?:distributed|loss)\.\w+)`", page)) <= keys
+
+
+def test_the_gathering_step_of_the_documentation_runs():
+    (text,) = blocks("docs/scaling.md", "python")
+    names = {"loss": torch.zeros(()), "embeddings": torch.randn(6, 4)}
+    exec(text, names)
+    assert names["loss"] > 0
 
 
 def test_the_job_script_of_the_documentation_is_valid_and_its_options_exist():

@@ -28,9 +28,10 @@ from hjepa_engine.config.schema import Level, ModelConfig, resolve_levels
 from hjepa_engine.data import FeatureStore, build_loader, open_split
 from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import ConfigError, RunError
-from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe
+from hjepa_engine.handlers import BatchCollapse, CollapseMonitor, OnlineProbe, WeightCheck
 from hjepa_engine.models import build_modules
 from hjepa_engine.recipes.common import build as parts
+from hjepa_engine.recipes.common import run as runs
 from hjepa_engine.recipes.common.probe import probe, read_features
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.folder import RunFolder
@@ -604,6 +605,23 @@ def ending(config, tools):
     return end, run.trainer.state.iteration
 
 
+def group_timeout(config, tools):
+    given = []
+
+    def group(device, timeout):
+        given.append(timeout)
+        raise KeyboardInterrupt
+
+    tools.monkeypatch.setattr(runs, "process_group", group)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run_to_end(config, build)
+    return given[0]
+
+
+def weight_checks(config, tools):
+    return build(config).handler(WeightCheck).every
+
+
 def rolled_back(config, tools):
     """How a run ends, how often it was rolled back, and what its learning rates are multiplied by then."""
     run, end = finished(config, tools)
@@ -1035,6 +1053,8 @@ EFFECTS = {
     "training.non_finite": Effect("the run goes on", "skip", ending, (f"--loss.type={ME}.nan_loss",), ("done", 4)),
     "training.early_stopping": Effect("ends in epoch 2", "1", ending, ("--training.epochs=4", *STUCK), ("done", 4)),
     "training.time_limit": Effect("leaves after a step", "1e-9", ending, becomes=("Preempted", 1)),
+    "distributed.timeout": Effect("the group waits for less", "0.5", group_timeout, becomes=0.5),
+    "distributed.weight_check_every": Effect("more often", "7", weight_checks, becomes=7),
     "checkpoint.save_frequency": Effect("every other epoch", "2", kept, ("--training.epochs=4", *ALL), [8, 4]),
     "checkpoint.save_every_steps": Effect("every step", "1", kept, ALL, [4, 3, 2, 1]),
     "checkpoint.save_every_minutes": Effect("every step", "1e-9", kept, ALL, [4, 3, 2, 1]),

@@ -5,6 +5,7 @@ import pickle
 from itertools import product
 
 import datasets
+import ignite.distributed as idist
 import numpy as np
 import pytest
 import torch
@@ -109,8 +110,10 @@ def test_a_short_last_batch_is_shared_out_evenly():
     ranks = [
         keys(EpochBatchSampler(11, 6, shuffle=False, drop_last=False, rank=rank, world_size=2), 0) for rank in (0, 1)
     ]
-    assert ranks == [[[0, 1, 2], [6, 7]], [[3, 4, 5], [8, 9]]]
+    assert ranks == [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10]]]
     assert len(EpochBatchSampler(11, 6, drop_last=False, world_size=2)) == 2
+    few = [keys(EpochBatchSampler(2, 3, shuffle=False, drop_last=False, rank=r, world_size=3), 0) for r in range(3)]
+    assert few == [[[0]], [[1]], [[]]]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 4])
@@ -388,6 +391,33 @@ def test_too_few_images_are_one_line():
     config = DataConfig(dataset="fake", fake_size=3, image_size=8, batch_size=4)
     with pytest.raises(DataError, match=r"the train split has 3 images, data\.batch_size must be at most that, got 4"):
         build_loader(config, open_split(config, "train"), 0, train=True)
+
+
+def test_fewer_images_than_processes_are_one_line(monkeypatch):
+    monkeypatch.setattr(idist, "get_world_size", lambda: 4)
+    config = DataConfig(dataset="fake", fake_size=3, image_size=8, batch_size=4)
+    with pytest.raises(
+        DataError, match=r"^the train split has 3 images, there are 4 processes: each needs one in every"
+    ):
+        build_loader(config, open_split(config, "train"), 0, train=True)
+    build_loader(config, open_split(config, "val"), 0, train=False)
+
+
+@pytest.mark.parametrize("dataset", ["fake", "digits", "digit_pages"])
+def test_a_process_without_a_share_of_the_last_batch_has_a_filler(dataset, monkeypatch):
+    monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+    config = DataConfig(dataset=dataset, image_size=32, batch_size=4, in_chans=3)
+    opened = open_split(config, "val")
+    loaders = []
+    for rank in (0, 1):
+        monkeypatch.setattr(idist, "get_rank", lambda rank=rank: rank)
+        loaders.append(build_loader(config, opened, 0, train=False))
+        loaders[-1].sampler.size = 5  # of which the last one is a batch of its own
+    first, second = (list(loader) for loader in loaders)
+    assert [len(batch["images"]) for batch in first] == [2, 1] and [len(batch["images"]) for batch in second] == [2, 1]
+    assert [batch.get("is_filler", False) for batch in (*first, *second)] == [False, False, False, True]
+    assert [batch.get("offset") for batch in (*first, *second)] == [0, 0, 2, None]
+    assert second[1]["images"].shape == (1, 3, 32, 32) and not second[1]["images"].any()
 
 
 def packed_folder(root):
