@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -62,7 +62,7 @@ class Predictor(nn.Module):
         self.grid, self.levels, self.targets = grid, tuple(levels), targets
         self.activation_checkpointing = activation_checkpointing
 
-        norm = partial(nn.LayerNorm, eps=1e-6)  # as the encoder's
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # as the encoder's
 
         def blocks(number: int) -> nn.ModuleList:
             return nn.ModuleList(
