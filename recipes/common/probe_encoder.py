@@ -44,11 +44,14 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
         DataError: the data cannot be opened, or have no labels.
     """
     given = _checked(overrides)
-    asked, source = load_config(None, [*_NO_SIZES, *overrides]), read_source(place)
+    source = read_source(place)
+    patches = source.parts.get("target_encoder", {}).get("vit.patch_embed.proj.weight", torch.empty(1, 3, 1, 1))
+    # What is given for each channel is checked against the encoder's.
+    channels = [f"--data.in_chans={patches.shape[1]}"] if patches.ndim == 4 else []
+    asked = load_config(None, [*_NO_SIZES, *channels, *overrides])
     resized = asked.data.size if "data.image_size" in given else None
     arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
     config = _with_own(source, arguments, overrides, given)
-    patches = source.parts["target_encoder"].get("vit.patch_embed.proj.weight", torch.empty(1, 1, 1, 1))
     for side, patch in zip(config.data.size, patches.shape[2:], strict=True):
         if side % patch:
             size = " x ".join(map(str, config.data.size))
