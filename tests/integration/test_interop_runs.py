@@ -170,12 +170,16 @@ def wrong(folder):
     contents = torch.load(place, weights_only=True)
     less = {name: tensor for name, tensor in contents["target_encoder"].items() if "blocks.0.mlp" not in name}
     torch.save({**contents, "target_encoder": less}, folder / "less.pth")
+    broken = {name: tensor.clone() for name, tensor in contents["encoder"].items()}
+    broken["module.norm.bias"][0] = float("nan")
+    torch.save({**contents, "encoder": broken}, folder / "nan.pth")
     (folder / "cut.pth").write_bytes(place.read_bytes()[:-500])
     sizes = {**SIZES, "embed_dim": 20, "img_size": 24, "class_token": False, "global_pool": ""}
     wide = timm.create_model("vit_tiny_patch16_224", **sizes)
     save_file(wide.state_dict(), folder / "wide.safetensors")
     return {
         "less.pth": "target_encoder.blocks.0.mlp.fc1.weight is missing; its encoder has model.embed_dim 16, model.depth 1",
+        "nan.pth": "encoder.norm.bias has 1 weights of 16 that are NaN or infinite",
         "cut.pth": "is no file of torch.save, or is damaged; ",
         "wide.safetensors": "pos_embed is (1, 36, 20), here (1, 36, 16); its encoder has model.embed_dim 20, model.depth 1",
         "timm/vit_tiny_patch16_22": "timm has no vision transformer of that name",
