@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
         found = probe_run(known.run, known.checkpoint, overrides)
     print(describe(found.results, found.config))
     print(f"data: {found.data}")
+    for line in found.notes:
+        print(f"encoder: {line}")
     if found.note:
         print(f"note: {found.note}")
     if found.path:

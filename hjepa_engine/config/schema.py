@@ -232,7 +232,8 @@ class ModelConfig:
     Meta's I-JEPA checkpoint, a folder of Hugging Face's ``IJepaModel``, a file of a plain timm vision transformer, or
     ``timm/NAME`` from the local cache; docs/interop.md says how they are read."""
     init_parts: list[str] | None = setting(None, on_resume="allow")
-    """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default."""
+    """Modules that ``init_from`` fills: ``context_encoder``, ``target_encoder``, ``predictor``; all it can by default.
+    A ``target_encoder`` that is not named starts as a copy of a ``context_encoder`` that is."""
     predictor: PredictorConfig = setting(PredictorConfig)
     ema: EMAConfig = setting(EMAConfig, on_resume="elsewhere")
 
@@ -294,7 +295,8 @@ class TrainingConfig:
     warmup_epochs: float = setting(2.0, ge=0, on_resume="elsewhere")
     """Linear warm-up of the learning rate, at most ``epochs``: all of them by default where there are fewer."""
     start_lr: float = setting(0.0, ge=0, on_resume="elsewhere")
-    """Learning rate from which the warm-up rises, at most ``lr``; the first step is already one step above it."""
+    """Learning rate from which the warm-up rises, at most ``lr``; the first step is already one step above it.
+    0 without ``warmup_epochs``."""
     lr: float = setting(1e-3, gt=0, on_resume="elsewhere")
     """Learning rate at the end of the warm-up."""
     min_lr: float = setting(0.0, ge=0, on_resume="elsewhere")

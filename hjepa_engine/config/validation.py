@@ -70,7 +70,12 @@ def broken_rules(config: Any) -> Iterator[str]:
         if getattr(training, key) > training.lr:
             yield f"training.{key} must be at most training.lr ({training.lr}), got {getattr(training, key)}"
     if model.ema.momentum_start is not None and not model.ema.momentum_warmup_epochs:
-        yield f"model.ema.momentum_start must be null without momentum_warmup_epochs, got {model.ema.momentum_start}"
+        yield (
+            "model.ema.momentum_start must be null without model.ema.momentum_warmup_epochs, "
+            f"got {model.ema.momentum_start}"
+        )
+    if training.start_lr and not training.warmup_epochs:
+        yield f"training.start_lr must be 0 without training.warmup_epochs, got {training.start_lr}"
     if model.patch_size is not None and any(side % model.patch_size for side in config.data.size):
         yield f"data.image_size must be a multiple of model.patch_size ({model.patch_size}), got {config.data.image_size}"
     if model.embed_dim is not None and model.embed_dim % 4:
@@ -85,6 +90,10 @@ def broken_rules(config: Any) -> Iterator[str]:
     checkpoint = config.checkpoint
     if model.init_parts is not None and model.init_from is None:
         yield f"model.init_parts must be null without model.init_from, got {model.init_parts}"
+    if model.init_parts is not None and not model.init_parts:
+        yield "model.init_parts must name at least one module, or be null, got []"
+    if model.init_parts is not None and len(set(model.init_parts)) < len(model.init_parts):
+        yield f"model.init_parts must name each module once, got {model.init_parts}"
     yield from broken_metric_rules(config)
     if config.logging.watch != "none" and config.logging.watch_frequency % config.logging.log_frequency:
         yield (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hjepa_engine.interop.fit import plan_weights
+from hjepa_engine.interop.fit import Plan, plan_weights
 from hjepa_engine.interop.source import HEADS, Source, Weights, refuse
 from hjepa_engine.models import TargetEncoder
 
@@ -49,6 +49,8 @@ def _from_shapes(source: Source, weights: Weights, num_heads: int | None) -> dic
     heads = source.num_heads or num_heads or HEADS.get(width)
     if heads is None:
         raise refuse(source.where, "does not say how many attention heads its encoder has: give --model.num_heads")
+    if width % heads:
+        raise refuse(source.where, f"model.num_heads must divide the encoder's width ({width}), got {heads}")
     side = int(positions.shape[1] ** 0.5)
     grid = source.grid or (side, side)
     arguments: dict[str, Any] = {
@@ -71,7 +73,16 @@ def _from_shapes(source: Source, weights: Weights, num_heads: int | None) -> dic
 
 
 def build_encoder(source: Source, arguments: dict[str, Any]) -> TargetEncoder:
+    """The encoder of :func:`plan_encoder`, with its weights."""
+    encoder, plan = plan_encoder(source, arguments)
+    plan.apply()
+    return encoder
+
+
+def plan_encoder(source: Source, arguments: dict[str, Any]) -> tuple[TargetEncoder, Plan]:
     """The encoder in ``source``, frozen and in eval mode: normalized images (B, C, H, W) to patch tokens (B, N, D).
+
+    Its weights are still random; the plan loads them.
 
     Args:
         source: what was read.
@@ -91,5 +102,5 @@ def build_encoder(source: Source, arguments: dict[str, Any]) -> TargetEncoder:
         raise refuse(source.where, f"cannot be built: {error}") from error
     if source.is_own:  # what fits is not enough here
         source = replace(source, is_own=False, norm_eps=None)
-    plan_weights(nn.ModuleDict({"target_encoder": encoder}), source, ["target_encoder"]).apply()
-    return encoder.requires_grad_(False).eval()
+    plan = plan_weights(nn.ModuleDict({"target_encoder": encoder}), source, ["target_encoder"])
+    return encoder.requires_grad_(False).eval(), plan

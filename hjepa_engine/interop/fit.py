@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ignite.distributed as idist
+import torch
 from timm.layers.patch_embed import resample_patch_embed
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from hjepa_engine.errors import CheckpointError
 from hjepa_engine.interop.meta import PREDICTOR_POSITIONS
 from hjepa_engine.interop.positions import Grid, resized_positions, sincos_order
 from hjepa_engine.interop.source import HEADS, Source, Weights, refuse
-from hjepa_engine.models import ContextEncoder, Predictor
+from hjepa_engine.models import ContextEncoder, Predictor, TargetEncoder
 from hjepa_engine.types import unwrap
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,10 @@ class Plan:
     table: str
     """What is loaded, resized and left out."""
     warnings: tuple[str, ...]
-    """What keeps its initial weights."""
+    """What keeps its initial weights, and what has no place."""
     changes: tuple[tuple[nn.Module, Weights], ...]
+    notes: tuple[str, ...] = ()
+    """Of the table: what was resized, left out or stands for something else."""
 
     def apply(self) -> str:
         """Load the weights, warn of what is not loaded, and return the table."""
@@ -52,11 +55,14 @@ def plan_weights(modules: nn.ModuleDict, source: Source, parts: Sequence[str] | 
         parts: names of modules; None: all that both sides have.
 
     Raises:
-        CheckpointError: a part is not there, or does not fit; the first key that does not is named.
+        CheckpointError: a part is not there, or does not fit; the first key that does not is named. A weight is NaN or
+            infinite; its tensor is named.
     """
     lines = [f"weights from {source.where}{'' if source.is_own else f', {source.layout}'}:"]
     warnings: list[str] = []
+    notes: list[str] = []
     changes: list[tuple[nn.Module, Weights]] = []
+    copied = _lone_target(modules, source, parts)
     for part in parts if parts is not None else [name for name in modules if name in source.parts]:
         if part not in modules or part not in source.parts:
             raise CheckpointError(
@@ -69,26 +75,60 @@ def plan_weights(modules: nn.ModuleDict, source: Source, parts: Sequence[str] | 
                 raise refuse(source.where, why)
             warnings.append(f"{source.where}: predictor starts with random weights: {why}")
             continue
+        _check_finite(source, part)
         wanted, (offered, resized) = module.state_dict(), _resized(source, part, module)
         fitting, misfits = _fitting(source, part, wanted, offered)
         if misfits and not source.is_own:
-            raise refuse(source.where, f"{misfits[0]}{_sizes(source)}")
-        if not source.is_own and isinstance(module, ContextEncoder):
-            warnings += _check_encoder(source, module)
+            raise refuse(source.where, f"{misfits[0]}{_sizes(source, part)}")
         if not fitting:
             raise CheckpointError(f"model.init_from: no tensor of {part} in {source.where} fits")
+        if isinstance(module, ContextEncoder):
+            warnings += _check_encoder(source, module)
+        surplus = [name for name in offered if name not in wanted]
         lines += [f"  {part:16} {len(fitting):4} of {len(wanted)} tensors", *(f"    {line}" for line in resized)]
         lines += [f"    not {line}" for line in misfits]
+        lines += [f"    dropped {name}: it has no place here" for name in surplus]
+        notes += resized
         if misfits:
             kept = ", ".join(line.partition(":")[0] for line in misfits)
             warnings.append(f"{source.where}: part of {part} keeps its initial weights: {kept}")
+        if surplus:
+            warnings.append(f"{source.where}: part of {part} has no place here, dropped: {', '.join(surplus)}")
         changes.append((module, fitting))
+        if part == "context_encoder" and copied is not None:
+            # It starts as an exact copy, and both began with the same weights.
+            lines.append(f"  {'target_encoder':16} {len(fitting):4} of {len(wanted)} tensors, those of context_encoder")
+            changes.append((copied, fitting))
     if not changes:
         raise CheckpointError(f"model.init_from: {source.where} has none of the modules {', '.join(modules)}")
-    if parts is None and (absent := [name for name in modules if name not in source.parts]):
+    filled = [module for module, _ in changes]
+    absent = [name for name in modules if name not in source.parts and unwrap(modules[name]) not in filled]
+    if parts is None and absent:
         warnings.append(f"{source.where} has no {', '.join(absent)}: random weights")
+    if parts is not None and "target_encoder" in parts and "context_encoder" in modules.keys() - set(parts):
+        warnings.append(
+            "model.init_parts: context_encoder starts with random weights, target_encoder is moved towards it"
+        )
     lines += [f"  {note}" for note in source.notes]
-    return Plan("\n".join(lines), tuple(warnings), tuple(changes))
+    return Plan("\n".join(lines), tuple(warnings), tuple(changes), (*notes, *source.notes))
+
+
+def _lone_target(modules: nn.ModuleDict, source: Source, parts: Sequence[str] | None) -> TargetEncoder | None:
+    """The target encoder that has nothing of its own to be filled with; None: there is none."""
+    target = unwrap(modules["target_encoder"]) if "target_encoder" in modules else None
+    alone = "target_encoder" not in (source.parts if parts is None else parts)
+    return target if alone and isinstance(target, TargetEncoder) else None
+
+
+def _check_finite(source: Source, part: str) -> None:
+    for name, tensor in source.parts[part].items():
+        if not tensor.is_floating_point():
+            continue
+        # Formats of one byte have no isfinite.
+        finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())
+        if not finite.all():
+            name, number = source.file_name(part, name), int(finite.numel() - finite.sum())
+            raise refuse(source.where, f"{name} has {number} weights of {finite.numel()} that are NaN or infinite")
 
 
 def _fitting(source: Source, part: str, wanted: Weights, offered: Weights) -> tuple[Weights, list[str]]:
@@ -173,16 +213,27 @@ def _not_one_level(module: nn.Module, source: Source) -> str:
     return ""
 
 
-def _sizes(source: Source) -> str:
+def _sizes(source: Source, part: str) -> str:
+    if part == "predictor":
+        embed = source.parts[part].get("embed.weight")
+        width = embed.shape[0] if embed is not None and embed.ndim == 2 else "unknown"
+        return (
+            f"; its predictor has model.predictor.width {width}, model.predictor.depth {_depth(source, part, 'blocks')}"
+        )
     weights = source.parts.get("target_encoder", {})
     patches = weights.get(_PATCHES)
     if patches is None or patches.ndim != 4:
         return ""
-    depth = len({name.split(".")[2] for name in weights if name.startswith("vit.blocks.")})
+    depth = _depth(source, "target_encoder", "vit.blocks")
     return (
         f"; its encoder has model.embed_dim {patches.shape[0]}, model.depth {depth}, model.patch_size {patches.shape[3]}, "
         f"data.in_chans {patches.shape[1]}"
     )
+
+
+def _depth(source: Source, part: str, blocks: str) -> int:
+    start = f"{blocks}."
+    return len({name.removeprefix(start).split(".")[0] for name in source.parts[part] if name.startswith(start)})
 
 
 def _by(sides: Sequence[int]) -> str:

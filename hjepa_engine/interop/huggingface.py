@@ -127,6 +127,8 @@ def _weights(folder: Path) -> Weights:
     for shard in sorted({str(name) for name in shards.values()}):
         if Path(shard).name != shard:
             raise refuse(folder / INDEX, f"weight_map must name files beside it, got {shard!r}")
+        if not (folder / shard).is_file():
+            raise refuse(folder / shard, f"there is no such file, {INDEX} names it")
         weights |= read_safetensors(folder / shard)
     return weights
 

@@ -34,11 +34,7 @@ def read_meta(path: Path, found: Mapping[str, Any]) -> Source:
     Raises:
         CheckpointError: there is no encoder, or something in its place is no tensor.
     """
-    given = {
-        part: tensors_in(path, found[key], f"{key}.")
-        for part, key in _PARTS.items()
-        if isinstance(found.get(key), Mapping)
-    }
+    given = {part: tensors_in(path, found[key], f"{key}.") for part, key in _PARTS.items() if key in found}
     parts: dict[str, Weights] = {
         part: {f"vit.{name}": value for name, value in weights.items()}
         for part, weights in given.items()
@@ -64,13 +60,14 @@ def read_meta(path: Path, found: Mapping[str, Any]) -> Source:
         raise refuse(
             path, f"{_PARTS['target_encoder']}.pos_embed must be of a square, got {positions.shape[1]} patches"
         )
+    patches = parts["target_encoder"].get("vit.patch_embed.proj.weight")
     return Source(
         str(path),
         "Meta's I-JEPA checkpoint",
         parts,
         _file_name,
         grid=(side, side),
-        stats=IMAGENET,
+        stats=IMAGENET if patches is not None and patches.shape[1:2] == (len(IMAGENET[0]),) else None,
         notes=tuple(notes),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hjepa_engine.checkpoint.folder import list_checkpoints, load_one
@@ -14,7 +15,7 @@ from hjepa_engine.config.loading import config_from
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.export import DESCRIPTION, WEIGHTS, check_description
 from hjepa_engine.interop.source import Source, read_json, read_safetensors, refuse
-from hjepa_engine.models import encoder_arguments
+from hjepa_engine.models import TargetEncoder, encoder_arguments
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -42,13 +43,19 @@ def read_own(path: Path) -> Source:
         check_description(description)
     except ValueError as error:
         raise refuse(exported.parent, str(error)) from error
+    if not description and not any(name.startswith("vit.") for name in weights):
+        raise refuse(exported.parent / DESCRIPTION, "is missing: it says whose weights lie beside it")
+    arguments = arguments if isinstance(arguments, dict) else None
+    num_heads, norm_eps = _not_in_shapes(arguments)
     return Source(
         str(exported),
         "an export of this project",
         {"context_encoder": weights, "target_encoder": weights},
         is_own=True,
+        num_heads=num_heads,
+        norm_eps=norm_eps,
         stats=_stats(description),
-        arguments=arguments if isinstance(arguments, dict) else None,
+        arguments=arguments,
     )
 
 
@@ -60,14 +67,30 @@ def _of_checkpoint(found: Checkpoint, parts: dict[str, dict[str, Tensor]]) -> So
             arguments = encoder_arguments(config)
     except ConfigError:
         pass  # of another version: weights alone
+    num_heads, norm_eps = _not_in_shapes(arguments)
     return Source(
         str(found.path),
         "a checkpoint of this project",
         parts,
         is_own=True,
+        num_heads=num_heads,
+        norm_eps=norm_eps,
         stats=_stats(found.data),
         arguments=arguments,
     )
+
+
+def _not_in_shapes(arguments: dict[str, Any] | None) -> tuple[int | None, float | None]:
+    """Attention heads, and what the layer norms add, of the encoder that is built with ``arguments``; None: not known."""
+    if arguments is None:
+        return None, None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # one block, no memory
+            plain: Any = TargetEncoder(**{**arguments, "pos_embed": "learned", "depth": 1, "drop_path_rate": 0.0})
+    except Exception:  # arguments in a file may be anything; whoever builds the encoder says what is wrong
+        return None, None
+    block = plain.vit.blocks[0]
+    return block.attn.num_heads, block.norm1.eps
 
 
 def _stats(described: Any) -> Stats | None:

@@ -38,6 +38,8 @@ def _in_folder(folder: Path) -> Source:
             return huggingface.read_huggingface(folder, config)
         if "architecture" in config:
             return timm.read_timm_folder(folder, config)
+    elif (folder / huggingface.INDEX).is_file() and not (folder / MANIFEST).exists():
+        raise refuse(folder / huggingface.CONFIG, "is missing: it says whose weights lie beside it")
     if not any((folder / name).exists() for name in _OF_RUNS) and not any(folder.glob("epoch_*")):
         held = ", ".join(sorted(item.name for item in folder.iterdir())[:5]) or "nothing"
         raise refuse(folder, f"holds no checkpoint and no encoder, but {held}; {ACCEPTED}")

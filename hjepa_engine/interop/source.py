@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ def read_safetensors(path: Path) -> Weights:
     Raises:
         CheckpointError: it is damaged, or none.
     """
+    if not path.is_file():
+        raise refuse(path, "there is no such file")
     try:
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, LookupError, MemoryError) as error:
@@ -104,12 +107,31 @@ def read_pickle(path: Path) -> Any:
     Raises:
         CheckpointError: it holds code, is damaged, or is none.
     """
+    if kind := _program_in(path):
+        raise refuse(path, f"is a program of {kind}, not weights; {ACCEPTED}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on reading files that are refused here
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except PermissionError as error:
+        raise refuse(path, f"cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises all kinds of errors on invalid contents
         if code := re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)\W+([\w.]+)", str(error)):
             raise refuse(path, f"holds code, {code[1] or code[2]}, which is not run: weights alone are read") from error
-        raise refuse(path, f"is no file of torch.save, or damaged: {first_line(error)}") from error
+        # torch speaks of its own workings here, and of loading without weights_only.
+        raise refuse(path, f"is no file of torch.save, or is damaged; {ACCEPTED}") from error
+
+
+def _program_in(path: Path) -> str | None:
+    """What wrote a file that holds a program; None: it holds none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = {Path(name).name for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return None
+    if files & {"archive_format", "serialized_exported_program.json"}:
+        return "torch.export"
+    return "torch.jit" if "constants.pkl" in files else None
 
 
 def tensors_in(where: object, found: Any, prefix: str = "") -> Weights:

@@ -13,7 +13,7 @@ import torch
 from hjepa_engine import Config, load_config
 from hjepa_engine.config.overrides import apply_overrides, overridden_keys
 from hjepa_engine.errors import ConfigError
-from hjepa_engine.interop.building import arguments_of, build_encoder
+from hjepa_engine.interop.building import arguments_of, plan_encoder
 from hjepa_engine.interop.reading import read_source
 from hjepa_engine.interop.source import IMAGENET, Source
 from hjepa_engine.models import TargetEncoder
@@ -44,18 +44,22 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
         DataError: the data cannot be opened, or have no labels.
     """
     given = _checked(overrides)
-    asked, source = load_config(None, [*_NO_SIZES, *overrides]), read_source(place)
+    source = read_source(place)
+    patches = source.parts.get("target_encoder", {}).get("vit.patch_embed.proj.weight", torch.empty(1, 3, 1, 1))
+    # What is given for each channel is checked against the encoder's.
+    channels = [f"--data.in_chans={patches.shape[1]}"] if patches.ndim == 4 else []
+    asked = load_config(None, [*_NO_SIZES, *channels, *overrides])
     resized = asked.data.size if "data.image_size" in given else None
     arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
-    config = _with_own(source, arguments, overrides)
-    patches = source.parts["target_encoder"].get("vit.patch_embed.proj.weight", torch.empty(1, 1, 1, 1))
+    config = _with_own(source, arguments, overrides, given)
     for side, patch in zip(config.data.size, patches.shape[2:], strict=True):
         if side % patch:
             size = " x ".join(map(str, config.data.size))
             raise ConfigError(
                 f"data.image_size must be a multiple of the patches of {source.where} ({patch}), got {size}"
             )
-    encoder = build_encoder(source, arguments)
+    encoder, plan = plan_encoder(source, arguments)
+    plan.apply()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
         untrained = TargetEncoder(**arguments).requires_grad_(False).eval()
@@ -69,10 +73,10 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
             raise ConfigError(f"--output {output} cannot be written to: {error.strerror}") from error
     results = evaluate_encoders(config, encoders, output, config.logging.progress_bar, data)
     note = ONE_CLASS if data["probe"].num_classes == 1 else None
-    found = ProbedRun(config, results, in_words(config, data), note, path)
+    found = ProbedRun(config, results, in_words(config, data), note, path, plan.notes)
     if path is not None:
         record = {"probe": asdict(config.probe), "encoder": source.where, "data": found.data, "accuracy": results}
-        replace_file(path, json.dumps({**record, "note": note}) + "\n")
+        replace_file(path, json.dumps({**record, "note": note, "notes": list(plan.notes)}) + "\n")
     return found
 
 
@@ -88,12 +92,17 @@ def _checked(overrides: Sequence[str]) -> list[str]:
     return given
 
 
-def _with_own(source: Source, arguments: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+def _with_own(source: Source, arguments: Mapping[str, Any], overrides: Sequence[str], given: Sequence[str]) -> Config:
     """The configuration with what is the encoder's own: channels, and what was not given of normalization and size."""
     size, channels = arguments["img_size"], arguments.get("in_chans", 3)
     own = {"data.in_chans": channels, "data.image_size": [size, size] if isinstance(size, int) else list(size)}
-    stats = source.stats or (IMAGENET if channels == len(IMAGENET[0]) else None)
-    if stats is not None:
+    stats = source.stats or IMAGENET
+    if any(len(values) != channels for values in stats):  # of ImageNet, or of the encoder that this one was made from
+        if not {"data.mean", "data.std"} <= set(given):
+            raise ConfigError(
+                f"data.mean and data.std must be given: {source.where} does not say how its images are normalized"
+            )
+    else:
         own |= {"data.mean": list(stats[0]), "data.std": list(stats[1])}
     # The last one counts: what was given stays.
     return load_config(None, [*_NO_SIZES, *(f"--{key}={json.dumps(value)}" for key, value in own.items()), *overrides])

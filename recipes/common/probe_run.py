@@ -51,6 +51,8 @@ class ProbedRun(NamedTuple):
     """Why the accuracies mean nothing; None: they do."""
     path: Path | None
     """The file with the results; None: there is none."""
+    notes: tuple[str, ...] = ()
+    """What was resized or left out of an encoder of another project."""
 
 
 class FrozenRun(NamedTuple):

@@ -170,13 +170,17 @@ def wrong(folder):
     contents = torch.load(place, weights_only=True)
     less = {name: tensor for name, tensor in contents["target_encoder"].items() if "blocks.0.mlp" not in name}
     torch.save({**contents, "target_encoder": less}, folder / "less.pth")
+    broken = {name: tensor.clone() for name, tensor in contents["encoder"].items()}
+    broken["module.norm.bias"][0] = float("nan")
+    torch.save({**contents, "encoder": broken}, folder / "nan.pth")
     (folder / "cut.pth").write_bytes(place.read_bytes()[:-500])
     sizes = {**SIZES, "embed_dim": 20, "img_size": 24, "class_token": False, "global_pool": ""}
     wide = timm.create_model("vit_tiny_patch16_224", **sizes)
     save_file(wide.state_dict(), folder / "wide.safetensors")
     return {
         "less.pth": "target_encoder.blocks.0.mlp.fc1.weight is missing; its encoder has model.embed_dim 16, model.depth 1",
-        "cut.pth": "is no file of torch.save, or damaged: ",
+        "nan.pth": "encoder.norm.bias has 1 weights of 16 that are NaN or infinite",
+        "cut.pth": "is no file of torch.save, or is damaged; ",
         "wide.safetensors": "pos_embed is (1, 36, 20), here (1, 36, 16); its encoder has model.embed_dim 20, model.depth 1",
         "timm/vit_tiny_patch16_22": "timm has no vision transformer of that name",
     }
@@ -208,3 +212,32 @@ def test_the_name_of_timms_weights_is_no_path_in_the_saved_configuration(command
     assert command(pretrain, *options({**STILL, "run_dir": "run", "model.init_from": "vit"}))[2] == 0
     assert f"init_from: {place}\n" in (tmp_path / "run" / "config.yaml").read_text()
     assert "init_from: timm/vit_tiny\n" in dump_config(tiny_config(model__init_from="timm/vit_tiny"), absolute=True)
+
+
+def test_a_probe_says_what_was_left_out_and_resized(command, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **SIZES, img_size=24, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    quick = {"data.dataset": "fake", "data.fake_size": 8, "probe.epochs": 1, "logging.progress_bar": "false"}
+    quick |= {"model.num_heads": 2, "data.image_size": 32}
+    out, line, code = command(linear_probe, "--encoder", "vit.pth", "--output", "results", *options(quick))
+    assert code == 0, line
+    notes = json.loads(Path("results/linear_probe.json").read_text())["notes"]
+    assert any("cls_token dropped, with 1 positions" in note for note in notes)
+    assert "resized pos_embed: 6 x 6 to 8 x 8 patches" in notes
+    assert all(f"encoder: {note}\n" in out for note in notes)
+
+
+def test_an_encoder_of_one_channel_asks_for_its_normalization(command, tmp_path):
+    made = TargetEncoder("vit_tiny_patch16_224", 24, in_chans=1, **SIZES).vit.state_dict()
+    torch.save(made, tmp_path / "vit.pth")
+    torch.save({"target_encoder": made}, tmp_path / "jepa.pth.tar")
+    quick = {"data.dataset": "fake", "data.fake_size": 8, "probe.epochs": 1, "logging.progress_bar": "false"}
+    quick |= {"model.num_heads": 2}
+    for place in ("vit.pth", "jepa.pth.tar"):
+        _, line, code = command(linear_probe, "--encoder", place, *options(quick))
+        said = f"data.mean and data.std must be given: {place} does not say how its images are normalized"
+        assert (code, line) == (2, said)
+        given = {**quick, "data.mean": "[0.5]", "data.std": "[0.5]"}
+        _, line, code = command(linear_probe, "--encoder", place, *options(given))
+        assert code == 0, line

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hjepa_engine import load_config
 from hjepa_engine.errors import CheckpointError
+from hjepa_engine.export import save_encoder
 from hjepa_engine.interop.building import arguments_of, build_encoder
 from hjepa_engine.interop.fit import plan_weights
 from hjepa_engine.interop.positions import sincos_order
@@ -189,6 +190,82 @@ def test_a_predictor_with_other_positions_is_left_out_loudly(tmp_path):
     assert "predictor.predictor_pos_embed is not the sine-cosine table of 6 x 6 patches" in plan.warnings[0]
 
 
+def test_a_number_of_heads_that_does_not_divide_is_refused_by_the_key(tmp_path):
+    save_meta(tmp_path / "jepa.pth.tar")
+    with pytest.raises(CheckpointError, match=r"model\.num_heads must divide the encoder's width \(16\), got 3"):
+        probed(tmp_path / "jepa.pth.tar", num_heads=3)
+
+
+def test_a_target_encoder_that_is_not_named_starts_as_a_copy_and_it_is_said(tmp_path):
+    made = save_meta(tmp_path / "jepa.pth.tar")
+    modules, table = loaded(tmp_path / "jepa.pth.tar", ["context_encoder"])
+    assert same_bits(weights_of(modules["target_encoder"]), weights_of(modules["context_encoder"]))
+    torch.testing.assert_close(modules["target_encoder"](IMAGES), made["encoder"](IMAGES), atol=1e-5, rtol=0)
+    assert "  target_encoder     29 of 29 tensors, those of context_encoder" in table
+    plan = plan_weights(build_modules(config()), read_source(str(tmp_path / "jepa.pth.tar")), ["target_encoder"])
+    assert plan.warnings[-1].startswith("model.init_parts: context_encoder starts with random weights")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_the_tensor(tmp_path, value):
+    save_meta(tmp_path / "jepa.pth.tar", target_encoder=lambda part: part["module.norm.bias"][3:5].fill_(value))
+    said = r"jepa\.pth\.tar: target_encoder\.norm\.bias has 2 weights of 16 that are NaN or infinite"
+    with pytest.raises(CheckpointError, match=said):
+        loaded(tmp_path / "jepa.pth.tar")
+    with pytest.raises(CheckpointError, match=said):
+        probed(tmp_path / "jepa.pth.tar")
+
+
+# Own encoders
+
+
+def exported(folder, break_it=lambda encoder: None, **changes):
+    """The export of an encoder, as runs write it."""
+    made = build_modules(config(**changes))["target_encoder"]
+    break_it(made)
+    save_encoder(made, folder, {"encoder": made.arguments, "stats": {"mean": [0.5] * 3, "std": [0.5] * 3}})
+    return folder
+
+
+def test_own_tensors_without_a_place_are_listed_and_warned_of(tmp_path):
+    source = read_source(str(exported(tmp_path / "own", model__layer_scale=0.1)))
+    plan = plan_weights(build_modules(config()), source)
+    assert "    dropped vit.blocks.0.ls1.gamma: it has no place here" in plan.table
+    said = (
+        f"{tmp_path}/own/model.safetensors: part of target_encoder has no place here, dropped: vit.blocks.0.ls1.gamma, "
+    )
+    assert sum(warning.startswith(said) for warning in plan.warnings) == 1
+    assert not plan_weights(build_modules(config(model__layer_scale=0.1)), source).warnings[1:]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.norm_eps", 1e-3, "the layer norms add 0.001, here 1e-06: --model.norm_eps 0.001"),
+        ("model.num_heads", 4, "the encoder has 4 attention heads, here model.num_heads 2"),
+    ],
+)
+def test_own_encoders_that_would_compute_something_else_are_refused(tmp_path, key, value, said):
+    changes = {key.replace(".", "__"): value}
+    source = read_source(str(exported(tmp_path / "own", **changes)))
+    modules = build_modules(config())
+    before = weights_of(modules)
+    with pytest.raises(CheckpointError) as error:
+        plan_weights(modules, source)
+    assert said in str(error.value) and same_bits(weights_of(modules), before)
+    plan_weights(build_modules(config(**changes)), source).apply()
+
+
+def test_own_weights_that_are_not_finite_are_refused_by_the_tensor(tmp_path):
+    place = exported(tmp_path / "own", lambda encoder: encoder.vit.norm.weight.data[0].fill_(float("nan")))
+    source = read_source(str(place))
+    for load in (lambda: plan_weights(build_modules(config()), source), lambda: probed(place)):
+        with pytest.raises(
+            CheckpointError, match=r"encoder\.vit\.norm\.weight has 1 weights of 16 that are NaN or inf"
+        ):
+            load()
+
+
 # Other sizes
 
 
@@ -271,7 +348,7 @@ WRONG = {
     ),
     "a wider predictor": (
         {"predictor": replace("predictor_proj.weight", torch.ones(16, 20))},
-        "predictor.predictor_proj.weight is (16, 20), here (16, 16); ",
+        "is (16, 20), here (16, 16); its predictor has model.predictor.width 16, model.predictor.depth 1",
     ),
     "no mask token": ({"predictor": drop("mask_token")}, "predictor.mask_token is missing; "),
 }
@@ -320,6 +397,16 @@ def unreadable(folder):
     (folder / "text.safetensors").write_text("hello, here is no header")
     torch.save([1, 2], folder / "list.pth")
     torch.save({"weights": torch.ones(2)}, folder / "other.pth")
+    (folder / "prose.pth").write_text("i am text, no weights")
+    (folder / "nothing.pth").touch()
+    (folder / "plain.pth").write_bytes(pickle.dumps({"weight": torch.ones(2)}))
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, folder / "model.pt2")
+    torch.save({"encoder": "abc", "target_encoder": {"pos_embed": torch.ones(1, 4, 8)}}, folder / "word.pth")
+    for name, file in (("undescribed", "model.safetensors"), ("shards", "model-00001-of-00002.safetensors")):
+        (folder / name).mkdir()
+        save_file({"embeddings.position_embeddings": torch.ones(1, 4, 8)}, folder / name / file)
+    (folder / "shards" / "model.safetensors.index.json").write_text("{}")
     (folder / "empty").mkdir()
     (folder / "photos").mkdir()
     (folder / "photos" / "cat.jpg").write_text("x")
@@ -327,8 +414,15 @@ def unreadable(folder):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(description))
     return {
-        "cut.pth.tar": "is no file of torch.save, or damaged: ",
-        "text.pth": "is no file of torch.save, or damaged: ",
+        "cut.pth.tar": "is no file of torch.save, or is damaged; accepted are",
+        "text.pth": "is no file of torch.save, or is damaged; accepted are",
+        "prose.pth": "is no file of torch.save, or is damaged; accepted are",
+        "nothing.pth": "is no file of torch.save, or is damaged; accepted are",
+        "plain.pth": "is no file of torch.save, or is damaged; accepted are",
+        "model.pt2": "is a program of torch.export, not weights; accepted are",
+        "word.pth": "encoder holds no weights, accepted are",
+        "undescribed/config.json": "is missing: it says whose weights lie beside it",
+        "shards/config.json": "is missing: it says whose weights lie beside it",
         "text.safetensors": "holds no weights: ",
         "list.pth": "it holds no weights, accepted are a run, checkpoint or export of this project, Meta's",
         "other.pth": "patch_embed.proj.weight is missing: not a plain vision transformer of timm (it has weights, ...)",
@@ -340,13 +434,16 @@ def unreadable(folder):
     }
 
 
-def test_what_holds_no_weights_is_named_with_what_was_found(tmp_path):
-    for name, said in unreadable(tmp_path).items():
+def test_what_holds_no_weights_is_named_with_what_was_found(tmp_path, recwarn):
+    places = unreadable(tmp_path)
+    recwarn.clear()
+    for name, said in places.items():
         place = tmp_path / name.removesuffix("/config.json")
         with pytest.raises(CheckpointError) as error:
             read_source(str(place))
         assert str(error.value).startswith(f"{tmp_path / name}: ") and said in str(error.value), name
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+    assert not recwarn.list
 
 
 # Hugging Face
@@ -417,7 +514,7 @@ def test_a_model_in_several_files_is_read_by_its_index(tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     torch.testing.assert_close(probed(tmp_path)(IMAGES), outputs(model, IMAGES), atol=1e-5, rtol=0)
     sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors: holds no weights: "):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors: there is no such file, model\.safe"):
         read_source(str(tmp_path))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"]["layernorm.bias"] = "../elsewhere.safetensors"
