@@ -43,22 +43,10 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
         ConfigError: the overrides name something else, or images whose size the patches do not divide.
         DataError: the data cannot be opened, or have no labels.
     """
-    given = _checked(overrides)
-    asked, source = load_config(None, [*_NO_SIZES, *overrides]), read_source(place)
-    resized = asked.data.size if "data.image_size" in given else None
-    arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
-    config = _with_own(source, arguments, overrides)
-    patches = source.parts["target_encoder"].get("vit.patch_embed.proj.weight", torch.empty(1, 1, 1, 1))
-    for side, patch in zip(config.data.size, patches.shape[2:], strict=True):
-        if side % patch:
-            size = " x ".join(map(str, config.data.size))
-            raise ConfigError(
-                f"data.image_size must be a multiple of the patches of {source.where} ({patch}), got {size}"
-            )
-    encoder = build_encoder(source, arguments)
+    config, source, encoder = open_foreign(place, overrides, _FREE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        untrained = TargetEncoder(**arguments).requires_grad_(False).eval()
+        untrained = TargetEncoder(**encoder.arguments).requires_grad_(False).eval()
     encoders = {"trained": encoder, "random": untrained, "pixels": None}
     data = open_probe_data(config)
     path = None if output is None else output / "linear_probe.json"
@@ -76,14 +64,42 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
     return found
 
 
-def _checked(overrides: Sequence[str]) -> list[str]:
+def open_foreign(place: str, overrides: Sequence[str], free: tuple[str, ...]) -> tuple[Config, Source, TargetEncoder]:
+    """An encoder that is no run's, and a configuration of images with its channels, normalization and size.
+
+    Args:
+        place: see :func:`~hjepa_engine.interop.reading.read_source`.
+        overrides: command-line overrides of the defaults.
+        free: how the keys begin that can be given.
+
+    Raises:
+        CheckpointError: there is no encoder.
+        ConfigError: the overrides name something else, or images whose size the patches do not divide.
+    """
+    given = _checked(overrides, free)
+    asked, source = load_config(None, [*_NO_SIZES, *overrides]), read_source(place)
+    resized = asked.data.size if "data.image_size" in given else None
+    arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
+    config = _with_own(source, arguments, overrides)
+    patches = source.parts["target_encoder"].get("vit.patch_embed.proj.weight", torch.empty(1, 1, 1, 1))
+    for side, patch in zip(config.data.size, patches.shape[2:], strict=True):
+        if side % patch:
+            size = " x ".join(map(str, config.data.size))
+            raise ConfigError(
+                f"data.image_size must be a multiple of the patches of {source.where} ({patch}), got {size}"
+            )
+    return config, source, build_encoder(source, arguments)
+
+
+def _checked(overrides: Sequence[str], free: tuple[str, ...]) -> list[str]:
     apply_overrides({}, overrides)  # keys that there are not are called that
     given = overridden_keys(overrides)
     for key in given:
-        if not key.startswith(_FREE) or key == "data.in_chans":
+        if not key.startswith(free) or key == "data.in_chans":
+            known = ", ".join(f"{key}*" if key.endswith(".") else key for key in free)
             raise ConfigError(
-                f"{key} is the encoder's own or of training, and cannot be given; what can: data.* (but not in_chans), "
-                "probe.*, device, seed, logging.progress_bar, model.num_heads"
+                f"{key} is the encoder's own or of training, and cannot be given; what can: "
+                f"{known.replace('data.*', 'data.* (but not in_chans)')}"
             )
     return given
 

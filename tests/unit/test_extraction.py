@@ -14,6 +14,7 @@ from hjepa_engine import load_config, load_encoder
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.export import save_encoder
+from hjepa_engine.interop.writing import export_encoder
 from hjepa_engine.models import encoder_arguments
 from hjepa_engine.recipes import extract
 
@@ -91,6 +92,20 @@ def test_an_exported_encoder_reads_a_folder_with_its_own_normalization(run, tmp_
     assert lines[0]["name"].endswith("cats/train/cat/0.png")
     record = json.loads((tmp_path / "one" / "extraction.json").read_text())
     assert record["classes"] == ["cat", "dog"] and record["stats"] == stats
+
+
+def test_encoders_of_other_layouts_are_read_and_images_must_be_named(run, tmp_path):
+    images = image_folder(tmp_path / "cats")
+    words = [QUIET, "--splits=val", f"--data={images}", "--output"]
+    extract.main(["--run", str(run), *words, str(tmp_path / "own")])
+    wanted, _ = read(tmp_path / "own")
+    for kind in ("timm", "huggingface"):
+        place = export_encoder(run, kind, tmp_path / kind).path
+        extract.main(["--encoder", str(place), *words, str(tmp_path / f"of_{kind}")])
+        torch.testing.assert_close(read(tmp_path / f"of_{kind}")[0]["last"], wanted["last"])
+    with pytest.raises(ConfigError, match="give --data or --data.dataset"):
+        extract.main(["--encoder", str(run / "encoder"), QUIET, "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 def test_damaged_images_are_left_out_and_the_index_says_so(run, tmp_path):
