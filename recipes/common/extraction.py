@@ -31,7 +31,6 @@ from hjepa_engine.steps.extraction import extraction_step
 from hjepa_engine.types import Batch, Outputs
 from hjepa_engine.utils.bars import Bar
 
-
 #: What can be given with an encoder that is no run's.
 _FREE = ("data.", "device", "seed", "logging.progress_bar", "model.num_heads")
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from forkserver import PROGRAM as PROGRAM_BODY
 from helpers import NOISE, options
-from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from test_probe_run import run_folder
