@@ -60,6 +60,7 @@ class ShardSampler(Sampler[list[SampleKey]]):
     """
 
     def __init__(self, writer: ShardWriter, numbers: Sequence[int], batch_size: int) -> None:
+        self.batch_size = batch_size
         self.batches = [
             [(0, index) for index in images[first : first + batch_size]]
             for images in map(writer.images_of, numbers)

@@ -237,8 +237,8 @@ def test_a_run_logs_every_documented_metric(finished):
     assert [line["step"] for line in lines if "val/loss" in line] == [14]
     assert all(line["train/loss"] > 0 for line in windows)
     # Warm-up over one epoch of 14 steps; a step's record shows the rate it has used.
-    assert windows[0]["train/lr"] == pytest.approx(1e-3 * 4 / 14)
-    assert windows[3]["train/lr"] == pytest.approx(1e-3)
+    assert windows[0]["train/lr"] == pytest.approx(1e-3 * 5 / 14)
+    assert windows[2]["train/lr"] == 1e-3
     assert windows[0]["train/ema_momentum"] == pytest.approx(0.9, abs=0.01)
 
 

@@ -100,6 +100,7 @@ OTHER = {
     "data.max_pixels": 10_000,
     "data.allow_growth": "true",
     "model.init_from": "nowhere",
+    "distributed.timeout": 5,
     "checkpoint.keep_last_n": 3,
     "logging.log_frequency": 3,
     "collapse.every": 7,

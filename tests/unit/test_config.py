@@ -1121,7 +1121,7 @@ EFFECTS = {
     "online_probe.train_images": Effect("fewer to learn from", "100", lambda c, t: probed_online(c, t)[0], ONLINE, 100),
     "online_probe.val_images": Effect("fewer to judge on", "100", lambda c, t: probed_online(c, t)[1], ONLINE, 100),
     "online_probe.neighbors": Effect("others vote", "1", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
-    "online_probe.temperature": Effect("other weights", "1e-4", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
+    "online_probe.temperature": Effect("other weights", "10", lambda c, t: probed_online(c, t)[2]["probe/knn"], ONLINE),
     "online_probe.linear_epochs": Effect(
         "no linear head", "0", lambda c, t: sorted(probed_online(c, t)[2]), ONLINE, ["probe/knn"]
     ),
