@@ -5,8 +5,8 @@
 
 Each split has a folder of shards, each of which has features and index.jsonl: index, name (the path) and label of each
 row. A shard is whole or absent: the same command goes on where it was stopped, and ends with the same bytes. Images that
-cannot be read are left out. Of the configuration, data.*, device, seed and logging.progress_bar can be given. --encoder takes an
-encoder of another project, or an export, as linear_probe.py does: docs/interop.md.
+cannot be read are left out. Of the configuration, data.*, device, seed and logging.progress_bar can be given. --encoder
+takes an encoder of another project, or an export, as that of linear_probe.py: docs/interop.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def main(argv: Sequence[str]) -> None:
         tuple(dict.fromkeys(known.splits)),
     )
     for split, written in extract(config, encoder, known.output, request).items():
-        print(f"{split}: {written} shards written into {known.output / split}")
+        number = (
+            f"{written} shard{'' if written == 1 else 's'} written into" if written else "complete, nothing to do in"
+        )
+        print(f"{split}: {number} {known.output / split}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from hjepa_engine.models import ContextEncoder
 from hjepa_engine.recipes.common.digest import weights_digest
 from hjepa_engine.recipes.common.probe_encoder import open_foreign
 from hjepa_engine.recipes.common.probe_run import identity_of, open_encoder
-from hjepa_engine.recipes.common.shards import Format, ShardWriter, describe_once
+from hjepa_engine.recipes.common.shards import Format, ShardWriter, describe_once, locked
 from hjepa_engine.run.folder import own_folders
 from hjepa_engine.steps.extraction import extraction_step
 from hjepa_engine.types import Batch, Outputs
@@ -97,17 +97,27 @@ def extract(config: Config, encoder: nn.Module, output: Path, request: Request) 
 
     Raises:
         ConfigError: ``output`` holds other features, or the request does not fit the encoder.
-        DataError: the data cannot be opened, or a shard cannot be written.
+        DataError: the data cannot be opened, a shard cannot be written, or another extraction is writing there.
     """
     step = _step(config, encoder, request)
     exclude = own_folders(config) if config.run_dir else None
     splits = {name: open_split(config.data, name, config.seed, exclude) for name in request.splits}
-    describe_once(output, _describe(config, encoder, request, splits))
+    description = _describe(config, encoder, request, splits)
+    with locked(output):
+        describe_once(output, description)
+        return _write_missing(config, encoder, output, request, step, splits)
+
+
+def _write_missing(
+    config: Config, encoder: nn.Module, output: Path, request: Request, step: Any, splits: dict[SplitName, DatasetSplit]
+) -> dict[str, int]:
     device = choose_device(config.device)
     evaluator = create_evaluator(step, nn.ModuleDict({"encoder": encoder.to(device)}), device)
+    names = ["last", *(f"block_{number}" for number in request.layers)]
+    names += [f"level_{number}" for number in range(len(resolve_levels(config)))] if request.levels else []
     written: dict[str, int] = {}
     for name, split in splits.items():
-        writer = ShardWriter(output / name, request.kind, len(split.images), request.shard_images)
+        writer = ShardWriter(output / name, request.kind, len(split.images), request.shard_images, names)
         numbers = writer.missing()
         written[name] = len(numbers)
         if not numbers:
