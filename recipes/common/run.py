@@ -116,7 +116,8 @@ class Run:
         summary = "\n".join(summarize(self.data.split, self.val_data.split))
         return (
             f"{summary}\n{data.class_path or data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
-            f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} iteration{'' if self.iterations == 1 else 's'}"
+            f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} "
+            f"iteration{'' if self.iterations == 1 else 's'}"
         )
 
     def fit(self) -> dict[str, float]:
