@@ -100,7 +100,8 @@ class ProgressBar:
         """Remove the bar, say how long the run took."""
         self._bar.close()
         took = duration(time.monotonic() - self._began)
-        self._print(f"{self.name}: {engine.state.iteration} iterations, {took} in this process")
+        count = engine.state.iteration
+        self._print(f"{self.name}: {count} iteration{'' if count == 1 else 's'}, {took} in this process")
 
     def _print(self, line: str) -> None:
         Bar.write(line, file=self.stream)

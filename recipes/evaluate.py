@@ -4,7 +4,8 @@
         [--transfer data.dataset=cifar10 data.data_path=DIR ...] [--KEY VALUE ...]
 
 Writes RUN_DIR/evaluation.md and evaluation.json, and prints the table. Learning rates and weight decays are chosen on a
-part of the training labels; test images are judged once. docs/evaluation.md has the protocol of each figure.
+part of the training labels; test images are judged once. Results of other tasks stay in the files, those of other
+settings get files of their own. docs/evaluation.md has the protocol of each figure.
 
 Of the configuration, the keys that linear_probe.py takes can be given: data.*, probe.* (epochs, batch_size,
 features_in_memory_gb), device, seed and logging.progress_bar.

@@ -28,13 +28,18 @@ def main(argv: Sequence[str]) -> None:
         metavar="FOLDER",
         help="a new folder (default: export/FORMAT in the run folder)",
     )
-    parser.add_argument("--checkpoint", metavar="NAME", help="best, latest or a name; the exported encoder by default")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="best, latest or a name; by default the exported encoder, or the newest checkpoint where there is none",
+    )
     parser.add_argument("--module", metavar="NAME", help="target_encoder (default) or context_encoder")
     known = parser.parse_args(argv)
     from hjepa_engine.interop.writing import export_encoder  # torch is imported here: --help does without
 
     found = export_encoder(known.run, known.format, known.output, checkpoint=known.checkpoint, module=known.module)
-    print(f"{found.path}: {known.format}, {found.size / 1e6:.1f} MB")
+    size = f"{found.size / 1e3:.1f} kB" if found.size < 1e6 else f"{found.size / 1e6:.1f} MB"
+    print(f"{found.path}: {known.format}, {size}, {found.weights}")
 
 
 if __name__ == "__main__":

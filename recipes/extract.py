@@ -5,7 +5,8 @@
 
 Each split has a folder of shards, each of which has features and index.jsonl: index, name (the path) and label of each
 row. A shard is whole or absent: the same command goes on where it was stopped, and ends with the same bytes. Images that
-cannot be read are left out. Of the configuration, data.*, device, seed and logging.progress_bar can be given.
+cannot be read are left out. Of the configuration, data.*, device, seed and logging.progress_bar can be given. --encoder
+takes an encoder of another project, or an export, as that of linear_probe.py: docs/interop.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from hjepa_engine import errors
+from hjepa_engine.config.overrides import overridden_keys
 from hjepa_engine.config.paths import path_argument
 from hjepa_engine.run.cli import command_parser, run_command
 
@@ -23,9 +25,11 @@ def main(argv: Sequence[str]) -> None:
     parser = command_parser(__doc__ or "")
     parser.add_argument("--run", type=path_argument, metavar="RUN_DIR", help="the run folder")
     parser.add_argument("--checkpoint", metavar="NAME", help="best, latest or a name; the exported encoder by default")
-    parser.add_argument("--encoder", type=path_argument, metavar="DIR", help="an exported encoder, instead of --run")
     parser.add_argument(
-        "--data", type=path_argument, metavar="FOLDER", help="an image folder; the run's images by default"
+        "--encoder", type=path_argument, metavar="DIR", help="an encoder that is no run's, or timm/NAME"
+    )
+    parser.add_argument(
+        "--data", type=path_argument, metavar="FOLDER", help="an image folder; by default the run's images, with --run"
     )
     parser.add_argument("--output", type=path_argument, required=True, metavar="DIR", help="a new folder, or one begun")
     parser.add_argument("--format", choices=("safetensors", "npy"), default="safetensors", help="of shards")
@@ -46,13 +50,16 @@ def main(argv: Sequence[str]) -> None:
         raise errors.ConfigError(f"--shard_images must be at least 1, got {known.shard_images}")
     if known.data is not None:
         overrides = [*overrides, "--data.dataset=imagefolder", f"--data.data_path={known.data}"]
+    named = {"data.dataset", "data.class_path"} & set(overridden_keys(overrides))
+    if known.encoder is not None and not named:
+        raise errors.ConfigError("--encoder knows no images: give --data or --data.dataset")
     # torch is imported here: --help does without
     from hjepa_engine.recipes.common.extraction import Request, extract, open_encoder, open_export
 
     if known.run is not None:
         _, config, encoder, _ = open_encoder(known.run, known.checkpoint, overrides)
     else:
-        config, encoder = open_export(known.encoder, overrides)
+        config, encoder = open_export(str(known.encoder), overrides)
     request = Request(
         known.features,
         tuple(sorted(set(known.layers))),
@@ -63,7 +70,10 @@ def main(argv: Sequence[str]) -> None:
         tuple(dict.fromkeys(known.splits)),
     )
     for split, written in extract(config, encoder, known.output, request).items():
-        print(f"{split}: {written} shards written into {known.output / split}")
+        number = (
+            f"{written} shard{'' if written == 1 else 's'} written into" if written else "complete, nothing to do in"
+        )
+        print(f"{split}: {number} {known.output / split}")
 
 
 if __name__ == "__main__":

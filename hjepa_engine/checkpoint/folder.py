@@ -21,6 +21,7 @@ from hjepa_engine.checkpoint.storage import (
     read_regular_file,
     read_state,
 )
+from hjepa_engine.config.parsing import parse_yaml
 from hjepa_engine.errors import CheckpointError
 from hjepa_engine.utils.files import free_name, remove, replace_file
 
@@ -107,43 +108,74 @@ def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
     return None
 
 
-def find_checkpoint(path: Path, which: str) -> Checkpoint:
+def find_checkpoint(path: Path, which: str, *, allow_damaged: bool = True) -> Checkpoint:
     """Find one checkpoint of a run.
 
     Args:
         path: the run folder, or the folder of its checkpoints.
         which: ``latest``, ``best`` (by the run's own metric), or a checkpoint's name.
+        allow_damaged: whether another one may be taken, with a warning, where damaged ones may be what is asked for.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     for folder in checkpoint_folders(path):
-        found = {checkpoint.record.name: checkpoint for checkpoint in list_checkpoints(folder)}
-        records = [checkpoint.record for checkpoint in found.values()]
+        found, damaged = _intact_and_damaged(folder)
+        if which in damaged:
+            raise CheckpointError(f"the checkpoint {which} in {folder} is {_problem(damaged[which])}")
+        if not found and damaged:
+            name = max(damaged)
+            raise CheckpointError(f"no checkpoint in {folder} is usable: {name} is {_problem(damaged[name])}")
         if not found:
             continue
-        chosen = which if which in found else None
-        if which == "latest":
-            chosen = records[0].name
-        elif which == "best":
-            options = next(iter(found.values())).config.get("checkpoint")
-            larger_wins = isinstance(options, dict) and options.get("mode") == "max"
-            foremost = best(records, "max" if larger_wins else "min")
-            chosen = foremost and foremost.name
-        if chosen is None:
-            known = f"{', '.join(found)}, latest" if which != "best" else "none has a score"
-            raise CheckpointError(f"{folder} has no checkpoint {which!r}: {known}")
+        chosen = _choose(folder, found, which)
+        # Names sort by epoch and step; of a damaged one the score is not known.
+        doubtful = [name for name in sorted(damaged) if which == "best" or (which == "latest" and name > chosen)]
+        if doubtful:
+            what = "; ".join(f"{name} is {_problem(damaged[name])}" for name in doubtful)
+            if not allow_damaged:
+                raise CheckpointError(f"in {folder}, {what}")
+            logger.warning("checkpoint %s; %s is used instead", what, chosen)
         return found[chosen]
     raise CheckpointError(f"{path} holds no checkpoint")
 
 
+def _intact_and_damaged(folder: Path) -> tuple[dict[str, Checkpoint], dict[str, Exception]]:
+    damaged: dict[str, Exception] = {}
+    found = list_checkpoints(folder, lambda path, error: damaged.setdefault(path.name, error))
+    return {checkpoint.record.name: checkpoint for checkpoint in found}, damaged
+
+
+def _choose(folder: Path, found: dict[str, Checkpoint], which: str) -> str:
+    """The name of the checkpoint that ``which`` asks for, of those in ``found``, newest first."""
+    records = [checkpoint.record for checkpoint in found.values()]
+    chosen = which if which in found else None
+    if which == "latest":
+        chosen = records[0].name
+    elif which == "best":
+        options = next(iter(found.values())).config.get("checkpoint")
+        larger_wins = isinstance(options, dict) and options.get("mode") == "max"
+        foremost = best(records, "max" if larger_wins else "min")
+        chosen = foremost and foremost.name
+    if chosen is None:
+        known = f"{', '.join(found)}, latest" if which != "best" else "none has a score"
+        raise CheckpointError(f"{folder} has no checkpoint {which!r}: {known}")
+    return chosen
+
+
 def checkpoint_folders(path: Path) -> list[Path]:
-    """Folders in which the checkpoints of ``path`` (a run folder, or a folder of checkpoints) may be."""
+    """Folders in which the checkpoints of ``path`` (a run folder, or a folder of checkpoints) may be.
+
+    One elsewhere counts only where the run's configuration names it: a copied run folder has its own.
+    """
     named = None
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
-        status = json.loads(read_regular_file(path / "status.json", MAX_MANIFEST_BYTES))
-        named = Path(status["checkpoint"]).parent if status.get("checkpoint") else None
-    return [folder for folder in (path / "checkpoints", named, path) if folder is not None]
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError):
+        config = parse_yaml(read_regular_file(path / "config.yaml", MAX_MANIFEST_BYTES).decode())
+        if directory := config["checkpoint"]["checkpoint_dir"]:
+            named = Path(directory)
+            if (run := config.get("run_dir")) and named.is_relative_to(run):
+                named = path / named.relative_to(run)
+    return list(dict.fromkeys(folder for folder in (named, path / "checkpoints", path) if folder is not None))
 
 
 def load_one(path: Path) -> tuple[Checkpoint, Any]:
@@ -165,6 +197,10 @@ def load_one(path: Path) -> tuple[Checkpoint, Any]:
 
 
 def _warn(path: Path, error: Exception) -> str:
-    what = f"{path.name} {'is damaged' if isinstance(error, CorruptCheckpoint) else 'cannot be read'}: {error}"
+    what = f"{path.name} is {_problem(error)}"
     logger.warning("checkpoint %s", what)
     return what
+
+
+def _problem(error: Exception) -> str:
+    return f"{'damaged' if isinstance(error, CorruptCheckpoint) else 'not readable'}: {error}"

@@ -32,23 +32,30 @@ class Facts:
     module: str
     """Name of the encoder in the run."""
     checkpoint: Checkpoint | None
-    """That it is from, or the newest one where it was exported at the end of the run."""
+    """That it is from, or the newest one where it was exported at the end of the run; None: it is not known."""
     data: dict[str, Any]
     """Contents of ``data.json``; empty where there is none."""
     figures: dict[str, float]
-    """Accuracies of linear probes, by what was probed; empty where there are none."""
+    """Accuracies of linear probes of these weights, by what was probed; empty where they were not measured."""
 
 
-def figures_in(run: Path) -> dict[str, float]:
-    """Accuracies of the linear probe in a run folder: that of ``recipes/linear_probe.py``, else that at the run's end."""
+def figures_in(run: Path, checkpoint: str | None) -> dict[str, float]:
+    """Accuracies of the linear probe of one encoder in a run folder, empty where it was not measured.
+
+    Those of ``recipes/linear_probe.py``, else those at the run's end.
+
+    Args:
+        run: the run folder.
+        checkpoint: name of the checkpoint that the encoder is from; None: it is the one that the finished run exported.
+    """
     for name, key in (("linear_probe.json", "accuracy"), ("status.json", "results")):
         try:
-            found = json.loads((run / name).read_text(encoding="utf-8"))[key]
-            figures = {_PROBES[probe]: float(value) for probe, value in found.items() if probe in _PROBES}
+            record = json.loads((run / name).read_text(encoding="utf-8"))
+            figures = {_PROBES[probe]: float(value) for probe, value in record[key].items() if probe in _PROBES}
+            if figures and (record.get("checkpoint") if key == "accuracy" else None) == checkpoint:
+                return figures
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
-        if figures:
-            return figures
     return {}
 
 

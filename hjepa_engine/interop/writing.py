@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -33,6 +34,8 @@ class Written(NamedTuple):
     path: Path
     size: int
     """Bytes of all files."""
+    weights: str
+    """Where they are from, in words."""
 
 
 def _write_own(encoder: ContextEncoder, folder: Path, stats: tuple[Any, Any]) -> None:
@@ -57,7 +60,7 @@ def export_encoder(
         run: the run folder; the run may be going on.
         kind: one of :data:`FORMATS`.
         output: a folder that does not exist or is empty; ``export/<kind>`` in the run folder by default.
-        checkpoint: ``latest``, ``best`` or a name; by default the encoder that the finished run exported, else the newest.
+        checkpoint: ``latest``, ``best`` or a name; by default the encoder that the finished run exported, or the newest one.
         module: name of the encoder; by default the one that the run measures, the target encoder.
 
     Raises:
@@ -72,7 +75,7 @@ def export_encoder(
         raise ConfigError(f"--output {folder} holds something already: give another one, or remove it")
     if kind == "onnx":
         check_onnx()
-    encoder, facts, stats = _read(run, checkpoint, module)
+    encoder, facts, stats, weights = _read(run, checkpoint, module)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         if os.path.lexists(temporary):  # of an export that was killed
@@ -91,10 +94,10 @@ def export_encoder(
         if isinstance(error, (OSError, SafetensorError)):
             raise ExportError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         raise
-    return Written(folder, size)
+    return Written(folder, size, weights)
 
 
-def _read(run: Path, checkpoint: str | None, module: str | None) -> tuple[ContextEncoder, Facts, tuple[Any, Any]]:
+def _read(run: Path, checkpoint: str | None, module: str | None) -> tuple[ContextEncoder, Facts, tuple[Any, Any], str]:
     saved = run / "config.yaml"
     if not saved.is_file():
         raise ExportError(f"{run} is no run folder: {saved.name} is missing")
@@ -103,10 +106,12 @@ def _read(run: Path, checkpoint: str | None, module: str | None) -> tuple[Contex
         raise ExportError(
             f"{run} trained a model of its own, {config.model.class_path}: only H-JEPA's encoders are exported"
         )
-    if checkpoint is None and (module is not None or not (run / "encoder" / DESCRIPTION).is_file()):
+    has_export = (run / "encoder" / DESCRIPTION).is_file()
+    if checkpoint is None and (module is not None or not has_export):
         checkpoint = "latest"
     try:
-        found = find_checkpoint(run, checkpoint or "latest")
+        # What the finished run exported is of its newest checkpoint, and of no other.
+        found = find_checkpoint(run, checkpoint or "latest", allow_damaged=checkpoint is not None)
     except CheckpointError:
         if checkpoint is not None:
             raise
@@ -114,7 +119,8 @@ def _read(run: Path, checkpoint: str | None, module: str | None) -> tuple[Contex
     known = ("context_encoder", "target_encoder")
     if module is not None and module not in known:
         raise ConfigError(f"--module must be an encoder, {' or '.join(known)}, got {module!r}")
-    encoder: nn.Module = load_encoder(run, checkpoint, module=module)
+    taken = None if checkpoint is None or found is None else found.record.name
+    encoder: nn.Module = load_encoder(run, taken, module=module)
     assert isinstance(encoder, ContextEncoder)
     data, stats = _json(run / "data.json"), None
     if "stats" in data:
@@ -124,7 +130,23 @@ def _read(run: Path, checkpoint: str | None, module: str | None) -> tuple[Contex
     if stats is None:
         raise ExportError(f"{run} does not say how its images are normalized: data.json is missing")
     name = module or encoder_name(config, known) or known[1]
-    return encoder, Facts(config, name, found, data, figures_in(run) if module in (None, known[1]) else {}), stats
+    # A checkpoint may hold the very weights that the finished run exported and measured.
+    is_final = taken is None or (has_export and _same_weights(encoder, run))
+    figures = (
+        {} if module not in (None, known[1]) else figures_in(run, taken) or (figures_in(run, None) if is_final else {})
+    )
+    weights = "the exported encoder" if taken is None else f"{name} of checkpoint {taken}"
+    return encoder, Facts(config, name, found, data, figures), stats, weights
+
+
+def _same_weights(encoder: nn.Module, run: Path) -> bool:
+    """Whether the run exported these weights."""
+    try:
+        final = load_encoder(run).state_dict()
+    except ExportError:
+        return False
+    own = encoder.state_dict()
+    return own.keys() == final.keys() and all(torch.equal(tensor, final[name]) for name, tensor in own.items())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def evaluations(run: RunData) -> list[tuple[str, Table]]:
     for record in run.evaluations:
         data = record.get("data")
         images = str(data.get("description", "")) if isinstance(data, dict) else ""
-        parts = [images, f"{record.get('seeds')} seeds"]
+        parts = [images, "one seed" if record.get("seeds") == 1 else f"{record.get('seeds')} seeds"]
         parts += [f"transfer: {record['transfer_data']}"] if record.get("transfer_data") else []
         parts += [f"checkpoint {record['checkpoint']}"] if record.get("checkpoint") else []
         parts += [str(record["note"])] if record.get("note") else []

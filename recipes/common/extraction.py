@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,23 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from hjepa_engine import Config, create_evaluator, load_config, load_encoder
-from hjepa_engine.config.overrides import overridden_keys
+from hjepa_engine import Config, create_evaluator
 from hjepa_engine.config.schema import Level, resolve_levels
 from hjepa_engine.data import DatasetSplit, ImageLoader, open_split
 from hjepa_engine.data.sampler import SampleKey
 from hjepa_engine.data.split import SplitName
 from hjepa_engine.devices import choose_device
-from hjepa_engine.errors import ConfigError, DataError, ExportError
+from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.evaluator import for_each_output
 from hjepa_engine.handlers import DamagedImages
 from hjepa_engine.models import ContextEncoder
+from hjepa_engine.recipes.common.digest import weights_digest
+from hjepa_engine.recipes.common.probe_encoder import open_foreign
 from hjepa_engine.recipes.common.probe_run import identity_of, open_encoder
-from hjepa_engine.recipes.common.shards import Format, ShardWriter, describe_once
+from hjepa_engine.recipes.common.shards import Format, ShardWriter, describe_once, locked
 from hjepa_engine.run.folder import own_folders
 from hjepa_engine.steps.extraction import extraction_step
 from hjepa_engine.types import Batch, Outputs
 from hjepa_engine.utils.bars import Bar
+
+#: What can be given with an encoder that is no run's.
+_FREE = ("data.", "device", "seed", "logging.progress_bar", "model.num_heads")
 
 
 @dataclass(frozen=True)
@@ -72,36 +74,18 @@ class ShardSampler(Sampler[list[SampleKey]]):
         return iter(self.batches)
 
 
-def open_export(folder: Path, overrides: Sequence[str]) -> tuple[Config, nn.Module]:
-    """An exported encoder, and a configuration of images with its channels and normalization.
+def open_export(place: str, overrides: Sequence[str]) -> tuple[Config, nn.Module]:
+    """An encoder that is no run's, and a configuration of images with its channels and normalization.
+
+    Args:
+        place: see :func:`~hjepa_engine.interop.reading.read_source`.
+        overrides: command-line overrides; they must name the data.
 
     Raises:
-        ExportError: there is none, or it does not say how images are normalized.
+        CheckpointError: there is none.
         ConfigError: the overrides name what is the encoder's own.
     """
-    encoder = load_encoder(folder)
-    path = next(p for p in (folder / "config.json", folder / "encoder" / "config.json") if p.is_file())
-    description = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        mean, std = (list(map(float, values)) for values in description["stats"])
-        arguments = description["encoder"]
-        size, channels, patch = arguments["img_size"], arguments["in_chans"], arguments.get("patch_size")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ExportError(f"{path} does not say how images are normalized: it has no {error}") from error
-    for key in overridden_keys(overrides):
-        if not key.startswith(("data.", "device", "seed", "logging.progress_bar")):
-            raise ConfigError(f"{key} is the encoder's own and cannot be given; what can: data.*, device, seed")
-    own = {"mean": mean, "std": std, "in_chans": channels}
-    pinned = [f"data.image_size={json.dumps(size)}", "model.patch_size=null", "model.embed_dim=null"]
-    pinned += ["model.num_heads=null", "model.depth=null"]
-    config = load_config(
-        None, [*pinned, *overrides, *(f"data.{key}={json.dumps(value)}" for key, value in own.items())]
-    )
-    sides = (patch, patch) if isinstance(patch, int) else patch
-    if sides and any(length % side for length, side in zip(config.data.size, sides, strict=True)):
-        raise ConfigError(f"data.image_size must be a multiple of the patch size {patch}, got {config.data.image_size}")
-    if [*config.data.size] != ([size, size] if isinstance(size, int) else list(size)):
-        encoder = load_encoder(folder, img_size=config.data.size)
+    config, _, encoder, _ = open_foreign(place, overrides, _FREE)
     return config, encoder
 
 
@@ -113,17 +97,27 @@ def extract(config: Config, encoder: nn.Module, output: Path, request: Request) 
 
     Raises:
         ConfigError: ``output`` holds other features, or the request does not fit the encoder.
-        DataError: the data cannot be opened, or a shard cannot be written.
+        DataError: the data cannot be opened, a shard cannot be written, or another extraction is writing there.
     """
     step = _step(config, encoder, request)
     exclude = own_folders(config) if config.run_dir else None
     splits = {name: open_split(config.data, name, config.seed, exclude) for name in request.splits}
-    describe_once(output, _describe(config, encoder, request, splits))
+    description = _describe(config, encoder, request, splits)
+    with locked(output):
+        describe_once(output, description)
+        return _write_missing(config, encoder, output, request, step, splits)
+
+
+def _write_missing(
+    config: Config, encoder: nn.Module, output: Path, request: Request, step: Any, splits: dict[SplitName, DatasetSplit]
+) -> dict[str, int]:
     device = choose_device(config.device)
     evaluator = create_evaluator(step, nn.ModuleDict({"encoder": encoder.to(device)}), device)
+    names = ["last", *(f"block_{number}" for number in request.layers)]
+    names += [f"level_{number}" for number in range(len(resolve_levels(config)))] if request.levels else []
     written: dict[str, int] = {}
     for name, split in splits.items():
-        writer = ShardWriter(output / name, request.kind, len(split.images), request.shard_images)
+        writer = ShardWriter(output / name, request.kind, len(split.images), request.shard_images, names)
         numbers = writer.missing()
         written[name] = len(numbers)
         if not numbers:
@@ -191,15 +185,11 @@ def _describe(
     config: Config, encoder: nn.Module, request: Request, splits: dict[SplitName, DatasetSplit]
 ) -> dict[str, Any]:
     """All that the features follow from: shards of an equal description are parts of the same whole."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     first = next(iter(splits.values()))
     if any(split.stats != first.stats for split in splits.values()):
         raise DataError("the splits have different normalizations")
     return {
-        "encoder": digest.hexdigest(),
+        "encoder": weights_digest(encoder),
         "data": identity_of(config),
         "images": {name: len(split.images) for name, split in splits.items()},
         "contents": {name: dict(split.contents.folders) for name, split in splits.items()},

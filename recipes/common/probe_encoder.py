@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +43,50 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
         ConfigError: the overrides name something else, or images whose size the patches do not divide.
         DataError: the data cannot be opened, or have no labels.
     """
-    given = _checked(overrides)
+    config, source, encoder, notes = open_foreign(place, overrides, _FREE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        untrained = TargetEncoder(**encoder.arguments).requires_grad_(False).eval()
+    encoders = {"trained": encoder, "random": untrained, "pixels": None}
+    data = open_probe_data(config)
+    path = None if output is None else output / "linear_probe.json"
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output {output} cannot be written to: {error.strerror}") from error
+    results = evaluate_encoders(config, encoders, output, config.logging.progress_bar, data)
+    note = ONE_CLASS if data["probe"].num_classes == 1 else None
+    found = ProbedRun(config, results, in_words(config, data), note, path, notes)
+    if path is not None:
+        record = {"probe": asdict(config.probe), "encoder": source.where, "data": found.data, "accuracy": results}
+        replace_file(path, json.dumps({**record, "note": note, "notes": list(notes)}) + "\n")
+    return found
+
+
+class Foreign(NamedTuple):
+    """What :func:`open_foreign` found."""
+
+    config: Config
+    source: Source
+    encoder: TargetEncoder
+    notes: tuple[str, ...]
+    """What was left out or resized, in words."""
+
+
+def open_foreign(place: str, overrides: Sequence[str], free: tuple[str, ...]) -> Foreign:
+    """An encoder that is no run's, and a configuration of images with its channels, normalization and size.
+
+    Args:
+        place: see :func:`~hjepa_engine.interop.reading.read_source`.
+        overrides: command-line overrides of the defaults.
+        free: how the keys begin that can be given.
+
+    Raises:
+        CheckpointError: there is no encoder.
+        ConfigError: the overrides name something else, or images whose size the patches do not divide.
+    """
+    given = _checked(overrides, free)
     source = read_source(place)
     patches = source.parts.get("target_encoder", {}).get("vit.patch_embed.proj.weight", torch.empty(1, 3, 1, 1))
     # What is given for each channel is checked against the encoder's.
@@ -60,34 +103,18 @@ def probe_encoder(place: str, overrides: Sequence[str], output: Path | None = No
             )
     encoder, plan = plan_encoder(source, arguments)
     plan.apply()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        untrained = TargetEncoder(**arguments).requires_grad_(False).eval()
-    encoders = {"trained": encoder, "random": untrained, "pixels": None}
-    data = open_probe_data(config)
-    path = None if output is None else output / "linear_probe.json"
-    if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {output} cannot be written to: {error.strerror}") from error
-    results = evaluate_encoders(config, encoders, output, config.logging.progress_bar, data)
-    note = ONE_CLASS if data["probe"].num_classes == 1 else None
-    found = ProbedRun(config, results, in_words(config, data), note, path, plan.notes)
-    if path is not None:
-        record = {"probe": asdict(config.probe), "encoder": source.where, "data": found.data, "accuracy": results}
-        replace_file(path, json.dumps({**record, "note": note, "notes": list(plan.notes)}) + "\n")
-    return found
+    return Foreign(config, source, encoder, plan.notes)
 
 
-def _checked(overrides: Sequence[str]) -> list[str]:
+def _checked(overrides: Sequence[str], free: tuple[str, ...]) -> list[str]:
     apply_overrides({}, overrides)  # keys that there are not are called that
     given = overridden_keys(overrides)
     for key in given:
-        if not key.startswith(_FREE) or key == "data.in_chans":
+        if not key.startswith(free) or key == "data.in_chans":
+            known = ", ".join(f"{key}*" if key.endswith(".") else key for key in free)
             raise ConfigError(
-                f"{key} is the encoder's own or of training, and cannot be given; what can: data.* (but not in_chans), "
-                "probe.*, device, seed, logging.progress_bar, model.num_heads"
+                f"{key} is the encoder's own or of training, and cannot be given; what can: "
+                f"{known.replace('data.*', 'data.* (but not in_chans)')}"
             )
     return given
 

@@ -112,11 +112,12 @@ class Run:
         if grid := getattr(model, "grid", None):
             parts.append(f" on {grid[0]} x {grid[1]} patches")
         if levels := levels_of(self.modules):
-            parts.append(f", {len(levels)} levels")
+            parts.append(f", {len(levels)} level{'' if len(levels) == 1 else 's'}")
         summary = "\n".join(summarize(self.data.split, self.val_data.split))
         return (
             f"{summary}\n{data.class_path or data.dataset} in batches of {data.batch_size}; {''.join(parts)}; "
-            f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} iterations"
+            f"{trainer.device}, {trainer.amp_dtype or torch.float32}; {self.iterations} "
+            f"iteration{'' if self.iterations == 1 else 's'}"
         )
 
     def fit(self) -> dict[str, float]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,6 +23,7 @@ from hjepa_engine.utils.files import remove, replace_file, sync_folder, write_fi
 Format = Literal["safetensors", "npy"]
 #: What the shards were asked for, beside them.
 DESCRIPTION = "extraction.json"
+_LOCK = ".extraction.lock"
 
 
 class ShardWriter:
@@ -29,17 +34,22 @@ class ShardWriter:
         kind: one file ``features.safetensors``, or a ``<name>.npy`` for each tensor.
         total: number of images.
         size: images of a shard.
+        names: of the features.
     """
 
-    def __init__(self, folder: Path, kind: Format, total: int, size: int) -> None:
-        self.folder, self.kind, self.total, self.size = folder, kind, total, size
+    def __init__(self, folder: Path, kind: Format, total: int, size: int, names: Sequence[str]) -> None:
+        self.folder, self.kind, self.total, self.size, self.names = folder, kind, total, size, set(names)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there; leaves of shards that were not finished are removed."""
+        """Numbers of the shards that are not there; what is left of unfinished or damaged ones is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".shard_*"):
             remove(path)
-        return [number for number in range(-(-self.total // self.size)) if not self._path(number).is_dir()]
+        numbers = [number for number in range(-(-self.total // self.size)) if not self._is_whole(number)]
+        for path in map(self._path, numbers):
+            if os.path.lexists(path):
+                remove(path)
+        return numbers
 
     def images_of(self, number: int) -> range:
         """Indices of a shard's images."""
@@ -63,6 +73,24 @@ class ShardWriter:
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
+    def _is_whole(self, number: int) -> bool:
+        """Whether a shard has all its files, to their ends; the features themselves are not read."""
+        path = self._path(number)
+        try:
+            index = (path / "index.jsonl").read_bytes()
+            rows = index.count(b"\n")
+            if self.kind == "npy":
+                arrays = {file.stem: np.load(file, mmap_mode="r").shape for file in path.glob("*.npy")}
+            else:
+                with safe_open(path / "features.safetensors", "np") as file:
+                    arrays = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError):
+            return False
+        # Of a shard without an image that could be read, there are no features.
+        return (index == b"" or index.endswith(b"}\n")) and (
+            set(arrays) == (self.names if rows else set()) and all(shape[0] == rows for shape in arrays.values())
+        )
+
     def _path(self, number: int) -> Path:
         return self.folder / f"shard_{number:05d}"
 
@@ -82,6 +110,41 @@ def _write(path: Path, data: bytes) -> None:
     write_file(path, lambda write: write(data))
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other extractions out of ``folder``, which is created; the lock of a dead process is gone.
+
+    Raises:
+        DataError: another one is writing there.
+        ConfigError: the folder cannot be written to.
+    """
+    path = folder / _LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {folder} cannot be used: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise DataError(f"--output {folder} is in use by {file.read().strip() or 'another process'}") from error
+        except OSError as error:
+            raise ConfigError(f"--output {folder} cannot be used: {error.strerror}") from error
+        # Whoever held it may have removed it between the two calls: then this is no lock.
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise DataError(f"--output {folder} was in use until now: run the same command again")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def describe_once(folder: Path, description: Mapping[str, Any]) -> None:
     """Write what the shards in ``folder`` are of, or see that it is the same as before.
 
@@ -92,7 +155,7 @@ def describe_once(folder: Path, description: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            if any(folder.iterdir()):
+            if any(path.name != _LOCK for path in folder.iterdir()):
                 raise ConfigError(f"--output must be a new folder or one that extract.py has begun, got {folder}")
             replace_file(path, json.dumps(description, indent=1) + "\n")
             return

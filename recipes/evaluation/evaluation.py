@@ -11,10 +11,12 @@ from typing import Any
 
 from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import ConfigError
+from hjepa_engine.recipes.common.digest import weights_digest
 from hjepa_engine.recipes.common.probe_run import ONE_CLASS, FrozenRun, identity_of, in_words, open_run, result_file
 from hjepa_engine.recipes.evaluation.attentive import attentive
 from hjepa_engine.recipes.evaluation.dense import dense
 from hjepa_engine.recipes.evaluation.linear import few_label, linear
+from hjepa_engine.recipes.evaluation.merging import merge
 from hjepa_engine.recipes.evaluation.neighbors import knn
 from hjepa_engine.recipes.evaluation.reading import grid_of, read_images, read_maps, read_patches
 from hjepa_engine.recipes.evaluation.table import as_markdown
@@ -54,7 +56,7 @@ def evaluate_run(
     transfer: Sequence[str] = (),
     num_seeds: int = 3,
 ) -> Evaluation:
-    """Run the standard evaluation of a run folder, and write its table there.
+    """Run the standard evaluation of a run folder, and write its table there, beside that of tasks done before.
 
     Args:
         folder: the run folder.
@@ -80,7 +82,9 @@ def evaluate_run(
     record = {
         "run": str(folder),
         "checkpoint": checkpoint,
+        "weights": weights_digest(trained) if (trained := run.encoders["trained"]) is not None else None,
         "seeds": num_seeds,
+        "seed": run.config.seed,
         "data": {**identity_of(run.config), "description": in_words(run.config, run.data)},
         "transfer_data": None if other is None else in_words(other.config, other.data),
         "probe": asdict(run.config.probe),
@@ -88,7 +92,7 @@ def evaluate_run(
         "rows": [row.as_dict() for row in rows],
         "seconds": round(time.monotonic() - started, 1),
     }
-    path = result_file(folder, run.before, run.config, "evaluation")
+    path, record = merge(result_file(folder, run.before, run.config, "evaluation"), record, TASKS)
     try:
         replace_file(path, json.dumps(record, indent=1) + "\n")
         replace_file(path.with_suffix(".md"), as_markdown(record))

@@ -14,8 +14,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     lines = [
         f"# Evaluation of {record['run']}",
         "",
-        f"{record['data']['description']}. Accuracies in percent: mean and standard deviation over {record['seeds']} seeds. "
-        "docs/evaluation.md says what each figure is.",
+        f"{record['data']['description']}. Accuracies in percent, {_spread(record)}. docs/evaluation.md says what each "
+        "figure is.",
         "",
         *_rows([table.headings, ("---",) * len(table.headings), *table.rows]),
         "",
@@ -27,6 +27,12 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     if record["note"]:
         lines += [f"Note: {record['note']}.", ""]
     return "\n".join(lines)
+
+
+def _spread(record: Mapping[str, Any]) -> str:
+    seeds, passes = record["seeds"], record["probe"]["epochs"]
+    spread = "of one seed" if seeds == 1 else f"mean and standard deviation over {seeds} seeds"
+    return f"{spread}; heads are trained for {passes} pass{'' if passes == 1 else 'es'} (probe.epochs)"
 
 
 def _rows(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 import venv
@@ -16,6 +17,7 @@ from helpers import NOISE, options, same_bits, weights_of
 from safetensors.torch import load_file, save_file
 
 from hjepa_engine import load_config, load_encoder
+from hjepa_engine.checkpoint.folder import find_checkpoint, list_checkpoints
 from hjepa_engine.errors import ConfigError, ExportError
 from hjepa_engine.interop import graphs
 from hjepa_engine.interop.building import arguments_of, build_encoder
@@ -152,7 +154,10 @@ def test_the_context_encoder_and_any_checkpoint_can_be_exported(run, tmp_path, c
     words = ["--run", str(run.folder.path), "--format", "safetensors", "--output", str(tmp_path / "context")]
     export.main([*words, "--module", "context_encoder", "--checkpoint", "best"])
     size = sum(path.stat().st_size for path in (tmp_path / "context").iterdir())
-    assert capsys.readouterr().out == f"{tmp_path}/context: safetensors, {size / 1e6:.1f} MB\n"
+    name = find_checkpoint(run.folder.path, "best").record.name
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/context: safetensors, {size / 1e3:.1f} kB, context_encoder of checkpoint {name}\n"
+    )
     exported = load_file(tmp_path / "context" / "model.safetensors")
     best = load_encoder(run.folder.path, "best", module="context_encoder")
     assert same_bits(exported, weights_of(best))
@@ -173,6 +178,38 @@ def test_the_card_says_what_the_run_says(run, exports):
     ):
         assert line in card.splitlines()
     assert re.search(r"^\| `val/loss` \| [\d.]+ \|$", card, re.MULTILINE)
+
+
+def test_the_card_has_figures_of_the_weights_that_were_measured_alone(run, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder.path, folder)
+    saved = [checkpoint.record.name for checkpoint in list_checkpoints(folder / "checkpoints")]
+    assert len(saved) == 2
+
+    def probes(number, checkpoint):
+        path = export_encoder(folder, "safetensors", tmp_path / str(number), checkpoint=checkpoint).path
+        return [line for line in (path / "README.md").read_text().splitlines() if "linear probe" in line]
+
+    final = probes(0, None)
+    assert len(final) == 3 and probes(1, saved[0]) == final and probes(2, saved[1]) == []
+    record = {"checkpoint": saved[1], "accuracy": {"trained": 0.125}}
+    (folder / "linear_probe.json").write_text(json.dumps(record))
+    assert probes(3, saved[1]) == ["| linear probe | 12.5 % |"] and probes(4, None) == final
+    (folder / "checkpoints" / saved[0] / "manifest.json").write_bytes(b"{}")
+    path = export_encoder(folder, "safetensors", tmp_path / "5").path
+    assert "| trained |" not in (path / "README.md").read_text() and not caplog.messages
+
+
+def test_it_is_said_which_weights_were_taken(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder.path, folder)
+    words = ["--run", str(folder), "--format", "safetensors", "--output"]
+    export.main([*words, str(tmp_path / "one")])
+    assert capsys.readouterr().out.endswith(" kB, the exported encoder\n")
+    shutil.rmtree(folder / "encoder")
+    export.main([*words, str(tmp_path / "two")])
+    newest = find_checkpoint(folder, "latest").record.name
+    assert capsys.readouterr().out.endswith(f", target_encoder of checkpoint {newest}\n")
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hjepa_engine.checkpoint.folder import list_checkpoints, load_newest, load_one
+from hjepa_engine.checkpoint.folder import checkpoint_folders, find_checkpoint, list_checkpoints, load_newest, load_one
 from hjepa_engine.checkpoint.serialization import _DTYPES, Snapshot, flatten, read_tensors, unflatten, write_tensors
 from hjepa_engine.checkpoint.state import collect_state, resume
 from hjepa_engine.checkpoint.storage import MANIFEST, STATE, CorruptCheckpoint, read_manifest
@@ -283,6 +283,48 @@ def test_one_that_is_not_the_newest_is_named_when_a_folder_is_loaded(intact, tmp
     assert load_one(folder)[0].record.iteration == 2
     assert "epoch_0003_step_00000003 is damaged" in caplog.text
     assert (folder / "checkpoints" / "epoch_0003_step_00000003").exists()  # reading changes nothing
+
+
+def test_of_a_damaged_newest_checkpoint_the_one_used_is_named_and_by_its_name_it_is_called_damaged(
+    intact, tmp_path, caplog
+):
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(intact, folder)
+    names = [f"epoch_000{number}_step_0000000{number}" for number in (1, 2, 3)]
+    (folder / names[2] / MANIFEST).write_bytes(b"{}")
+    assert find_checkpoint(tmp_path / "run", "latest").record.name == names[1]
+    (line,) = caplog.messages
+    assert line.startswith(f"checkpoint {names[2]} is damaged: ") and line.endswith(f"; {names[1]} is used instead")
+    assert find_checkpoint(tmp_path / "run", names[0]).record.iteration == 1 and len(caplog.messages) == 1
+    with pytest.raises(CheckpointError, match=f"the checkpoint {names[2]} in .* is damaged: "):
+        find_checkpoint(tmp_path / "run", names[2])
+    for name in names[:2]:
+        (folder / name / MANIFEST).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=f"no checkpoint in .* is usable: {names[2]} is damaged"):
+        find_checkpoint(tmp_path / "run", "latest")
+
+
+def test_a_copied_run_folder_never_uses_the_checkpoints_of_the_run_that_it_was_copied_from(intact, tmp_path):
+    run, copy, far = tmp_path / "run", tmp_path / "copy", tmp_path / "far"
+    shutil.copytree(intact, run / "checkpoints")
+    name = "epoch_0003_step_00000003"
+    (run / "status.json").write_text(f'{{"checkpoint": "{run}/checkpoints/{name}"}}')
+    for config in (
+        "checkpoint: {checkpoint_dir: null}\n",
+        f"run_dir: {run}\ncheckpoint: {{checkpoint_dir: {run}/checkpoints}}\n",
+    ):
+        (run / "config.yaml").write_text(config)
+        shutil.copytree(run, copy)
+        assert find_checkpoint(copy, "latest").path == copy / "checkpoints" / name
+        shutil.rmtree(copy / "checkpoints")
+        for find in (lambda: find_checkpoint(copy, "latest"), lambda: load_one(copy)):
+            with pytest.raises(CheckpointError, match="holds no checkpoint") as raised:
+                find()
+            assert raised.value.exit_code == 4
+        shutil.rmtree(copy)
+    (run / "checkpoints").rename(far)
+    (run / "config.yaml").write_text(f"run_dir: {run}\ncheckpoint: {{checkpoint_dir: {far}}}\n")
+    assert checkpoint_folders(run)[0] == far and find_checkpoint(run, name).path == far / name
 
 
 # Restoring

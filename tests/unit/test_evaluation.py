@@ -1,7 +1,10 @@
 """The standard evaluation: heads against references, choices that never read test labels, features of any size."""
 
 import json
+import re
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -31,8 +34,9 @@ from hjepa_engine.metrics.segmentation import accuracy, confusion_matrix, mean_i
 from hjepa_engine.models import build_modules
 from hjepa_engine.recipes import evaluate
 from hjepa_engine.recipes.common.probe import open_probe_data, probe
-from hjepa_engine.recipes.evaluation.evaluation import evaluate_run
+from hjepa_engine.recipes.evaluation.evaluation import TASKS, evaluate_run
 from hjepa_engine.recipes.evaluation.linear import few_label, linear
+from hjepa_engine.recipes.evaluation.merging import merge
 from hjepa_engine.recipes.evaluation.neighbors import knn
 from hjepa_engine.recipes.evaluation.reading import read_images
 from hjepa_engine.recipes.evaluation.sweep import (
@@ -414,6 +418,46 @@ def test_other_data_has_a_file_of_its_own_and_tasks_can_be_chosen(tmp_path, caps
     evaluate.main(["--run", str(folder), "--tasks", "knn", "--data.dataset=digits", *QUICK])
     assert {row["task"] for row in json.loads((folder / "evaluation_digits.json").read_text())["rows"]} == {"knn"}
     assert not (folder / "evaluation.json").exists() and "| knn | last |" in capsys.readouterr().out
+
+
+def test_a_second_call_keeps_other_tasks_and_results_of_other_settings(tmp_path, capsys):
+    folder = run_folder(tmp_path / "run")
+    words = ["--run", str(folder), "--seeds", "1", *QUICK, "--tasks"]
+
+    def tasks_in(name):
+        return list(dict.fromkeys(row["task"] for row in json.loads((folder / name).read_text())["rows"]))
+
+    evaluate.main([*words, "knn"])
+    first = json.loads((folder / "evaluation.json").read_text())["rows"]
+    evaluate.main([*words, "linear", "--probe.features_in_memory_gb=1"])
+    record = json.loads((folder / "evaluation.json").read_text())
+    assert tasks_in("evaluation.json") == ["linear", "knn"] and record["rows"][-len(first) :] == first
+    table = (folder / "evaluation.md").read_text()
+    assert "of one seed; heads are trained for 1 pass (probe.epochs)" in table and "| knn |" in table
+    assert len([row for row in record["rows"] if row["task"] == "linear"]) == 5
+    before = (folder / "evaluation.json").read_bytes()
+    evaluate.main([*words, "knn", "--seed=7"])
+    (other,) = set(folder.glob("evaluation_*.json"))
+    assert re.fullmatch(r"evaluation_[0-9a-f]{8}\.json", other.name) and tasks_in(other.name) == ["knn"]
+    assert (folder / "evaluation.json").read_bytes() == before and other.with_suffix(".md").is_file()
+
+
+def test_a_checkpoint_has_a_file_with_its_name():
+    row = {"task": "knn"}
+    record = {"checkpoint": None, "data": {}, "seeds": 1, "seed": 0, "probe": {}, "transfer_data": None}
+    record |= {"weights": "x", "rows": [row]}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "evaluation.json")
+        assert merge(path, {**record, "checkpoint": "best"}, TASKS)[0] == path
+        path.write_text(json.dumps(record))
+        assert merge(path, {**record, "checkpoint": "best"}, TASKS)[0].name == "evaluation_best.json"
+        (path.parent / "evaluation_best.json").write_text(json.dumps({**record, "checkpoint": "best"}))
+        # The run has gone on: what was measured before it did is not mixed with what it is now.
+        assert merge(path, {**record, "rows": [{"task": "linear"}]}, TASKS)[1]["rows"] == [{"task": "linear"}, row]
+        changed = {**record, "rows": [{"task": "linear"}], "weights": "y"}
+        assert merge(path, changed, TASKS) == (path, changed)
+        again = {**record, "checkpoint": "best", "seeds": 2}
+        assert re.fullmatch(r"evaluation_[0-9a-f]{8}\.json", merge(path, again, TASKS)[0].name)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hjepa_engine import load_config, load_encoder
 from hjepa_engine.data import build_loader, open_split
 from hjepa_engine.errors import ConfigError, DataError
 from hjepa_engine.export import save_encoder
+from hjepa_engine.interop.writing import export_encoder
 from hjepa_engine.models import encoder_arguments
 from hjepa_engine.recipes import extract
 
@@ -93,6 +96,20 @@ def test_an_exported_encoder_reads_a_folder_with_its_own_normalization(run, tmp_
     assert record["classes"] == ["cat", "dog"] and record["stats"] == stats
 
 
+def test_encoders_of_other_layouts_are_read_and_images_must_be_named(run, tmp_path):
+    images = image_folder(tmp_path / "cats")
+    words = [QUIET, "--splits=val", f"--data={images}", "--output"]
+    extract.main(["--run", str(run), *words, str(tmp_path / "own")])
+    wanted, _ = read(tmp_path / "own")
+    for kind in ("timm", "huggingface"):
+        place = export_encoder(run, kind, tmp_path / kind).path
+        extract.main(["--encoder", str(place), *words, str(tmp_path / f"of_{kind}")])
+        torch.testing.assert_close(read(tmp_path / f"of_{kind}")[0]["last"], wanted["last"])
+    with pytest.raises(ConfigError, match=r"give --data or --data\.dataset"):
+        extract.main(["--encoder", str(run / "encoder"), QUIET, "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
 def test_damaged_images_are_left_out_and_the_index_says_so(run, tmp_path):
     images = image_folder(tmp_path / "cats")
     (images / "train" / "cat" / "1.png").write_bytes(b"broken")
@@ -115,7 +132,11 @@ def test_a_killed_extraction_goes_on_and_ends_with_the_bytes_of_one_that_was_not
         there = contents(output)
         # What is there under its own name is whole.
         whole = contents(tmp_path / "whole")
-        assert all(whole[name] == data for name, data in there.items() if "/." not in name)
+        assert all(
+            whole[name] == data
+            for name, data in there.items()
+            if not name.rpartition("/")[2].startswith(".") and "/." not in name
+        )
     kept = {path: path.stat().st_mtime_ns for path in output.glob("*/shard_*")}
     assert kills == 3 and len(kept) >= 60
     (output / "train" / ".shard_00099.1").mkdir(exist_ok=True)  # a leaf of one that was killed
@@ -148,6 +169,40 @@ def test_a_folder_with_other_features_or_files_is_refused(run, tmp_path):
     assert contents(tmp_path / "out") == before
     with pytest.raises(ConfigError, match="--output must be a new folder or one that"):
         extract.main(words_for(run, run))
+
+
+def test_a_shard_that_is_not_whole_is_done_again_and_a_whole_folder_is_called_complete(run, tmp_path, capsys):
+    for kind, file in (("safetensors", "features.safetensors"), ("npy", "last.npy")):
+        words = words_for(run, tmp_path / kind, f"--format={kind}", "--shard_images=10", "--splits=val", "--layers=1")
+        extract.main(words)
+        whole = contents(tmp_path / kind)
+        assert "val: 4 shards written into" in capsys.readouterr().out
+        shards = sorted((tmp_path / kind / "val").iterdir())
+        (shards[0] / "index.jsonl").unlink()
+        os.truncate(shards[1] / file, (shards[1] / file).stat().st_size - 5)
+        os.truncate(shards[2] / "index.jsonl", (shards[2] / "index.jsonl").stat().st_size - 5)
+        extract.main(words)
+        assert "val: 3 shards written into" in capsys.readouterr().out and contents(tmp_path / kind) == whole
+        (shards[3] / file).unlink()
+        extract.main(words)
+        assert "val: 1 shard written into" in capsys.readouterr().out and contents(tmp_path / kind) == whole
+        extract.main(words)
+        assert "val: complete, nothing to do in" in capsys.readouterr().out and contents(tmp_path / kind) == whole
+
+
+def test_a_second_extraction_into_a_folder_that_is_in_use_is_one_line(run, tmp_path):
+    program = "import sys; from pathlib import Path; from hjepa_engine.recipes.common.shards import locked\n"
+    program += "with locked(Path(sys.argv[1])): print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"1\n"
+        with pytest.raises(DataError, match=f"out is in use by process {child.pid} on ") as raised:
+            extract.main(words_for(run, tmp_path / "out"))
+        assert raised.value.exit_code == 3 and list(contents(tmp_path / "out")) == [".extraction.lock"]
+        child.stdin.close()
+        assert child.wait(20) == 0
+    assert contents(tmp_path / "out") == {}
+    extract.main(words_for(run, tmp_path / "out"))
 
 
 def test_a_full_disk_is_one_line(run, tmp_path, monkeypatch):

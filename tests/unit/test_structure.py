@@ -35,7 +35,7 @@ ARROWS = {
     "steps": "config levels losses types utils",
     "data": "config errors utils",
     "visualization": "config levels loggers masking metrics",
-    "checkpoint": "engine errors state types utils",
+    "checkpoint": "config engine errors state types utils",
     "run": "checkpoint config data engine errors metrics state utils",
     "export": "checkpoint config errors models types",
     "interop": "_version checkpoint config errors export models types utils",
