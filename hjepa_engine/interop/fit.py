@@ -124,8 +124,9 @@ def _check_finite(source: Source, part: str) -> None:
     for name, tensor in source.parts[part].items():
         if not tensor.is_floating_point():
             continue
-        # Formats of one byte have no isfinite.
-        finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())
+        # Formats of one byte have no isfinite, nor have tensors of more than 64 dimensions.
+        flat = tensor.flatten()
+        finite = torch.isfinite(flat if tensor.element_size() > 1 else flat.float())
         if not finite.all():
             name, number = source.file_name(part, name), int(finite.numel() - finite.sum())
             raise refuse(source.where, f"{name} has {number} weights of {finite.numel()} that are NaN or infinite")
