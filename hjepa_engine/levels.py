@@ -42,10 +42,7 @@ def pool_target(features: Tensor, masks: Masks, level: Level) -> Tensor:
     tokens = take_tokens(features, masks.target_idx)
     if level.pool == 1:
         return tokens
-    batch, blocks, _, dim = tokens.shape
-    maps = tokens.view(batch * blocks, *masks.block, dim).permute(0, 3, 1, 2)
-    cells = F.avg_pool2d(maps, level.pool, ceil_mode=True, count_include_pad=False)
-    return cells.flatten(2).transpose(1, 2).reshape(batch, blocks, -1, dim)
+    return pool_disjoint(tokens.flatten(0, 1), masks.block, level.pool).unflatten(0, tokens.shape[:2])
 
 
 def pool_sliding(features: Tensor, grid: tuple[int, int], level: Level) -> Tensor:
