@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from hjepa_engine.data import FeatureStore
+from hjepa_engine import Config, create_evaluator
+from hjepa_engine.data import DatasetSplit, FeatureStore, build_loader
+from hjepa_engine.data.split import SplitName
 from hjepa_engine.errors import DataError
 from hjepa_engine.evaluator import Evaluator, for_each_output
-from hjepa_engine.types import Batch, Outputs
+from hjepa_engine.handlers import DamagedImages
+from hjepa_engine.types import Batch, Outputs, Step
 
 logger = logging.getLogger(__name__)
+
+#: Splits that a probe reads, and their names in messages.
+SPLITS: dict[SplitName, str] = {"probe": "probe", "val": "validation"}
+#: The two splits, opened.
+ProbeData = Mapping[SplitName, DatasetSplit]
+
+
+def gather_splits(
+    config: Config, step: Step, encoder: nn.Module | None, device: torch.device, data: ProbeData
+) -> list[dict[str, Tensor]]:
+    """:func:`gather_labeled` of each of :data:`SPLITS`, in memory up to ``probe.features_in_memory_gb``.
+
+    Args:
+        config: configuration of the run.
+        step: from images to outputs (B, ...), with ``encoder`` among its modules where there is one.
+        encoder: it is moved to ``device``; None: the step reads pixels.
+        device: where the step runs.
+        data: the splits.
+    """
+    modules = nn.ModuleDict({} if encoder is None else {"encoder": encoder.to(device)})
+    evaluator, found = create_evaluator(step, modules, device), []
+    for split, name in SPLITS.items():
+        source = data[split]
+        loader = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
+        damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
+        damaged.attach(evaluator)
+        store = FeatureStore(len(source.images), 1e9 * config.probe.features_in_memory_gb)
+        found.append(gather_labeled(evaluator, loader, store, name))
+        evaluator.detach(damaged)
+    return found
 
 
 def gather_labeled(evaluator: Evaluator, data: Iterable[Batch], store: FeatureStore, split: str) -> dict[str, Tensor]:

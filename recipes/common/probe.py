@@ -11,37 +11,25 @@ import ignite.distributed as idist
 import torch
 from torch import nn
 
-from hjepa_engine import Config, create_evaluator
+from hjepa_engine import Config
 from hjepa_engine.data import (
-    DatasetSplit,
-    FeatureStore,
-    ImageLoader,
-    build_loader,
     mean_and_std,
     open_split,
     sample_per_class,
     standardize_,
 )
-from hjepa_engine.data.split import SplitName
 from hjepa_engine.data.summary import why_unlabeled
 from hjepa_engine.devices import choose_device
 from hjepa_engine.errors import DataError
-from hjepa_engine.evaluator import Evaluator
-from hjepa_engine.handlers import DamagedImages
 from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.metrics.names import FINAL_PROBES, PROBE
-from hjepa_engine.recipes.common.gathering import gather_labeled
+from hjepa_engine.recipes.common.gathering import SPLITS, ProbeData, gather_splits
 from hjepa_engine.recipes.common.heads import train_head
 from hjepa_engine.run.folder import own_folders
 from hjepa_engine.steps import feature_step
 from hjepa_engine.types import Labeled
 
 logger = logging.getLogger(__name__)
-
-#: Splits that a probe reads, and their names in messages.
-SPLITS: dict[SplitName, str] = {"probe": "probe", "val": "validation"}
-#: The two splits, opened.
-ProbeData = Mapping[SplitName, DatasetSplit]
 
 
 def open_probe_data(config: Config) -> ProbeData:
@@ -74,18 +62,11 @@ def read_features(
     Raises:
         DataError: no image of a split has a label.
     """
-    modules = nn.ModuleDict({} if encoder is None else {"encoder": encoder})
-    evaluator = create_evaluator(partial(feature_step, features=config.probe.features), modules, device)
     data = data or open_probe_data(config)
-    splits: list[Labeled] = []
-    for split, name in SPLITS.items():
-        source = data[split]
-        loader = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
-        damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
-        damaged.attach(evaluator)
-        splits.append(_with_labels(evaluator, loader, name, config.probe.features_in_memory_gb))
-        evaluator.detach(damaged)
-    (features, labels), val = splits
+    step = partial(feature_step, features=config.probe.features)
+    (features, labels), val = (
+        (found["features"], found["labels"]) for found in gather_splits(config, step, encoder, device, data)
+    )
     if data["probe"].num_classes > 1 and len(torch.cat([labels, val[1]]).unique()) == 1:
         logger.warning("all images have the same label: the accuracy of a linear probe means nothing")
     if config.probe.labels_per_class is not None:
@@ -94,12 +75,6 @@ def read_features(
     mean, std = mean_and_std(features)
     train_set, val_set = (standardize_(features, mean, std), labels), (standardize_(val[0], mean, std), val[1])
     return train_set, val_set, data["probe"].num_classes
-
-
-def _with_labels(evaluator: Evaluator, loader: ImageLoader, name: str, max_gb: float) -> Labeled:
-    store = FeatureStore(len(loader.split.images), 1e9 * max_gb)
-    found = gather_labeled(evaluator, loader, store, name)
-    return found["features"], found["labels"]
 
 
 def probe(

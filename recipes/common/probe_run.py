@@ -21,7 +21,8 @@ from hjepa_engine.data.folder import data_root
 from hjepa_engine.data.split import Stats
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.models import ContextEncoder, encoder_name
-from hjepa_engine.recipes.common.probe import ProbeData, evaluate_encoders, open_probe_data
+from hjepa_engine.recipes.common.gathering import ProbeData
+from hjepa_engine.recipes.common.probe import evaluate_encoders, open_probe_data
 from hjepa_engine.utils.files import replace_file
 
 #: What can be given with a run to probe; all else is the run's own.

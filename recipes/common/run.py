@@ -23,9 +23,10 @@ from hjepa_engine.devices import process_group
 from hjepa_engine.engine import Trainer
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import Checkpointer, CollapseGuard, MetricsLogger, Preemption
+from hjepa_engine.recipes.common.gathering import ProbeData
 from hjepa_engine.recipes.common.initial_weights import initial_weights
 from hjepa_engine.recipes.common.monitoring import levels_of, warn_no_encoder, warn_no_labels
-from hjepa_engine.recipes.common.probe import ProbeData, as_metrics, describe, evaluate_encoders
+from hjepa_engine.recipes.common.probe import as_metrics, describe, evaluate_encoders
 from hjepa_engine.recipes.common.rollback import train_with_rollbacks
 from hjepa_engine.report import write_report_on_exit
 from hjepa_engine.run.agreement import refuse_local_folders, refuse_other_configs

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import nn
 
-from hjepa_engine import Config, create_evaluator
+from hjepa_engine import Config
 from hjepa_engine.config.schema import resolve_levels
-from hjepa_engine.data import DatasetSplit, FeatureStore, build_loader, open_digit_maps
-from hjepa_engine.data.split import SplitName
-from hjepa_engine.handlers import DamagedImages
-from hjepa_engine.recipes.common.gathering import gather_labeled
-from hjepa_engine.recipes.common.probe import SPLITS, ProbeData
+from hjepa_engine.data import open_digit_maps
+from hjepa_engine.recipes.common.gathering import SPLITS, ProbeData, gather_splits
 from hjepa_engine.recipes.evaluation.task import Encoder, Readings
 from hjepa_engine.steps import patch_pixels_step, readings_step
 from hjepa_engine.types import Step
 
 Grid = tuple[int, int]
-#: From a split's name to the split.
-OpenSplit = Callable[[SplitName], DatasetSplit]
 
 
 def read_images(config: Config, encoder: Encoder, device: torch.device, data: ProbeData) -> Readings:
@@ -50,18 +44,6 @@ def _patches(encoder: Encoder, grid: Grid) -> Step:
     return partial(patch_pixels_step, grid=grid) if encoder.module is None else partial(readings_step, patches=True)
 
 
-def _read(
-    config: Config, encoder: Encoder, device: torch.device, data: Mapping[SplitName, DatasetSplit], step: Step
-) -> Readings:
-    modules = nn.ModuleDict({} if encoder.module is None else {"encoder": encoder.module.to(device)})
-    evaluator, found = create_evaluator(step, modules, device), []
-    for split, name in SPLITS.items():
-        source = data[split]
-        loader = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
-        damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
-        damaged.attach(evaluator)
-        store = FeatureStore(len(source.images), 1e9 * config.probe.features_in_memory_gb)
-        found.append(gather_labeled(evaluator, loader, store, name))
-        evaluator.detach(damaged)
-    train, test = found
+def _read(config: Config, encoder: Encoder, device: torch.device, data: ProbeData, step: Step) -> Readings:
+    train, test = gather_splits(config, step, encoder.module, device, data)
     return Readings(train, test, data["probe"].num_classes)
