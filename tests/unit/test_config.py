@@ -841,7 +841,7 @@ def in_files(config, tools):
             super().__init__(*arguments)
             stores.append(self)
 
-    tools.monkeypatch.setattr("hjepa_engine.recipes.common.probe.FeatureStore", Store)
+    tools.monkeypatch.setattr("hjepa_engine.recipes.common.gathering.FeatureStore", Store)
     features(config, tools)
     return stores[0].is_mapped
 
