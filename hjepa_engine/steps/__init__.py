@@ -4,6 +4,7 @@ from hjepa_engine.steps.feature_maps import feature_map_step
 from hjepa_engine.steps.hjepa import hjepa_step
 from hjepa_engine.steps.linear_probe import feature_step, linear_probe_step
 from hjepa_engine.steps.probe_heads import patch_pixels_step, probe_heads_step, readings_step
+from hjepa_engine.steps.two_views import two_view_step
 
 __all__ = [
     "feature_map_step",
@@ -13,4 +14,5 @@ __all__ = [
     "patch_pixels_step",
     "probe_heads_step",
     "readings_step",
+    "two_view_step",
 ]

@@ -1,0 +1,214 @@
+"""Train variants of a configuration over several seeds, and tabulate what each of them reaches.
+
+    python recipes/ablation.py FILE --output DIR [--jobs 2]
+
+FILE is YAML: ``base``, the path of a configuration, ``seeds``, a list, and ``variants``, configuration keys and values by
+the name of each variant. Runs are run folders, DIR/NAME_SEED; --jobs of them train at once, each in a process with its
+share of the cores. The same command goes on with those that are not done; a failed one is named, and the others go on.
+DIR/ablation.md has the tables: the linear probe after each run, and how the readings that need no labels rank the runs;
+DIR/ablation.png the curves of all runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hjepa_engine.config import load_config, paths
+from hjepa_engine.config.parsing import dump_yaml, parse_yaml
+from hjepa_engine.errors import ConfigError, RunError
+from hjepa_engine.run.cli import command_parser, run_command
+
+if TYPE_CHECKING:
+    from hjepa_engine.visualization.curves import Curve
+
+#: What is drawn.
+DRAWN = ("val/loss", "collapse/target_rank_share", "probe/knn", "probe/online_linear")
+
+
+class Plan(NamedTuple):
+    """What is trained."""
+
+    base: Path
+    seeds: list[int]
+    variants: dict[str, dict[str, Any]]
+    """Configuration keys (``model.levels``) and values, by name."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that is done."""
+
+    variant: str
+    seed: int
+    probe: dict[str, float]
+    """Accuracies from 0 to 1: ``trained``, ``random``, ``pixels``."""
+    minutes: float
+    curves: dict[str, Curve]
+    """Steps and values of each metric, where they are finite."""
+
+    @property
+    def readings(self) -> dict[str, float]:
+        """The last value of each metric that needs no labels, by its name."""
+        return {name: values[-1] for name, (_, values) in self.curves.items() if values and needs_no_labels(name)}
+
+
+def read_plan(path: Path) -> Plan:
+    """Read FILE, and check the configuration of every variant.
+
+    Raises:
+        ConfigError: one line that says what is wrong.
+    """
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    kinds = {"base": str, "seeds": list, "variants": dict}
+    if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
+        raise ConfigError(f"{path} must have base (a path), seeds (a list), variants (a mapping) and nothing else")
+    plan = Plan(path.parent / data["base"], data["seeds"], data["variants"])
+    if not plan.seeds or not all(type(seed) is int and seed >= 0 for seed in plan.seeds):
+        raise ConfigError(f"{path}: seeds must be integers of at least 0, got {plan.seeds}")
+    for name, keys in plan.variants.items():
+        if not re.fullmatch(r"[\w.+-]+", name) or not isinstance(keys, dict):
+            raise ConfigError(f"{path}: variants must map names of letters, digits, . + - _ to mappings, see {name!r}")
+        try:
+            load_config(plan.base, overrides(keys))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: variant {name}: {error}") from error
+    return plan
+
+
+def overrides(keys: Mapping[str, Any]) -> list[str]:
+    """The command line of a variant.
+
+    >>> overrides({"model.levels": [{"pool": 1}], "training.lr": 0.002})
+    ['--model.levels=[{pool: 1}]', '--training.lr=0.002']
+    """
+    return [f"--{key}={dump_yaml(value, flow=True)}" for key, value in keys.items()]
+
+
+def train(plan: Plan, folder: Path, jobs: int) -> list[Result]:
+    """Train what is not done yet, ``jobs`` runs at once; results in the order of variants and seeds."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+
+    def run(task: tuple[str, int]) -> Result | None:
+        variant, seed = task
+        target = folder / f"{variant}_{seed}"
+        if not (found := read_result(target, variant, seed)):
+            command = [sys.executable, "-m", "hjepa_engine.recipes.pretrain", "--config", str(plan.base)]
+            command += [*overrides(plan.variants[variant]), f"--seed={seed}", f"--run_dir={target}"]
+            with (folder / f"{target.name}.log").open("a", encoding="utf-8") as log:
+                code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+            found = read_result(target, variant, seed)
+            if found is None:
+                print(f"{target.name}: no result, exit code {code}, see {log.name}", flush=True)
+                return None
+        print(f"{target.name}: {100 * found.probe['trained']:.1f} %", flush=True)
+        return found
+
+    # Seed by seed: a first comparison of all variants is there early.
+    tasks = [(variant, seed) for seed in plan.seeds for variant in plan.variants]
+    with ThreadPoolExecutor(jobs) as pool:
+        results = [result for result in pool.map(run, tasks) if result]
+    return sorted(results, key=lambda result: list(plan.variants).index(result.variant))
+
+
+def read_result(folder: Path, variant: str, seed: int) -> Result | None:
+    """The result of a run; None where it is not done."""
+    from hjepa_engine.report.reading import read_run  # torch is imported here: --help does without
+
+    if not (folder / "status.json").is_file():
+        return None
+    run = read_run(folder)
+    if run.state != "done" or "trained" not in run.probe:
+        return None
+    start, end = run.times or (0.0, 0.0)
+    curves: dict[str, Curve] = {name: tuple(series.finite()) for name, series in run.series.items()}
+    return Result(variant, seed, run.probe, (end - start) / 60, curves)
+
+
+def needs_no_labels(name: str) -> bool:
+    """Whether a metric could choose among runs without labels.
+
+    >>> needs_no_labels("val/loss"), needs_no_labels("collapse/target_rank"), needs_no_labels("probe/knn")
+    (True, True, False)
+    """
+    return name.endswith("/loss") or bool(re.fullmatch(r"collapse/(context|target)_[a-z_]+", name))
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: the linear probe of each variant."""
+    rows = ["| variant | linear probe | each seed | random encoder | minutes |", "| --- | --- | --- | --- | --- |"]
+    for variant in dict.fromkeys(result.variant for result in results):
+        own = [result for result in results if result.variant == variant]
+        trained = [100 * result.probe["trained"] for result in own]
+        spread = f" ± {stdev(trained):.1f}" if len(trained) > 1 else ""
+        each = ", ".join(f"{value:.1f}" for value in trained)
+        random = mean(100 * result.probe["random"] for result in own)
+        minutes = mean(result.minutes for result in own)
+        rows.append(f"| {variant} | {mean(trained):.1f}{spread} | {each} | {random:.1f} | {minutes:.1f} |")
+    return "\n".join(rows)
+
+
+def rank_correlations(results: Sequence[Result]) -> dict[str, float]:
+    """Spearman's rank correlation of each reading with the probe over all runs that have it, the strongest first."""
+    from scipy.stats import spearmanr
+
+    found = {}
+    for name in sorted({name for result in results for name in result.readings}):
+        own = [result for result in results if name in result.readings]
+        values, probes = [result.readings[name] for result in own], [result.probe["trained"] for result in own]
+        if len(own) > 2 and len(set(values)) > 1 and len(set(probes)) > 1:
+            found[name] = float(spearmanr(values, probes).statistic)
+    return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Draw the curves of all runs."""
+    from hjepa_engine.visualization.curves import draw_runs
+    from hjepa_engine.visualization.drawing import save
+
+    variants = dict.fromkeys(result.variant for result in results)
+    save(draw_runs({name: [run.curves for run in results if run.variant == name] for name in variants}, DRAWN), path)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, then write and print the tables."""
+    parser = command_parser(__doc__ or "", with_config=False)
+    parser.add_argument("file", type=paths.path_argument, metavar="FILE", help="base, seeds and variants")
+    parser.add_argument("--output", type=paths.path_argument, required=True, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that train at once (1)")
+    known = parser.parse_args(argv)
+    if known.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, got {known.jobs}")
+    plan = read_plan(known.file)
+    known.output.mkdir(parents=True, exist_ok=True)
+    results = train(plan, known.output, known.jobs)
+    if not results:
+        raise RunError("no run came to its end")
+    ranks = [f"| `{name}` | {value:+.2f} |" for name, value in rank_correlations(results).items()]
+    parts = [table(results)]
+    if ranks:
+        parts += [f"Rank correlation with the probe over {len(results)} runs:", "\n".join(ranks)]
+        parts[-1] = "| reading | Spearman |\n| --- | --- |\n" + parts[-1]
+    text = "\n\n".join(parts) + "\n"
+    (known.output / "ablation.md").write_text(text, encoding="utf-8")
+    draw(results, known.output / "ablation.png")
+    print(f"\n{text}\n{known.output / 'ablation.md'}")
+    missing = len(plan.seeds) * len(plan.variants) - len(results)
+    if missing:
+        raise RunError(f"{missing} runs did not come to their end")
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

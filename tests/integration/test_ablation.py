@@ -1,0 +1,86 @@
+"""recipes/ablation.py: real runs in processes of their own, and tables checked by hand."""
+
+import pytest
+
+from hjepa_engine.errors import ConfigError
+from hjepa_engine.recipes import ablation
+from hjepa_engine.recipes.ablation import Result
+
+SMALL = """
+base: base.yaml
+seeds: [0, 1]
+variants:
+  one_level: {model.levels: [{pool: 1}]}
+  two_levels: {}
+"""
+BASE = """
+data: {dataset: digits, image_size: 8, batch_size: 256}
+model: {patch_size: 4, embed_dim: 8, depth: 1, num_heads: 2, predictor: {width: 8, depth: 1, num_heads: 2}}
+masking: {num_masks: 1}
+training: {max_iters: 2, warmup_epochs: 0}
+logging: {progress_bar: false, report: false}
+pictures: {enabled: false}
+collapse: {images: 16}
+probe: {epochs: 1}
+"""
+
+
+def test_variants_are_trained_over_seeds_and_a_second_call_trains_only_what_is_missing(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "plan.yaml").write_text(SMALL.replace("[0, 1]", "[0]"))
+    ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs")])
+    first = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    assert sorted(first) == ["one_level_0", "two_levels_0"]
+    capsys.readouterr()
+    (tmp_path / "plan.yaml").write_text(SMALL)
+    ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs"), "--jobs", "2"])
+    again = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    assert sorted(again) == ["one_level_0", "one_level_1", "two_levels_0", "two_levels_1"]
+    assert {name: again[name] for name in first} == first
+    printed = capsys.readouterr().out
+    assert (tmp_path / "runs" / "ablation.md").read_text() in printed
+    rows = [line for line in printed.splitlines() if line.startswith(("| one_level", "| two_levels"))]
+    assert len(rows) == 2 and all(row.count(", ") == 1 for row in rows)
+    assert "| `val/loss` |" in printed and "probe/knn" not in printed
+    assert (tmp_path / "runs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def result(variant, seed, trained, **readings):
+    curves = {f"collapse/target_{name}": ([1, 2], [0.0, value]) for name, value in readings.items()}
+    return Result(variant, seed, {"trained": trained, "random": 0.25, "pixels": 0.2}, 1.5, curves)
+
+
+def test_the_table_has_means_and_sample_deviations_by_hand():
+    rows = ablation.table([result("a", 0, 0.5), result("a", 1, 0.7), result("b", 0, 0.4)]).splitlines()
+    assert rows[2] == "| a | 60.0 ± 14.1 | 50.0, 70.0 | 25.0 | 1.5 |"
+    assert rows[3] == "| b | 40.0 | 40.0 | 25.0 | 1.5 |"
+
+
+def test_rank_correlations_by_hand():
+    values = [(0.1, 3.0, 9.0), (0.2, 2.0, 1.0), (0.3, 1.0, 10.0), (0.4, 0.5, 11.0)]
+    runs = [result("a", seed, x, norm=norm, rank=rank) for seed, (x, norm, rank) in enumerate(values)]
+    # Ranks of rank: 2 1 3 4, differences to 1 2 3 4: 1 1 0 0; 1 - 6 * 2 / (4 * 15) = 0.8.
+    found = ablation.rank_correlations([*runs, result("b", 0, 0.9)])
+    assert found == {"collapse/target_norm": pytest.approx(-1.0), "collapse/target_rank": pytest.approx(0.8)}
+    assert list(found) == ["collapse/target_norm", "collapse/target_rank"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [0]", "must have base"),
+        ("[1, 2]", "must have base"),
+        (SMALL.replace("[0, 1]", "[-1]"), r"seeds must be integers of at least 0, got \[-1\]"),
+        (SMALL.replace("[0, 1]", "[]"), "seeds must be integers"),
+        (SMALL.replace("one_level:", "../out:"), "variants must map names of letters"),
+        (SMALL.replace("model.levels", "model.level"), "variant one_level: unknown key model.level"),
+        (SMALL.replace("base.yaml", "none.yaml"), "none.yaml"),
+    ],
+)
+def test_a_wrong_plan_is_one_line_and_trains_nothing(tmp_path, text, message):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
