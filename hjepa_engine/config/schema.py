@@ -203,6 +203,9 @@ class ModelConfig:
     """Attention heads of the encoder; null: its own."""
     pos_embed: Literal["sincos", "learned"] = "learned"
     """Fixed sine-cosine positions, or learned ones."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What makes tokens of pixels: a linear map of each patch, or overlapping 3 x 3 convolutions (arXiv:2106.14881), which
+    need fewer images and epochs; hidden patches are blanked before them, and ``patch_size`` is a power of two."""
     patch_init: Literal["uniform", "trunc_normal"] = "uniform"
     """Weights of the patch embedding at the start: torch's own, or of standard deviation 0.02 (I-JEPA), little for small
     patches."""

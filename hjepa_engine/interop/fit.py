@@ -159,9 +159,8 @@ def _resized(source: Source, part: str, module: nn.Module) -> tuple[Weights, lis
         if not source.is_own and not isinstance(module, Predictor):
             raise refuse(source.where, f"{part} of the run is a {type(module).__name__}, not a part of H-JEPA")
         return weights, lines
-    own: Any = module.vit.state_dict()
     patches, positions = weights.get(_PATCHES), weights.get(_POSITIONS)
-    new = tuple(own["patch_embed.proj.weight"].shape[2:])
+    new = tuple(module.vit.patch_embed.patch_size)
     if patches is not None and patches.ndim == 4 and patches.shape[2:] != new:
         weights[_PATCHES] = resample_patch_embed(patches.float(), list(new))
         lines.append(f"resized {source.file_name(part, _PATCHES)}: {_by(patches.shape[2:])} to {_by(new)} pixels")

@@ -152,6 +152,8 @@ def write_huggingface(encoder: ContextEncoder, folder: Path, stats: tuple[Any, A
     vit: Any = encoder.vit
     arguments = encoder.arguments
     has_bias = vit.blocks[0].attn.qkv.bias is not None
+    if encoder.stem != "patch":
+        raise ExportError(f"IJepaModel of Hugging Face has no model.stem {encoder.stem}: choose another --format")
     table, given = names(encoder.depth, has_bias), vit.state_dict()
     if differ := sorted(table.keys() ^ given.keys()):
         layer = "layer scale (model.layer_scale)" if ".ls" in differ[0] else differ[0]

@@ -194,6 +194,8 @@ def write_timm(encoder: ContextEncoder, folder: Path, stats: tuple[Any, Any]) ->
     Raises:
         ExportError: timm's architectures have no such layer.
     """
+    if encoder.stem != "patch":
+        raise ExportError(f"timm's vision transformers have no model.stem {encoder.stem}: choose another --format")
     name, arguments = encoder.arguments["name"], timm_arguments(encoder)
     vit: Any = encoder.vit
     plain: Any = timm.create_model(name, **arguments)

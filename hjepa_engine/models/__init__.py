@@ -32,6 +32,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "img_size": config.data.image_size,
         "in_chans": config.data.channels,
         "pos_embed": model.pos_embed,
+        "stem": model.stem,
         "patch_init": model.patch_init,
         "activation_checkpointing": model.activation_checkpointing,
         **{name: value for name, value in overrides.items() if value is not None},

@@ -15,6 +15,7 @@ from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.attention import attentions, choose_kernel
 from hjepa_engine.models.init import init_layer, init_weights, trunc_normal
 from hjepa_engine.models.positions import sincos_2d
+from hjepa_engine.models.stem import conv_stem, hide_pixels
 from hjepa_engine.utils.imports import block_import
 
 with block_import("wandb"):  # timm imports it if it is installed
@@ -30,6 +31,8 @@ class ContextEncoder(nn.Module):
         img_size: H and W of the images, in pixels; one number where they are equal.
         in_chans: C of the images.
         pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained.
+        stem: what makes tokens of pixels. ``patch``: a linear map of each patch; ``conv``:
+            :func:`~hjepa_engine.models.stem.conv_stem`, before which masked patches are hidden.
         patch_init: weights of the patch embedding at the start. ``uniform``: torch's own, whose scale is that of the patch's
             pixels; ``trunc_normal``: of standard deviation 0.02, bias 0 (I-JEPA).
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
@@ -48,6 +51,7 @@ class ContextEncoder(nn.Module):
         *,
         in_chans: int = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
+        stem: Literal["patch", "conv"] = "patch",
         patch_init: Literal["uniform", "trunc_normal"] = "uniform",
         activation_checkpointing: bool = False,
         norm_eps: float | None = None,
@@ -63,6 +67,7 @@ class ContextEncoder(nn.Module):
             "pos_embed": pos_embed,
             "activation_checkpointing": activation_checkpointing,
             **({} if norm_eps is None else {"norm_eps": norm_eps}),
+            **({} if stem == "patch" else {"stem": stem}),
             **overrides,
         }
         if name not in timm.list_models():
@@ -80,7 +85,13 @@ class ContextEncoder(nn.Module):
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
         init_weights(vit)
-        if patch_init == "trunc_normal":
+        self.stem = stem
+        if stem == "conv":
+            rows, columns = vit.patch_embed.patch_size
+            if rows != columns:
+                raise ValueError(f"patch_size of a conv stem must be one number, got {rows} x {columns}")
+            vit.patch_embed.proj = conv_stem(in_chans, vit.embed_dim, rows)
+        elif patch_init == "trunc_normal":
             init_layer(vit.patch_embed.proj)
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
         for layer in vit.modules() if norm_eps is not None else ():
@@ -153,6 +164,8 @@ class ContextEncoder(nn.Module):
     ) -> list[Tensor]:
         """Patch tokens (B, K, D) after each of ``depths``, fractions of the blocks in (0, 1]; 1.0 includes the last norm."""
         prefix = self.vit.num_prefix_tokens
+        if patch_idx is not None and self.stem == "conv":
+            images = hide_pixels(images, patch_idx, self.grid)
         # Masked tokens are dropped between position embeddings and blocks; timm has no public method for that.
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))
         if patch_idx is not None:

@@ -88,14 +88,16 @@ def open_foreign(place: str, overrides: Sequence[str], free: tuple[str, ...]) ->
     """
     given = _checked(overrides, free)
     source = read_source(place)
-    patches = source.parts.get("target_encoder", {}).get("vit.patch_embed.proj.weight", torch.empty(1, 3, 1, 1))
+    weights = source.parts.get("target_encoder", {})
+    first = [name for name in weights if name.startswith("vit.patch_embed.proj") and weights[name].ndim == 4]
+    patches = weights[first[0]] if first else torch.empty(1, 3, 1, 1)  # of a conv stem, its first convolution
     # What is given for each channel is checked against the encoder's.
-    channels = [f"--data.in_chans={patches.shape[1]}"] if patches.ndim == 4 else []
-    asked = load_config(None, [*_NO_SIZES, *channels, *overrides])
+    asked = load_config(None, [*_NO_SIZES, f"--data.in_chans={patches.shape[1]}", *overrides])
     resized = asked.data.size if "data.image_size" in given else None
     arguments = arguments_of(source, resized, asked.model.num_heads if "model.num_heads" in given else None)
     config = _with_own(source, arguments, overrides, given)
-    for side, patch in zip(config.data.size, patches.shape[2:], strict=True):
+    own = arguments.get("patch_size", patches.shape[2:])
+    for side, patch in zip(config.data.size, [own, own] if isinstance(own, int) else own, strict=True):
         if side % patch:
             size = " x ".join(map(str, config.data.size))
             raise ConfigError(

@@ -257,12 +257,25 @@ def test_what_ijepa_cannot_express_is_refused(tmp_path):
     for changes, said in (
         ({"model__layer_scale": 0.1}, r"IJepaModel of Hugging Face has no layer scale \(model\.layer_scale\)"),
         ({"model__encoder_type": "vit_base_patch16_clip_quickgelu_224"}, "IJepaModel of Hugging Face has no "),
+        ({"model__stem": "conv"}, r"IJepaModel of Hugging Face has no model\.stem conv: choose another --format"),
     ):
         folder = tmp_path / str(len(said))
         trained(folder, probe__enabled="false", training__max_iters=1, **changes)
         with pytest.raises(ExportError, match=said):
             export_encoder(folder, "huggingface")
         assert not (folder / "export").exists() or not any((folder / "export").iterdir())
+
+
+def test_a_conv_stem_is_read_back_and_leaves_by_the_formats_that_have_a_place_for_it(tmp_path):
+    trained(tmp_path / "run", probe__enabled="false", training__max_iters=1, model__stem="conv")
+    with pytest.raises(ExportError, match=r"timm's vision transformers have no model\.stem conv"):
+        export_encoder(tmp_path / "run", "timm")
+    expected = load_encoder(tmp_path / "run")(IMAGES)
+    for place in (tmp_path / "run", export_encoder(tmp_path / "run", "safetensors").path):
+        source = read_source(str(place))
+        assert same_bits({"": build_encoder(source, arguments_of(source))(IMAGES)}, {"": expected})
+    program = torch.export.load(next(export_encoder(tmp_path / "run", "torch_export").path.glob("*.pt2"))).module()
+    assert torch.allclose(program(IMAGES), expected, atol=1e-5)
 
 
 def test_norms_that_timm_has_not_are_refused_and_hugging_face_has_them(tmp_path):

@@ -187,8 +187,9 @@ def test_all_patches_by_index_equal_the_whole_image():
     assert torch.allclose(whole[:, order], encoder(images(), order.expand(3, -1)), atol=1e-5)
 
 
-def test_pixels_of_a_hidden_patch_do_not_reach_the_context_and_visible_ones_do():
-    encoder = moved(build_modules(config())["context_encoder"])
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_pixels_of_a_hidden_patch_do_not_reach_the_context_and_visible_ones_do(stem):
+    encoder = moved(build_modules(config(stem=stem))["context_encoder"])
     patch_idx = torch.tensor([[0, 1, 7, 20]]).expand(3, -1)
     before = encoder(images(), patch_idx)
     hidden, visible = images(), images()
@@ -196,6 +197,29 @@ def test_pixels_of_a_hidden_patch_do_not_reach_the_context_and_visible_ones_do()
     visible[:, :, 4:8, 4:8] += 5.0  # patch 7
     assert torch.equal(encoder(hidden, patch_idx), before)
     assert ((encoder(visible, patch_idx) - before).abs().amax(dim=2) > 1e-4).all()  # through attention, all tokens
+
+
+def test_a_conv_stem_halves_the_image_until_patches_are_pixels_and_sees_beyond_their_edges():
+    encoder = moved(build_modules(config(stem="conv"))["context_encoder"])
+    stem = encoder.vit.patch_embed.proj
+    assert [tuple(layer.weight.shape) for layer in stem if isinstance(layer, nn.Conv2d)] == [
+        (8, 1, 3, 3),
+        (8, 8, 3, 3),
+        (16, 8, 1, 1),
+    ]
+    changed = images()
+    changed[:, :, 8, 8] += 5.0  # the corner of patch 14, row 2, column 2
+    moved_tokens = (stem(changed) - stem(images())).abs().amax(dim=(0, 1)) > 1e-6
+    assert moved_tokens.nonzero().tolist() == [[2, 2]]  # rows and columns from -3 to +3 of twice-halved pixels
+    changed[:, :, 7, 7] += 5.0  # patch 7, within the reach of patches 8, 13 and 14
+    moved_tokens = (stem(changed) - stem(images())).abs().amax(dim=(0, 1)) > 1e-6
+    assert moved_tokens.nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("patch_size", [1, 3, 6])
+def test_a_conv_stem_of_another_patch_size_is_refused_in_one_line(patch_size):
+    with pytest.raises(ConfigError, match=r"patch_size of a conv stem must be a power of two, at least 2, got \d$"):
+        build_modules(config(stem="conv", patch_size=patch_size))
 
 
 def test_features_at_a_depth_are_timms_intermediate_ones():
