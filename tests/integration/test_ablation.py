@@ -27,13 +27,13 @@ probe: {epochs: 1}
 
 def test_variants_are_trained_over_seeds_and_a_second_call_trains_only_what_is_missing(tmp_path, capsys):
     (tmp_path / "base.yaml").write_text(BASE)
-    (tmp_path / "plan.yaml").write_text(SMALL.replace("[0, 1]", "[0]"))
+    (tmp_path / "plan.yaml").write_text(SMALL.replace("[0, 1]", "[0]").replace("  two_levels: {}\n", ""))
     ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs")])
     first = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
-    assert sorted(first) == ["one_level_0", "two_levels_0"]
+    assert sorted(first) == ["one_level_0"]
     capsys.readouterr()
     (tmp_path / "plan.yaml").write_text(SMALL)
-    ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs"), "--jobs", "2"])
+    ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs"), "--jobs", "3"])
     again = {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
     assert sorted(again) == ["one_level_0", "one_level_1", "two_levels_0", "two_levels_1"]
     assert {name: again[name] for name in first} == first
@@ -41,7 +41,7 @@ def test_variants_are_trained_over_seeds_and_a_second_call_trains_only_what_is_m
     assert (tmp_path / "runs" / "ablation.md").read_text() in printed
     rows = [line for line in printed.splitlines() if line.startswith(("| one_level", "| two_levels"))]
     assert len(rows) == 2 and all(row.count(", ") == 1 for row in rows)
-    assert "| `val/loss` |" in printed and "probe/knn" not in printed
+    assert "| `collapse/target_rank` |" in printed and "probe/knn" not in printed
     assert (tmp_path / "runs" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -494,6 +494,35 @@ class CountSteps:
         self.steps += 1
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-cpu", "cifar10_views", "stl10"])
+def test_recipes_for_small_images_train_at_their_size_on_images_that_stand_in(tmp_path, name):
+    config = load_config(
+        pretrain.DEFAULT_CONFIG.with_name(f"{name}.yaml"),
+        options(
+            {
+                "data.dataset": "fake",
+                "data.download": "false",
+                "data.fake_size": 16,
+                "data.batch_size": 4,
+                "data.num_workers": 0,
+                "training.max_iters": 2,
+                "training.compile": "false",
+                "collapse.images": 8,
+                "online_probe.every": "null",
+                "probe.enabled": "false",
+                "pictures.enabled": "false",
+                "logging.progress_bar": "false",
+                "run_dir": tmp_path / "run",
+            }
+        ),
+    )
+    run = pretrain.build(config)
+    before = weights_of(run.trainer.modules)
+    run.fit()
+    assert run.trainer.state.iteration == 2
+    assert largest_difference(before, weights_of(run.trainer.modules)) > 0
+
+
 def test_a_handler_of_ones_own_is_attached_in_python(tmp_path):
     run = build(tiny_config(run_dir=tmp_path / "run", probe__enabled="false"))
     assert not (tmp_path / "run").exists()  # building writes nothing
