@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hjepa_engine.utils.sharding import whole
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -114,15 +116,24 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy ``tensors``; the copies are good until the next call."""
+    def take(self, tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+        """Copy ``tensors``; the copies are good until the next call. Collective where they are in shards.
+
+        Args:
+            tensors: sharded ones are gathered one by one.
+            keep: whether this process copies; one that does not takes part in the gathering, and returns nothing.
+        """
         old, self._buffers = self._buffers, {}
-        for name, tensor in tensors.items():
+        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+        for name, live in tensors.items():
+            tensor = whole(live)
+            if not keep:
+                continue
             buffer = old.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        for device in devices:
             torch.cuda.synchronize(device)
         return dict(self._buffers)
 

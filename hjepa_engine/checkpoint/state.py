@@ -24,6 +24,7 @@ from hjepa_engine.errors import CheckpointError
 from hjepa_engine.state import Metrics
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
+from hjepa_engine.utils.sharding import load_state
 
 State = dict[str, Any]
 
@@ -119,7 +120,7 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
     if same_processes:
         restore_random_state(own["random"], trainer.device)
     for name, module in trainer.modules.items():  # from here on nothing can fail
-        unwrap(module).load_state_dict(state["modules"][name])
+        load_state(unwrap(module), state["modules"][name])
     trainer.load_state_dict(engine)
     return remarks
 
