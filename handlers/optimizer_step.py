@@ -17,6 +17,8 @@ from hjepa_engine.utils.gradients import can_hold, clip_gradients, gradient_norm
 from hjepa_engine.utils.sharding import exchanges_gradients, part_of
 from hjepa_engine.utils.tensors import loss_of
 
+#: What chooses among implementations of one step: that is up to the device and the strategy of now.
+_IMPLEMENTATIONS = {"fused", "foreach"}
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -166,8 +168,9 @@ class OptimizerStep:
         Raises:
             ValueError: it is of an optimizer with other parameters.
         """
-        saved, state = state_dict["optimizer"], dict(state_dict["optimizer"]["state"])
-        for old, group in zip(saved["param_groups"], self.optimizer.param_groups, strict=False):
+        saved = state_dict["optimizer"]
+        groups, state = [dict(group) for group in saved["param_groups"]], dict(saved["state"])
+        for old, group in zip(groups, self.optimizer.param_groups, strict=False):
             for number, parameter in zip(old["params"], group["params"], strict=False):
                 moments = state.get(number, {})
                 for name, moment in moments.items():
@@ -177,7 +180,8 @@ class OptimizerStep:
                         )
                 if moments:
                     state[number] = {name: _part(moment, parameter) for name, moment in moments.items()}
-        self.optimizer.load_state_dict({**saved, "state": state})
+            old.update({name: group[name] for name in _IMPLEMENTATIONS & group.keys()})
+        self.optimizer.load_state_dict({"param_groups": groups, "state": state})
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
         self._skipped_updates = state_dict["skipped_updates"]

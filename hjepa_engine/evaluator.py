@@ -84,7 +84,8 @@ _AGAIN = "is_again"
 
 def _as_many(data: Iterable[Batch]) -> Iterator[Batch]:
     """As many batches on every rank: the last one again, until no rank has another. Collective."""
-    batch, own = {}, iter(data)
+    batch: Batch = {}
+    own = iter(data)
     while True:
         batch = next(own, {**batch, _AGAIN: True})
         if not any_rank(_AGAIN not in batch):

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method  # type: ignore[attr-defined]
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.errors import ConfigError
@@ -60,7 +60,7 @@ def shard(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
                 tensor.copy_(of_rank_zero(tensor.to(device)))
         if next(module.parameters(), None) is None:
             continue
-        blocks = module.blocks_to_shard() if hasattr(module, "blocks_to_shard") else []
+        blocks: list[nn.Module] = getattr(module, "blocks_to_shard", list)()
         try:
             for part in (*blocks, module):
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -87,7 +87,10 @@ def exchanges_gradients(modules: nn.ModuleDict) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank has, in the same memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part: Any = tensor.detach()
+    return part.to_local()
 
 
 @torch.no_grad()
@@ -105,9 +108,10 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
-    dim = like.placements[0].dim  # type: ignore[union-attr]
-    parts = tensor.chunk(world_size(), dim)
-    own = parts[rank()] if rank() < len(parts) else tensor.narrow(dim, 0, 0)
+    (placement,) = like.placements
+    assert isinstance(placement, Shard)
+    parts = tensor.chunk(world_size(), placement.dim)
+    own = parts[rank()] if rank() < len(parts) else tensor.narrow(placement.dim, 0, 0)
     own = own.to(like.device, copy=True).contiguous()
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
