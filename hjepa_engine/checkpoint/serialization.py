@@ -162,8 +162,13 @@ def write_tensors(write: Callable[[Any], None], structure: str, tensors: Mapping
             write(data[start : start + _CHUNK])
 
 
-def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The structure and the tensors of a file, on the CPU and independent of it.
+def read_tensors(path: Path, mapped: bool = False) -> tuple[str, dict[str, Tensor]]:
+    """The structure and the tensors of a file, on the CPU.
+
+    Args:
+        path: of the file.
+        mapped: leave the tensors in the file, mapped into memory: for whoever copies parts of them, soon. Else they are
+            independent of it.
 
     Raises:
         ValueError: it is no such file.
@@ -177,7 +182,8 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
             structure = (file.metadata() or {}).get("structure")
             if structure is None:
                 raise ValueError("it has no structure")
-            return structure, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return structure, tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, RuntimeError, MemoryError, TypeError, OverflowError, AttributeError) as error:
         raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
 

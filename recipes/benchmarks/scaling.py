@@ -228,8 +228,8 @@ def main() -> None:
     for name, model in models.items():
         print(
             f"| {name} | {model.encoder_size / 1e6:.0f} M | {model.trained / 1e6:.0f} M | {model.context:.0f} of "
-            f"{model.patches} tokens | {model.targets} x {model.of_target:.0f} | {model.activations / 1e6:.0f} MB an image | "
-            f"{model.flops / 1e12:.2f} TFLOP an image |"
+            f"{model.patches} tokens | {model.targets} x {model.of_target:.0f} | "
+            f"{model.activations / 1e6:.0f} MB an image | {model.flops / 1e12:.2f} TFLOP an image |"
         )
     print(
         "\n| model | GPUs | strategy | states GB | images | activations GB | sent GB | computing ms | sending ms | step ms |"

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_either_goes_on_as_the_other_and_as_one_process(tmp_path
 
 
 def test_shards_that_are_stopped_go_on_with_the_same_bits(tmp_path):
-    values = {**TWO, **SHARDED}
+    values = {**TWO, **SHARDED, "collapse.enabled": "false", "training.max_iters": 10}
 
     def ask_on_one(run, iteration):
         if idist.get_rank() == 1:
