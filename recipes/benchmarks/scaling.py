@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,13 +125,15 @@ def model_of(name: str) -> Model:
         sum(each.shape[-1] for each in tensors) / len(drawn)
         for tensors in ([masks.context_idx for masks in drawn], [masks.target_idx for masks in drawn])
     )
-    stacks = [_stack(modules["context_encoder"].vit.blocks), _stack(modules["predictor"].blocks)]  # type: ignore
+    encoder_blocks: Any = modules["context_encoder"].vit.blocks  # type: ignore[union-attr]
+    predictor_blocks: Any = modules["predictor"].blocks
+    stacks = _stack(encoder_blocks), _stack(predictor_blocks)
     trained = sizes["context_encoder"] + sizes["predictor"]
     return Model(*stacks, sizes["context_encoder"], trained, grid[0] * grid[1], context, 4, of_target)
 
 
-def _stack(blocks: Sequence[torch.nn.Module]) -> Stack:
-    first: torch.nn.Linear = blocks[0].mlp.fc1  # type: ignore
+def _stack(blocks: Any) -> Stack:
+    first = blocks[0].mlp.fc1
     return Stack(
         len(blocks), first.in_features, first.out_features, sum(each.numel() for each in blocks[0].parameters())
     )
