@@ -125,9 +125,9 @@ def model_of(name: str) -> Model:
         sum(each.shape[-1] for each in tensors) / len(drawn)
         for tensors in ([masks.context_idx for masks in drawn], [masks.target_idx for masks in drawn])
     )
-    encoder_blocks: Any = modules["context_encoder"].vit.blocks  # type: ignore[union-attr]
-    predictor_blocks: Any = modules["predictor"].blocks
-    stacks = _stack(encoder_blocks), _stack(predictor_blocks)
+    context_encoder: Any = modules["context_encoder"]
+    predictor: Any = modules["predictor"]
+    stacks = _stack(context_encoder.vit.blocks), _stack(predictor.blocks)
     trained = sizes["context_encoder"] + sizes["predictor"]
     return Model(*stacks, sizes["context_encoder"], trained, grid[0] * grid[1], context, 4, of_target)
 
