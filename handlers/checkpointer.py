@@ -182,7 +182,7 @@ class Checkpointer:
         description = describe_record(record, self.metric, state.metrics.since(0)[0])
         description |= {"config": self.config, "data": self.data, "environment": reproducibility_info(engine)}
         structure, tensors = flat_state(engine)
-        copy = self.writer.copy(name, structure, tensors if idist.get_rank() == 0 else {}, description)
+        copy = self.writer.copy(name, structure, tensors, description)
         self.writer.keep_before = self.keep_before()
         return copy
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
+from torch import Tensor
 
 from hjepa_engine.data.views import random_views
 from hjepa_engine.engine import Trainer
@@ -113,23 +114,29 @@ class CollapseMonitor:
 
     def _read_lidar(self, engine: Trainer) -> None:
         found: dict[str, ViewStatistics] = {}
+        views: list[dict[str, Tensor]] = []  # of the images at hand, so far
+
+        def add(output: Outputs, batch: Batch) -> None:
+            views.append({name: tokens.float().mean(dim=1) for name, tokens in output.items() if "_level_" not in name})
+            if len(views) == self.lidar_views:
+                for name in views[0]:
+                    means = torch.stack([view[name] for view in views])
+                    found.setdefault(name, ViewStatistics(means.shape[-1], self.evaluator.amp_dtype)).add(means)
+                views.clear()
+
+        for_each_output(self.evaluator, self._views(), add)
+        for name, statistics in found.items():
+            engine.state.metrics[collapse_metric(name, LIDAR)] = statistics.lidar()
+
+    def _views(self) -> Iterator[Batch]:
+        """Every view of a batch's images, then those of the next batch."""
         number = idist.get_rank()
         for batch in self.images:
             of_images = []
             for image in batch["images"]:  # one by one, keyed by index: the same views on any rank
                 of_images.append(torch.cat(random_views(image[None], self.lidar_views, self.seed, number)))
                 number += idist.get_world_size()
-            outputs = self._outputs([{"images": view} for view in torch.stack(of_images, dim=1)])
-            for name in [name for name in outputs[0] if "_level_" not in name]:
-                means = torch.stack([output[name].float().mean(dim=1) for output in outputs])
-                found.setdefault(name, ViewStatistics(means.shape[-1], self.evaluator.amp_dtype)).add(means)
-        for name, statistics in found.items():
-            engine.state.metrics[collapse_metric(name, LIDAR)] = statistics.lidar()
-
-    def _outputs(self, batches: list[Batch]) -> list[Outputs]:
-        outputs: list[Outputs] = []
-        for_each_output(self.evaluator, batches, lambda output, batch: outputs.append(output))
-        return outputs
+            yield from ({"images": view} for view in torch.stack(of_images, dim=1))
 
     def state_dict(self) -> dict[str, int]:
         """The optimizer step of the next reading."""

@@ -75,6 +75,10 @@ class DamagedImages:
         """The lines so far."""
         return {"damaged": list(self.lines)}
 
+    def merge_states(self, states: list[dict[str, list[str]]], rank: int) -> dict[str, list[str]]:
+        """With another number of ranks, each knows all: an image counts once."""
+        return {"damaged": list(dict.fromkeys(line for state in states for line in state["damaged"]))}
+
     def load_state_dict(self, state_dict: dict[str, list[str]]) -> None:
         """Restore what ``state_dict`` returned."""
         self.lines = dict.fromkeys(state_dict["damaged"])

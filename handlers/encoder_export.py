@@ -11,7 +11,9 @@ from ignite.engine import Events
 from torch import nn
 
 from hjepa_engine.engine import StepEngine
-from hjepa_engine.export import save_encoder
+from hjepa_engine.export import save_weights
+from hjepa_engine.types import unwrap
+from hjepa_engine.utils.sharding import state_of
 
 
 class EncoderExport:
@@ -33,6 +35,7 @@ class EncoderExport:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def write(self) -> None:
-        """Export now, on rank 0."""
+        """Export now, on rank 0. Collective where the encoder is in shards."""
+        weights = state_of(unwrap(self.encoder))
         if idist.get_rank() == 0:
-            save_encoder(self.encoder, self.folder, self.description)
+            save_weights(weights, self.folder, self.description)

@@ -65,6 +65,10 @@ class MetricAverager:
         """The sums of the current log interval."""
         return self.means.state_dict()
 
+    def merge_states(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """A log interval that began with another number of ranks goes on with what all of them have summed."""
+        return self.means.merge_states(states, rank)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.means.load_state_dict(state_dict)

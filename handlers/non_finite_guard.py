@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Events
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.errors import GuardStop
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.utils.distributed import any_rank, world_size
+from hjepa_engine.utils.sharding import exchanges_gradients
 
 # A loss scale of 2 ** 16 halved this many times in a row is too small for any gradient.
 MAX_OVERFLOWS = 50
@@ -28,8 +28,8 @@ class NonFiniteGuard:
     """Stop the run or skip the update if the loss or the gradient is not finite, before the weights change.
 
     With fp16, a non-finite gradient with a finite loss is left to the gradient scaler, which skips the step and lowers the
-    scale. All ranks decide together: under DDP a gradient that is not finite, which a loss that is not finite always has
-    (``OptimizerStep``), is so on all ranks, so that none has to ask the others in every step.
+    scale. All ranks decide together: under DDP and FSDP a gradient that is not finite, which a loss that is not finite
+    always has (``OptimizerStep``), is so on all ranks, so that none has to ask the others in every step.
 
     Reading loss and norm in every optimizer step means waiting for a GPU. With ``on_device`` the GPU decides by itself: from
     the first update that is not finite on, the optimizer makes none. The program reads that at the end of the log interval,
@@ -76,7 +76,7 @@ class NonFiniteGuard:
     def start(self, engine: StepEngine) -> None:
         """Nothing is held when a run starts; find out whether ranks have their gradients in common."""
         self._held = None
-        self._is_shared = any(isinstance(module, DistributedDataParallel) for module in engine.modules.values())
+        self._is_shared = exchanges_gradients(engine.modules)
 
     def check(self, engine: StepEngine) -> None:
         """Check the loss and gradient of the accumulation window."""

@@ -14,8 +14,11 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.state import Window, accumulation_window
 from hjepa_engine.utils.gradients import can_hold, clip_gradients, gradient_norm
+from hjepa_engine.utils.sharding import exchanges_gradients, part_of
 from hjepa_engine.utils.tensors import loss_of
 
+#: What chooses among implementations of one step: that is up to the device and the strategy of now.
+_IMPLEMENTATIONS = {"fused", "foreach"}
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -23,8 +26,8 @@ class OptimizerStep:
     """Turn losses into steps of the optimizer, one per window of ``accumulation_steps`` micro-batches.
 
     The gradient is the mean over the micro-batches that are really in the window; an epoch's last, shorter window is
-    stepped too. Under DDP gradients are exchanged in a window's last micro-batch only. Gradients are unscaled before
-    they are measured and clipped.
+    stepped too. Under DDP gradients are exchanged in a window's last micro-batch only; under FSDP in every one, so that no
+    rank ever keeps whole ones. Gradients are unscaled before they are measured and clipped.
 
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.LOSS_READY``, ``TrainEvents.LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.output["loss"]`` (); ``engine.state.skip_update``, which a handler of ``GRADIENTS_READY`` may
@@ -62,6 +65,7 @@ class OptimizerStep:
         self._loss: Tensor | None = None  # of the window so far
         self._window = Window(0, 1)
         self._replicated: list[DistributedDataParallel] = []
+        self._exchanges = False
         self._first = self._skipped_updates = 0
 
     def attach(self, engine: Trainer) -> None:
@@ -74,6 +78,7 @@ class OptimizerStep:
     def start(self, engine: Trainer) -> None:
         """Count the skipped updates of a new run from 0; find the modules that exchange gradients."""
         self._replicated = [each for each in engine.modules.values() if isinstance(each, DistributedDataParallel)]
+        self._exchanges = exchanges_gradients(engine.modules)
         if engine.state.iteration == 0:
             self._skipped_updates = 0
 
@@ -98,7 +103,7 @@ class OptimizerStep:
         if share > 1:
             loss = loss / share
         # A loss that is not finite makes all gradients NaN, and the mean over ranks does so on all of them.
-        self.scaler.scale(loss).backward(1 + 0 * loss.detach() if self._replicated else None)
+        self.scaler.scale(loss).backward(1 + 0 * loss.detach() if self._exchanges else None)
         self._loss = total = loss.detach() if self._loss is None else self._loss + loss.detach()
         engine.fire(TrainEvents.BACKWARD_COMPLETED)
         engine.state.window_open = not window.is_last
@@ -158,19 +163,31 @@ class OptimizerStep:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
+        """Restore what ``state_dict`` returned, or the same with whole tensors in place of sharded ones.
 
         Raises:
             ValueError: it is of an optimizer with other parameters.
         """
-        for saved, group in zip(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
-            for number, parameter in zip(saved["params"], group["params"], strict=False):
-                for name, moment in state_dict["optimizer"]["state"].get(number, {}).items():
+        saved = state_dict["optimizer"]
+        groups, state = [dict(group) for group in saved["param_groups"]], dict(saved["state"])
+        for old, group in zip(groups, self.optimizer.param_groups, strict=False):
+            for number, parameter in zip(old["params"], group["params"], strict=False):
+                moments = state.get(number, {})
+                for name, moment in moments.items():
                     if name in _LIKE_PARAMETER and moment.shape != parameter.shape:
                         raise ValueError(
                             f"{name} of parameter {number} is {tuple(moment.shape)}, the parameter {tuple(parameter.shape)}"
                         )
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+                if moments:
+                    state[number] = {name: _part(moment, parameter) for name, moment in moments.items()}
+            old.update({name: group[name] for name in _IMPLEMENTATIONS & group.keys()})
+        self.optimizer.load_state_dict({"param_groups": groups, "state": state})
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
         self._skipped_updates = state_dict["skipped_updates"]
+
+
+def _part(moment: Any, parameter: Tensor) -> Any:
+    """What this rank has of a moment; of one that is not shaped as the parameter (a count), all."""
+    is_like = isinstance(moment, Tensor) and moment.shape == parameter.shape
+    return part_of(moment, parameter) if is_like else moment

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
-import ignite.distributed as idist
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -13,6 +12,8 @@ from hjepa_engine.engine import Trainer
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.loggers.media import Histogram
 from hjepa_engine.types import unwrap
+from hjepa_engine.utils.distributed import rank
+from hjepa_engine.utils.sharding import is_sharded, whole
 
 Watch = Literal["gradients", "parameters", "all"]
 
@@ -21,7 +22,8 @@ class ParameterHistograms:
     """Histograms of every trainable parameter, of its gradient, or of both, on rank 0.
 
     Gradients are those of the whole accumulation window, averaged over ranks, unscaled and before clipping; parameters are
-    those after the step. Reading a set of histograms synchronizes with the device once.
+    those after the step. Reading a set of histograms synchronizes with the device once. Parameters in shards are gathered
+    one by one, which is collective.
 
     Listens to: ``TrainEvents.GRADIENTS_READY``, ``LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.optimizer_step``; ``engine.modules``, of which a parameter shared by two counts once.
@@ -49,7 +51,7 @@ class ParameterHistograms:
         """
         if self.every % engine.log_frequency:
             raise ValueError(f"every must be a multiple of log_frequency ({engine.log_frequency}), got {self.every}")
-        if idist.get_rank() == 0:
+        if rank() == 0 or is_sharded(engine.modules):
             engine.add_event_handler(TrainEvents.GRADIENTS_READY, self.measure_gradients)
             engine.add_event_handler(TrainEvents.LOG_INTERVAL_COMPLETED, self.write)
 
@@ -59,7 +61,7 @@ class ParameterHistograms:
         self._due = step if step % self.every == 0 else 0
         if self._due and self.watch != "parameters":
             gradients = ((name, parameter.grad) for name, parameter in trainable(engine))
-            self._gradients = {f"gradients/{name}": Histogram.measure(g) for name, g in gradients if g is not None}
+            self._gradients = _measure("gradients", ((name, grad) for name, grad in gradients if grad is not None))
 
     def write(self, engine: Trainer) -> None:
         """Write the histograms, unless their optimizer step was skipped."""
@@ -67,9 +69,19 @@ class ParameterHistograms:
             return
         measured = self._gradients
         if self.watch != "gradients":
-            measured |= {f"parameters/{name}": Histogram.measure(value) for name, value in trainable(engine)}
+            measured |= _measure("parameters", trainable(engine))
         engine.state.media.update(zip(measured, Histogram.read(measured.values()), strict=True))
         self._due, self._gradients = 0, {}
+
+
+def _measure(group: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """What histograms are made of, on rank 0; nothing on the others. Collective where tensors are in shards."""
+    measured = {}
+    for name, tensor in tensors:
+        gathered = whole(tensor)
+        if rank() == 0:
+            measured[f"{group}/{name}"] = Histogram.measure(gathered)
+    return measured
 
 
 def trainable(engine: Trainer) -> Iterator[tuple[str, Parameter]]:

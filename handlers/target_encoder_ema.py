@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.types import unwrap
+from hjepa_engine.utils.sharding import local
 
 
 class TargetEncoderEMA:
     """Update the target encoder as a moving average of the context encoder after every optimizer step.
 
     target = momentum * target + (1 - momentum) * context, for parameters and floating-point buffers; other buffers are
-    copied. A ``ParamScheduler`` may set ``param_groups[0]["momentum"]``. All ranks have equal weights, so the update needs
-    no communication. A run's tensors are looked up once, when it starts.
+    copied. A ``ParamScheduler`` may set ``param_groups[0]["momentum"]``. All ranks have equal weights, or shards of both
+    encoders that are cut alike, so the update needs no communication. A run's tensors are looked up once, when it starts.
 
     Listens to: ``STARTED``, ``TrainEvents.OPTIMIZER_STEPPED`` and ``LOG_INTERVAL_COMPLETED``.
     Writes: ``engine.state.metrics["train/ema_momentum"]`` at the end of a log interval.
@@ -66,4 +67,4 @@ class TargetEncoderEMA:
 
     @staticmethod
     def _tensors(module: nn.Module) -> dict[str, Tensor]:
-        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {name: local(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}

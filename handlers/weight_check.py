@@ -13,6 +13,7 @@ from hjepa_engine.errors import GuardStop
 from hjepa_engine.events import TrainEvents
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import gather_objects, world_size
+from hjepa_engine.utils.sharding import is_sharded
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -22,7 +23,8 @@ class WeightCheck:
 
     A parameter's digest is the sum of its bits as integers: of one rank's memory, a single wrong bit changes it.
 
-    Listens to: ``TrainEvents.OPTIMIZER_STEPPED``, every 50 optimizer steps by default; with one process it does nothing.
+    Listens to: ``TrainEvents.OPTIMIZER_STEPPED``, every 50 optimizer steps by default; with one process, and where modules
+    are in shards, of which there is one copy only, it does nothing.
     Reads: ``engine.modules``, ``engine.state.optimizer_step``.
     Writes: nothing; raises :class:`~hjepa_engine.errors.GuardStop`.
 
@@ -41,7 +43,7 @@ class WeightCheck:
 
     def check_if_due(self, engine: Trainer) -> None:
         """Compare the weights every ``every``-th optimizer step."""
-        if engine.state.optimizer_step % self.every == 0 and world_size() > 1:
+        if engine.state.optimizer_step % self.every == 0 and world_size() > 1 and not is_sharded(engine.modules):
             self.check(engine)
 
     def check(self, engine: Trainer) -> None:

@@ -23,6 +23,7 @@ from hjepa_engine.config.schema import Config, TrainingConfig
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.utils.arithmetic import fastest_dtype
 from hjepa_engine.utils.causes import explain, share_causes
+from hjepa_engine.utils.sharding import shard
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,10 @@ def compile_modules(modules: nn.ModuleDict, device: torch.device) -> bool:
     return True
 
 
-def distribute(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
-    """Move modules to ``device``; with several processes, wrap the trained ones in DDP."""
+def distribute(modules: nn.ModuleDict, device: torch.device, strategy: Literal["ddp", "fsdp"] = "ddp") -> nn.ModuleDict:
+    """Move modules to ``device``; with several processes, wrap the trained ones in DDP, or spread all in shards (FSDP)."""
+    if strategy == "fsdp" and idist.get_world_size() > 1:
+        return shard(modules, device)
     modules = modules.to(device)
     if idist.get_world_size() > 1:
         # Its name since PyTorch 2.14; the former one is deprecated.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 from hjepa_engine.engine import StepEngine
 from hjepa_engine.state import Metrics
 from hjepa_engine.types import Batch, Labeled, Outputs, Step
+from hjepa_engine.utils.distributed import any_rank
+from hjepa_engine.utils.sharding import is_sharded
 
 
 class Evaluator(StepEngine):
@@ -27,6 +29,7 @@ class Evaluator(StepEngine):
         """As Ignite's; an evaluation that was cut short is started anew, one that was interrupted goes on."""
         if not self.is_interrupted:
             self.state.max_epochs = self.state.max_iters = None
+            self.state.epoch_length = None  # type: ignore[assignment]  # data without a length would get the last one's
         return super().run(*args, **kwargs)
 
     def _enter(self) -> None:
@@ -60,14 +63,34 @@ def create_evaluator(
 
 
 def for_each_output(evaluator: Evaluator, data: Iterable[Batch], read: Callable[[Outputs, Batch], None]) -> None:
-    """Run over ``data`` and hand each output and its batch to ``read``; the evaluator keeps neither."""
+    """Run over ``data`` and hand each output and its batch to ``read``; the evaluator keeps neither.
+
+    Collective where the evaluator's modules are in shards: a rank with fewer batches than others computes its last one
+    again, which ``read`` does not get.
+    """
 
     def hand_over(engine: Evaluator) -> None:
-        read(engine.state.output, engine.state.batch)
+        if not engine.state.batch.get(_AGAIN):
+            read(engine.state.output, engine.state.batch)
 
     with evaluator.add_event_handler(Events.ITERATION_COMPLETED, hand_over):
-        evaluator.run(data)
+        evaluator.run(_as_many(data) if is_sharded(evaluator.modules) else data)
     evaluator.state.output = evaluator.state.batch = None  # memory that the next training step needs
+
+
+#: Marks a batch that is computed only because other ranks compute one.
+_AGAIN = "is_again"
+
+
+def _as_many(data: Iterable[Batch]) -> Iterator[Batch]:
+    """As many batches on every rank: the last one again, until no rank has another. Collective."""
+    batch: Batch = {}
+    own = iter(data)
+    while True:
+        batch = next(own, {**batch, _AGAIN: True})
+        if not any_rank(_AGAIN not in batch):
+            return
+        yield batch
 
 
 def labeled_features(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hjepa_engine.checkpoint.folder import find_checkpoint, load_one
 from hjepa_engine.config.loading import config_from
@@ -37,10 +37,15 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
     Raises:
         ExportError: the files cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(encoder).state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(encoder).state_dict().items()}
+    save_weights(weights, folder, description)
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path, description: Mapping[str, Any]) -> None:
+    """As :func:`save_encoder`, of an encoder's weights by name, on the CPU."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS)
+        save_file(dict(weights), folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error

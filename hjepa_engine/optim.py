@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.imports import import_object
@@ -90,11 +91,15 @@ def build_optimizer(
         arguments = {"betas": tuple(betas), **arguments}
     elif cls is torch.optim.SGD:
         arguments = {"momentum": betas[0], **arguments}
-    if "fused" in known and not _IMPLEMENTATIONS & arguments.keys() and _can_fuse(groups):
+    if "fused" in known and not _IMPLEMENTATIONS & arguments.keys() and _can_fuse(cls, groups):
         arguments["fused"] = True
     return cls(groups, lr=lr, **arguments)
 
 
-def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+def _can_fuse(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> bool:
     parameters = [parameter for group in groups for parameter in group["params"]]
+    if any(isinstance(each, DTensor) for each in parameters) and not issubclass(
+        cls, (torch.optim.Adam, torch.optim.AdamW)
+    ):
+        return False  # torch's fused SGD and Adagrad take no shards
     return all(each.is_floating_point() and each.device.type in ("cpu", "cuda") for each in parameters)

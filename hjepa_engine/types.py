@@ -43,7 +43,9 @@ class Stateful(Protocol):
 
     Two class attributes, False where they are not there, say how: with ``per_rank = True`` every process saves a state of
     its own, else rank 0 saves for all; with ``must_resume = True`` a checkpoint without this state is refused, else the
-    handler starts afresh. Where there is a method ``start_new_run()``, it is called when the state that was just loaded is
+    handler starts afresh. States of ``per_rank`` handlers are lost to another number of processes, unless there is a method
+    ``merge_states(states, rank)``, from the states of all former processes to that of process ``rank`` now. Where there is a
+    method ``start_new_run()``, it is called when the state that was just loaded is
     another run's, from whose checkpoint this one starts.
     """
 

@@ -17,6 +17,7 @@ from hjepa_engine.checkpoint.serialization import flatten
 from hjepa_engine.checkpoint.state import collect_state
 from hjepa_engine.errors import Preempted
 from hjepa_engine.recipes import pretrain
+from hjepa_engine.utils.sharding import whole
 
 #: Everything that draws random numbers or keeps a state; 3 epochs of 5 iterations.
 RICH = {
@@ -151,7 +152,7 @@ def outcome(run, with_generators=True):
     records = logged(run.folder.path)
     foremost = best([checkpoint.record for checkpoint in list_checkpoints(run.folder.checkpoint_path)])
     place = foremost and (foremost.iteration, foremost.score)
-    return json.loads(structure), {name: tensor.clone() for name, tensor in tensors.items()}, records, place
+    return json.loads(structure), {name: whole(tensor).clone() for name, tensor in tensors.items()}, records, place
 
 
 def assert_same(one, other):

@@ -79,10 +79,14 @@ def list_checkpoints(folder: Path, on_problem: Callable[[Path, Exception], objec
     return sorted(found, key=lambda checkpoint: (checkpoint.record.order, checkpoint.saved_at), reverse=True)
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
+def load_newest(folder: Path, mapped: bool = False) -> tuple[Checkpoint, Any] | None:
     """Load the newest usable checkpoint; None if there never was one.
 
     A damaged checkpoint is named in a warning and renamed to ``damaged_...``.
+
+    Args:
+        folder: of the checkpoints.
+        mapped: as of :func:`~hjepa_engine.checkpoint.serialization.read_tensors`.
 
     Raises:
         CheckpointError: there are checkpoints, but none of them is usable.
@@ -97,7 +101,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint, Any] | None:
 
     for checkpoint in list_checkpoints(folder, report):
         try:
-            return checkpoint, read_state(checkpoint)
+            return checkpoint, read_state(checkpoint, mapped)
         except (CorruptCheckpoint, OSError) as error:
             report(checkpoint.path, error)
     if problems or any(folder.glob(f"{_DAMAGED}*")):
@@ -178,8 +182,12 @@ def checkpoint_folders(path: Path) -> list[Path]:
     return list(dict.fromkeys(folder for folder in (named, path / "checkpoints", path) if folder is not None))
 
 
-def load_one(path: Path) -> tuple[Checkpoint, Any]:
+def load_one(path: Path, mapped: bool = False) -> tuple[Checkpoint, Any]:
     """Load the checkpoint in ``path``, or the newest one if ``path`` is a run folder or a folder of checkpoints.
+
+    Args:
+        path: where it is.
+        mapped: as of :func:`~hjepa_engine.checkpoint.serialization.read_tensors`.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -187,10 +195,10 @@ def load_one(path: Path) -> tuple[Checkpoint, Any]:
     try:
         if (path / MANIFEST).exists():
             checkpoint = read_manifest(path)
-            return checkpoint, read_state(checkpoint)
+            return checkpoint, read_state(checkpoint, mapped)
         for folder in checkpoint_folders(path):
             for checkpoint in list_checkpoints(folder, _warn):
-                return checkpoint, read_state(checkpoint)
+                return checkpoint, read_state(checkpoint, mapped)
     except (CorruptCheckpoint, OSError) as error:
         raise CheckpointError(f"the checkpoint in {path} is not usable: {error}") from error
     raise CheckpointError(f"{path} holds no checkpoint")

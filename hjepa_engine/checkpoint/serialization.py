@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hjepa_engine.utils.sharding import whole
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -114,15 +116,24 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy ``tensors``; the copies are good until the next call."""
+    def take(self, tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+        """Copy ``tensors``; the copies are good until the next call. Collective where they are in shards.
+
+        Args:
+            tensors: sharded ones are gathered one by one.
+            keep: whether this process copies; one that does not takes part in the gathering, and returns nothing.
+        """
         old, self._buffers = self._buffers, {}
-        for name, tensor in tensors.items():
+        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+        for name, live in tensors.items():
+            tensor = whole(live)
+            if not keep:
+                continue
             buffer = old.get(name)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        for device in devices:
             torch.cuda.synchronize(device)
         return dict(self._buffers)
 
@@ -151,8 +162,13 @@ def write_tensors(write: Callable[[Any], None], structure: str, tensors: Mapping
             write(data[start : start + _CHUNK])
 
 
-def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The structure and the tensors of a file, on the CPU and independent of it.
+def read_tensors(path: Path, mapped: bool = False) -> tuple[str, dict[str, Tensor]]:
+    """The structure and the tensors of a file, on the CPU.
+
+    Args:
+        path: of the file.
+        mapped: leave the tensors in the file, mapped into memory: for whoever copies parts of them, soon. Else they are
+            independent of it.
 
     Raises:
         ValueError: it is no such file.
@@ -166,7 +182,8 @@ def read_tensors(path: Path) -> tuple[str, dict[str, Tensor]]:
             structure = (file.metadata() or {}).get("structure")
             if structure is None:
                 raise ValueError("it has no structure")
-            return structure, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return structure, tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
     except (SafetensorError, RuntimeError, MemoryError, TypeError, OverflowError, AttributeError) as error:
         raise ValueError((str(error).splitlines() or [repr(error)])[0]) from error
 

@@ -24,6 +24,7 @@ from hjepa_engine.errors import CheckpointError
 from hjepa_engine.state import Metrics
 from hjepa_engine.types import unwrap
 from hjepa_engine.utils.distributed import rank_zero
+from hjepa_engine.utils.sharding import is_sharded, load_state
 
 State = dict[str, Any]
 
@@ -91,7 +92,7 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
     if not ranks:
         raise ValueError("it lacks the states of its processes")
     same_processes = len(ranks) == idist.get_world_size()
-    own = ranks[idist.get_rank()] if same_processes else {"handlers": {}}
+    own = ranks[idist.get_rank()] if same_processes else {"handlers": _merged(handlers, ranks)}
     saved = {**state["handlers"], **own["handlers"]}
     remarks = []
     if not same_processes:
@@ -119,9 +120,19 @@ def _restore_state(trainer: Trainer, state: State, undo: list[Callable[[], None]
     if same_processes:
         restore_random_state(own["random"], trainer.device)
     for name, module in trainer.modules.items():  # from here on nothing can fail
-        unwrap(module).load_state_dict(state["modules"][name])
+        load_state(unwrap(module), state["modules"][name])
     trainer.load_state_dict(engine)
     return remarks
+
+
+def _merged(handlers: Mapping[str, Any], ranks: list[State]) -> State:
+    """States for this rank, of handlers that can make them of those of another number of ranks."""
+    found = {}
+    for name, handler in handlers.items():
+        states = [each["handlers"][name] for each in ranks if name in each["handlers"]]
+        if _is_per_rank(handler) and len(states) == len(ranks) and hasattr(type(handler), "merge_states"):
+            found[name] = handler.merge_states(states, idist.get_rank())
+    return found
 
 
 def _is_per_rank(handler: Any) -> bool:
@@ -202,12 +213,15 @@ def resume(trainer: Trainer, folder: Path) -> tuple[Checkpoint, list[str]] | Non
     Raises:
         CheckpointError: there are checkpoints but none is usable, or they are of another run; nothing is changed.
     """
-    found = load_on_all_ranks(lambda: load_newest(folder))
+    mapped = is_sharded(trainer.modules)  # each rank copies its part alone
+    found = load_on_all_ranks(lambda: load_newest(folder, mapped), mapped)
     return None if found is None else (found[0], restore_state(trainer, found[1]))
 
 
-def load_on_all_ranks(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tuple[Checkpoint, Any] | None:
-    """What ``load`` finds on rank 0; the other ranks load the same checkpoint. Collective."""
+def load_on_all_ranks(
+    load: Callable[[], tuple[Checkpoint, Any] | None], mapped: bool = False
+) -> tuple[Checkpoint, Any] | None:
+    """What ``load`` finds on rank 0; the other ranks load the same checkpoint, ``mapped`` or not. Collective."""
     found: tuple[Checkpoint, Any] | None = None
 
     def choose() -> Path | None:
@@ -216,4 +230,4 @@ def load_on_all_ranks(load: Callable[[], tuple[Checkpoint, Any] | None]) -> tupl
         return None if found is None else found[0].path
 
     path = rank_zero(choose)
-    return found if path is None or idist.get_rank() == 0 else load_one(path)
+    return found if path is None or idist.get_rank() == 0 else load_one(path, mapped)

@@ -158,8 +158,12 @@ def read_manifest(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_state(checkpoint: Checkpoint) -> Any:
+def read_state(checkpoint: Checkpoint, mapped: bool = False) -> Any:
     """Load the state of a checkpoint on the CPU after verifying its checksum. Loading runs no code from the file.
+
+    Args:
+        checkpoint: which.
+        mapped: as of :func:`~hjepa_engine.checkpoint.serialization.read_tensors`.
 
     Raises:
         CorruptCheckpoint: the file differs from what was written.
@@ -169,7 +173,7 @@ def read_state(checkpoint: Checkpoint) -> Any:
     if file_digest(path) != checkpoint.digest:
         raise CorruptCheckpoint(f"{STATE} does not match its sha256")
     try:
-        return unflatten(*read_tensors(path))
+        return unflatten(*read_tensors(path, mapped))
     except ValueError as error:
         raise CorruptCheckpoint(f"{STATE} cannot be decoded: {error}") from error
 

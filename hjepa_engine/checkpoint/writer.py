@@ -19,6 +19,7 @@ from hjepa_engine.checkpoint.retention import Record, RetentionPolicy
 from hjepa_engine.checkpoint.serialization import Snapshot
 from hjepa_engine.checkpoint.storage import write_checkpoint
 from hjepa_engine.errors import ConfigError
+from hjepa_engine.utils.distributed import rank
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +77,9 @@ class CheckpointWriter:
     def copy(
         self, name: str, structure: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
     ) -> StateCopy:
-        """Copy a state, after the previous write, whose memory is reused."""
+        """Copy a state on rank 0, after the previous write, whose memory is reused. Collective where it is in shards."""
         self.wait()
-        return StateCopy(name, structure, self._snapshot.take(tensors), dict(description))
+        return StateCopy(name, structure, self._snapshot.take(tensors, keep=rank() == 0), dict(description))
 
     def start(self, copy: StateCopy) -> None:
         """Start to write a copy, after the previous write."""

@@ -352,11 +352,15 @@ class TrainingConfig:
 class DistributedConfig:
     """Several processes: docs/scaling.md."""
 
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """``ddp``: every process has the whole model; ``fsdp``: parameters, gradients, moments and target encoder lie in shards
+    over the processes, for models that do not fit on one GPU. With one process they are the same."""
     timeout: float | None = setting(None, gt=0)
     """Minutes that a process waits for the others, before the run ends and names who did not come; null: torch's own (30 on
     CPUs, 10 on GPUs)."""
     weight_check_every: int | None = setting(50, ge=1)
-    """Optimizer steps between comparisons of the weights of all processes, bit by bit; null: never."""
+    """Optimizer steps between comparisons of the weights of all processes, bit by bit; null: never. Under ``fsdp`` there is
+    nothing to compare: of each weight there is one copy."""
 
 
 @section()

@@ -18,6 +18,7 @@ from hjepa_engine.interop.positions import Grid, resized_positions, sincos_order
 from hjepa_engine.interop.source import HEADS, Source, Weights, refuse
 from hjepa_engine.models import ContextEncoder, Predictor, TargetEncoder
 from hjepa_engine.types import unwrap
+from hjepa_engine.utils.sharding import load_state
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Plan:
     def apply(self) -> str:
         """Load the weights, warn of what is not loaded, and return the table."""
         for module, weights in self.changes:
-            module.load_state_dict(weights, strict=False)
+            load_state(module, weights, strict=False)
         if idist.get_rank() == 0:
             for warning in self.warnings:
                 logger.warning("%s", warning)

@@ -155,7 +155,7 @@ class FeatureStatistics:
         positions, dim = state_dict["mean"].shape
         statistics = cls(dim, positions)
         for name, value in state_dict.items():
-            setattr(statistics, name, value)
+            setattr(statistics, name, value.clone() if isinstance(value, Tensor) else value)
         return statistics
 
 

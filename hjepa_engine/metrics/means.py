@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -87,6 +87,28 @@ class WeightedMeans:
             "names": [list(names) for names in self._sums],
             "sums": [total.tolist() for total in self._sums.values()],
             "weights": list(self._weights.values()),
+        }
+
+    @staticmethod
+    def merge_states(states: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
+        """For other ranks than wrote ``states``: rank 0 has the sums of all, the others have the names with nothing added.
+
+        >>> one = {"names": [["loss"]], "sums": [[2.0]], "weights": [4.0]}
+        >>> WeightedMeans.merge_states([one, one], rank=0)
+        {'names': [['loss']], 'sums': [[4.0]], 'weights': [8.0]}
+        >>> WeightedMeans.merge_states([one, one], rank=1)
+        {'names': [['loss']], 'sums': [[0.0]], 'weights': [0.0]}
+        """
+        totals: dict[tuple[str, ...], list[float]] = {}  # the sums, and then the weight
+        for state in states:
+            for names, sums, weight in zip(state["names"], state["sums"], state["weights"], strict=True):
+                added = [*sums, weight] if rank == 0 else [0.0] * (len(sums) + 1)
+                before = totals.setdefault(tuple(names), [0.0] * len(added))
+                totals[tuple(names)] = [one + other for one, other in zip(before, added, strict=True)]
+        return {
+            "names": [list(names) for names in totals],
+            "sums": [values[:-1] for values in totals.values()],
+            "weights": [values[-1] for values in totals.values()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -157,12 +157,18 @@ class ContextEncoder(nn.Module):
         Returns:
             (B, K, D), in the order of ``patch_idx``.
         """
-        return self.features(images, patch_idx)[0]
+        return self._features(images, patch_idx)[0]
 
     def features(
         self, images: Tensor, patch_idx: Tensor | None = None, depths: Sequence[float] = (1.0,)
     ) -> list[Tensor]:
         """Patch tokens (B, K, D) after each of ``depths``, fractions of the blocks in (0, 1]; 1.0 includes the last norm."""
+        return self._features(images, patch_idx, depths)
+
+    # Not ``features`` itself: under FSDP, both it and ``forward`` gather the parameters, and neither may call the other.
+    def _features(
+        self, images: Tensor, patch_idx: Tensor | None = None, depths: Sequence[float] = (1.0,)
+    ) -> list[Tensor]:
         prefix = self.vit.num_prefix_tokens
         if patch_idx is not None and self.stem == "conv":
             images = hide_pixels(images, patch_idx, self.grid)
@@ -186,6 +192,10 @@ class ContextEncoder(nn.Module):
         """Compile the blocks, for sequences of any length; names of parameters stay as they are."""
         for block in self.vit.blocks:
             block.compile(dynamic=True)
+
+    def blocks_to_shard(self) -> list[nn.Module]:
+        """Parts that FSDP gathers one by one."""
+        return list(self.vit.blocks)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: position embeddings and prefix tokens."""

@@ -153,6 +153,12 @@ class Predictor(nn.Module):
             block.compile(dynamic=True)
         self._run_queries = torch.compile(run_queries, dynamic=True)
 
+    def blocks_to_shard(self) -> list[nn.Module]:
+        """Parts that FSDP gathers one by one: not a last block, which is not called but taken apart for its queries."""
+        stacks = [list(level.children()) for level in self.level_blocks]
+        has_own = any(stacks)
+        return [*list(self.blocks)[: None if has_own else -1], *(block for stack in stacks for block in stack[:-1])]
+
     def _run(self, block: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *tokens, use_reentrant=False)

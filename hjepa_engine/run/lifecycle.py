@@ -36,6 +36,7 @@ from hjepa_engine.run.other_data import accepted_changes, rebase, refuse_inside_
 from hjepa_engine.utils.causes import explain
 from hjepa_engine.utils.distributed import rank_zero
 from hjepa_engine.utils.rng import seed_everything
+from hjepa_engine.utils.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,8 @@ def _resume_elsewhere(trainer: Trainer, folder: RunFolder, how: str) -> tuple[Ch
         if how == "must":
             raise CheckpointError(f"checkpoint.resume is must, but {folder.checkpoint_path} holds no checkpoint")
         return None
-    found = load_on_all_ranks(lambda: load_one(path))
+    mapped = is_sharded(trainer.modules)
+    found = load_on_all_ranks(lambda: load_one(path, mapped), mapped)
     assert found is not None
     checkpoint, state = found
     changes = config_changes(checkpoint.config, folder.config) if checkpoint.config else []

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hjepa_engine.utils.sharding import local, sum_over_shards
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm () of all gradients together: bit for bit ``torch.nn.utils.get_total_norm``, in a quarter of its time.
 
     Args:
-        gradients: on one device.
+        gradients: on one device; all of them in shards (then this is collective), or none.
     """
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([local(each) for each in gradients])))
+    return sum_over_shards(norm.square()).sqrt() if isinstance(gradients[0], DTensor) else norm
 
 
 def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
@@ -23,7 +27,7 @@ def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> No
         norm: theirs (), from :func:`gradient_norm`.
         max_norm: larger norms become this one.
     """
-    torch._foreach_div_(gradients, (norm / max_norm).clamp_(min=1.0))
+    torch._foreach_div_([local(each) for each in gradients], (norm / max_norm).clamp_(min=1.0))
 
 
 def can_hold(optimizer: torch.optim.Optimizer) -> bool:

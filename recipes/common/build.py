@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,14 +89,15 @@ def build_run(
     loaded = build_data(config, data)
     config = loaded.config
     folder = RunFolder(config, describe(loaded.train, loaded.val))
-    trainer = build_trainer(config, step, modules)
-    encoder = encoder_name(config, trainer.modules)
+    made = build_model(config, modules)
+    encoder = encoder_name(config, made)
+    # Modules that were passed in cannot be built again; those in shards cannot be copied.
+    keeps = modules is not None and config.probe.enabled and encoder is not None
+    initial = copy.deepcopy(made[encoder]).cpu() if keeps and encoder else None
+    trainer = build_trainer(config, step, made)
     attached = [*default_handlers(config, trainer, loaded, folder), *build_handlers(config), *handlers]
     trainer.attach(*attached)
-    run = Run(config, trainer, loaded.loader, loaded.val_loader, folder, attached, encoder)
-    if modules is not None and config.probe.enabled:
-        run.remember_initial_encoder()
-    return run
+    return Run(config, trainer, loaded.loader, loaded.val_loader, folder, attached, encoder, initial)
 
 
 def build_data(config: Config, data: Datasets | None = None) -> Data:
@@ -152,7 +154,7 @@ def build_trainer(config: Config, step: Step | None = None, modules: Modules | N
         compile_modules(made, device)
     return create_trainer(
         step or build_step(config),
-        distribute(made, device),
+        distribute(made, device, config.distributed.strategy),
         device=device,
         amp_dtype=choose_amp_dtype(config.training, device),
         log_frequency=config.logging.log_frequency,

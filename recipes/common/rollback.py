@@ -21,6 +21,7 @@ from hjepa_engine.errors import CheckpointError, GuardStop, Rollback
 from hjepa_engine.handlers import Checkpointer, CollapseGuard
 from hjepa_engine.run.other_data import rebase
 from hjepa_engine.utils.distributed import rank_zero
+from hjepa_engine.utils.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def _go_back(trainer: Trainer, checkpointer: Checkpointer, log: Path, request: R
     """Restore the newest checkpoint from before ``request.before``. Collective."""
     writer, epoch_length = checkpointer.writer, trainer.state.epoch_length
     rank_zero(writer.wait)
-    found = load_on_all_ranks(lambda: _newest_before(writer.folder, request.before, checkpointer.data))
+    mapped = is_sharded(trainer.modules)
+    found = load_on_all_ranks(lambda: _newest_before(writer.folder, request.before, checkpointer.data, mapped), mapped)
     if found is None:
         raise GuardStop(f"{request}; {writer.folder} holds no checkpoint from before iteration {request.before}")
     checkpoint, state = found
@@ -78,12 +80,14 @@ def _go_back(trainer: Trainer, checkpointer: Checkpointer, log: Path, request: R
     return checkpoint
 
 
-def _newest_before(folder: Path, iteration: int, data: Mapping[str, Any]) -> tuple[Checkpoint, Any] | None:
+def _newest_before(
+    folder: Path, iteration: int, data: Mapping[str, Any], mapped: bool
+) -> tuple[Checkpoint, Any] | None:
     for checkpoint in list_checkpoints(folder):
         # Inside an epoch of data that has grown since, nothing can go on.
         if checkpoint.record.iteration < iteration and (checkpoint.record.ends_epoch or checkpoint.data == data):
             try:
-                return checkpoint, read_state(checkpoint)
+                return checkpoint, read_state(checkpoint, mapped)
             except (CorruptCheckpoint, OSError) as error:
                 logger.warning("checkpoint %s is not usable: %s", checkpoint.path, error)
     return None

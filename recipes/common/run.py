@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -98,11 +97,6 @@ class Run:
             if isinstance(handler, cls):
                 return handler
         raise LookupError(f"no {cls.__name__} is attached")
-
-    def remember_initial_encoder(self) -> None:
-        """Keep a copy of the encoder as it is now: modules that were passed in cannot be built again."""
-        if self.encoder is not None:
-            self.initial_encoder = copy.deepcopy(unwrap(self.modules[self.encoder])).cpu()
 
     def describe(self) -> str:
         """What was read, and one line: data, encoder, levels, device, length."""

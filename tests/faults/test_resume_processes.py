@@ -3,7 +3,7 @@
 import ignite.distributed as idist
 import numpy as np
 import pytest
-from helpers import largest_difference, same_bits
+from helpers import largest_difference, logged, same_bits
 from ignite.engine import Events
 from PIL import Image
 from processes import in_processes
@@ -65,6 +65,25 @@ def test_one_process_goes_on_where_two_were_stopped(tmp_path, caplog):
     assert largest_difference(weights(alone), whole) < 1e-5
     start = weights(train(tmp_path / "start", {**ALIKE, "training.max_iters": 1}))
     assert largest_difference(start, whole) > 1e-2
+
+
+def test_a_log_interval_is_ended_by_another_number_of_processes_than_began_it(tmp_path):
+    """Intervals end after steps 4, 7 and 8; the run is cut after step 6."""
+    values = {**ALIKE, "training.max_iters": 9, "collapse.enabled": "false"}
+    train(tmp_path / "whole", values)
+    train(tmp_path / "one", values, stop=6)
+
+    def body():
+        train_on_two(tmp_path / "two", values, 6)
+        train(tmp_path / "one", values)  # two go on where one was stopped
+
+    in_processes(2, tmp_path, body)
+    train(tmp_path / "two", values)
+    whole = logged(tmp_path / "whole")
+    assert any(record["step"] == 7 and "train/loss" in record for record in whole)
+    for name in ("one", "two"):
+        for record, found in zip(whole, logged(tmp_path / name), strict=True):
+            assert found == pytest.approx(record, abs=1e-5), (name, record["step"])
 
 
 class Wrong:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from ignite.engine import Events
 from sources import ROOT
+from timm.models.vision_transformer import Block
 
-from hjepa_engine.recipes.benchmarks import memory, parts, products, sizes
+from hjepa_engine.recipes.benchmarks import memory, parts, products, scaling, sizes
 from hjepa_engine.recipes.benchmarks import run as benchmark
 
 TINY = ["--training.use_amp=false", "--data.batch_size=8"]
@@ -35,6 +36,38 @@ def test_the_parts_of_needed_memory_are_those_of_the_parameters_and_add_up(run):
     assert found["target_mb"] == pytest.approx(of_encoder)
     assert found["activations_mb"] > 0
     assert found["needed_mb"] == pytest.approx(sum(found[part] for part in memory.PARTS))
+
+
+def test_a_block_keeps_what_the_calculation_for_many_gpus_says():
+    block, kept = Block(64, 4, qkv_bias=True), dict[int, int]()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(torch.randn(2, 50, 64, requires_grad=True))
+    stack = scaling._stack([block])
+    assert output.requires_grad and stack.kept(small=4) == pytest.approx(sum(kept.values()) / (2 * 50), rel=0.03)
+    assert stack.parameters == sum(parameter.numel() for parameter in block.parameters())
+
+
+def test_the_calculation_of_states_and_traffic_is_that_of_the_documentation():
+    stack = scaling.Stack(4, 64, 256, 50_000)
+    model = scaling.Model(stack, stack._replace(depth=2), 200_000, 300_000, 196, 79.0, 4, 34.0)
+    ddp, fsdp = (scaling.cost(model, scaling.Machine(), strategy, 8, batch=64) for strategy in ("ddp", "fsdp"))
+    assert ddp.fixed == pytest.approx((20 * 0.3 + 4 * 0.2) / 1e3)
+    assert fsdp.fixed == pytest.approx(((16 * 0.3 + 4 * 0.2) / 8 + 12 * 0.05) / 1e3)
+    assert ddp.exchanged == pytest.approx(7 / 8 * 8 * 0.3 / 1e3)
+    assert fsdp.exchanged == pytest.approx(7 / 8 * (12 * 0.3 + 4 * 0.2) / 1e3)
+    assert (ddp.micro, ddp.steps) == (8, 1) and ddp.computing == fsdp.computing
+    small = scaling.cost(model, scaling.Machine(memory=1.2e-2), "fsdp", 8, batch=64)
+    assert small.micro * small.steps == 8 and small.steps > 1
+    assert small.exchanged == pytest.approx(small.steps * fsdp.exchanged)
+    assert scaling.cost(model, scaling.Machine(memory=1e-3), "ddp", 8, batch=64).micro == 0
 
 
 def test_kept_activations_are_what_a_step_keeps_without_its_weights(run):

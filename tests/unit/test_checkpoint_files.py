@@ -7,6 +7,7 @@ import re
 import shutil
 import string
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,18 @@ def test_views_are_saved_by_value_not_by_memory(tmp_path):
     write(tmp_path / "file", state)
     loaded = unflatten(*read_tensors(tmp_path / "file"))
     assert same_state(loaded, {name: tensor.clone() for name, tensor in state.items()})
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
+def test_mapped_tensors_stay_in_the_file_and_others_do_not(tmp_path):
+    path = tmp_path / "file"
+    write(path, {"weight": torch.arange(12.0).reshape(3, 4)})
+    mapped = read_tensors(path, mapped=True)[1]["weight"]
+    assert str(path) in Path("/proc/self/maps").read_text()
+    copied = read_tensors(path)[1]["weight"]
+    assert torch.equal(mapped, copied)
+    del mapped
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_paths_that_collide_get_names_of_their_own():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from PIL import Image
+from processes import in_processes
 from torch import nn
 
 from hjepa_engine import Config, dump_config, load_config
@@ -36,6 +37,7 @@ from hjepa_engine.recipes.common.probe import probe, read_features
 from hjepa_engine.recipes.pretrain import build
 from hjepa_engine.run.folder import RunFolder
 from hjepa_engine.run.other_data import accepted_changes
+from hjepa_engine.utils.sharding import is_sharded
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -618,6 +620,11 @@ def group_timeout(config, tools):
     return given[0]
 
 
+def sharded(config, tools):
+    tools.folder.mkdir(exist_ok=True)
+    return in_processes(2, tools.folder, lambda: is_sharded(parts.build_trainer(config).modules))
+
+
 def weight_checks(config, tools):
     return build(config).handler(WeightCheck).every
 
@@ -1054,6 +1061,7 @@ EFFECTS = {
     "training.non_finite": Effect("the run goes on", "skip", ending, (f"--loss.type={ME}.nan_loss",), ("done", 4)),
     "training.early_stopping": Effect("ends in epoch 2", "1", ending, ("--training.epochs=4", *STUCK), ("done", 4)),
     "training.time_limit": Effect("leaves after a step", "1e-9", ending, becomes=("Preempted", 1)),
+    "distributed.strategy": Effect("modules are in shards", "fsdp", sharded, becomes=[True, True]),
     "distributed.timeout": Effect("the group waits for less", "0.5", group_timeout, becomes=0.5),
     "distributed.weight_check_every": Effect("more often", "7", weight_checks, becomes=7),
     "checkpoint.save_frequency": Effect("every other epoch", "2", kept, ("--training.epochs=4", *ALL), [8, 4]),

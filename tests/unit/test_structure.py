@@ -26,7 +26,7 @@ ARROWS = {
     "masking": "utils",
     "state": "types utils",
     "engine": "errors events state types utils",
-    "evaluator": "engine state types",
+    "evaluator": "engine state types utils",
     "metrics": "utils",
     "loggers": "utils",
     "config": "errors metrics utils",
