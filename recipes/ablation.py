@@ -133,7 +133,7 @@ def read_result(folder: Path, variant: str, seed: int) -> Result | None:
     if run.state != "done" or "trained" not in run.probe:
         return None
     start, end = run.times or (0.0, 0.0)
-    curves: dict[str, Curve] = {name: tuple(series.finite()) for name, series in run.series.items()}
+    curves: dict[str, Curve] = {name: series.finite() for name, series in run.series.items()}
     return Result(variant, seed, run.probe, (end - start) / 60, curves)
 
 
@@ -162,7 +162,7 @@ def table(results: Sequence[Result]) -> str:
 
 def rank_correlations(results: Sequence[Result]) -> dict[str, float]:
     """Spearman's rank correlation of each reading with the probe over all runs that have it, the strongest first."""
-    from scipy.stats import spearmanr
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]  # scikit-learn brings it
 
     found = {}
     for name in sorted({name for result in results for name in result.readings}):
