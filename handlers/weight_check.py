@@ -25,6 +25,7 @@ class WeightCheck:
     Listens to: ``TrainEvents.OPTIMIZER_STEPPED``, every 50 optimizer steps by default; with one process it does nothing.
     Reads: ``engine.modules``, ``engine.state.optimizer_step``.
     Writes: nothing; raises :class:`~hjepa_engine.errors.GuardStop`.
+    Keys: ``distributed.weight_check_every``.
 
     Args:
         every: optimizer steps between comparisons, at least 1.

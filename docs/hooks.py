@@ -1,0 +1,47 @@
+"""What mkdocs does besides: the sources as they are installed, in the markup that pages have."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mkdocs.plugins import event_priority
+
+ROOT = Path(__file__).parent.parent
+_sources: tempfile.TemporaryDirectory[str] | None = None
+
+
+@event_priority(100)  # before mkdocstrings looks
+def on_config(config: Any) -> Any:
+    """Let mkdocstrings read a copy in which handlers/ and recipes/ are parts of the package, as in an installation."""
+    global _sources
+    on_shutdown()
+    _sources = tempfile.TemporaryDirectory()
+    package = Path(_sources.name) / "hjepa_engine"
+    skipped = shutil.ignore_patterns("__pycache__", "benchmarks")
+    shutil.copytree(ROOT / "hjepa_engine", package, ignore=skipped)
+    for folder in ("handlers", "recipes"):
+        shutil.copytree(ROOT / folder, package / folder, ignore=skipped)
+    for path in package.rglob("*.py"):
+        path.write_text(as_markdown(path.read_text(encoding="utf-8")), encoding="utf-8")
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_sources.name]
+    return config
+
+
+def as_markdown(source: str) -> str:
+    """Sources whose docstrings have no roles, and in which each of a handler's lines is a paragraph.
+
+    >>> as_markdown("Calls :func:`~hjepa_engine.a.go`.")
+    'Calls `go`.'
+    """
+    source = re.sub(r":\w+:`~?(?:[\w]+\.)*(\w+)`", r"`\1`", source)
+    return re.sub(r"^    (Listens to|Reads|Writes|Fires|Keys): ", r"\n    **\1**: ", source, flags=re.MULTILINE)
+
+
+def on_shutdown() -> None:
+    """Remove the copy."""
+    if _sources is not None:
+        _sources.cleanup()
