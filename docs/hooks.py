@@ -32,13 +32,15 @@ def on_config(config: Any) -> Any:
 
 
 def as_markdown(source: str) -> str:
-    """Sources whose docstrings have no roles, and in which each of a handler's lines is a paragraph.
-
-    >>> as_markdown("Calls :func:`~hjepa_engine.a.go`.")
-    'Calls `go`.'
-    """
+    """Sources whose docstrings have no roles, examples in fences, and a paragraph for each of a handler's lines."""
+    source = re.sub(r"^( +)(>>> .*(?:\n\1(?!\"\"\").+)*)$", r"\1```pycon\n\1\2\n\1```", source, flags=re.MULTILINE)
     source = re.sub(r":\w+:`~?(?:[\w]+\.)*(\w+)`", r"`\1`", source)
     return re.sub(r"^    (Listens to|Reads|Writes|Fires|Keys): ", r"\n    **\1**: ", source, flags=re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Name files that are not part of the site without a link."""
+    return re.sub(r"\[([^\]]*)\]\(\.\./(?![^)]*\.md)[^)]*\)", r"\1", markdown)
 
 
 def on_shutdown() -> None:
