@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 _sources: tempfile.TemporaryDirectory[str] | None = None
@@ -38,8 +39,29 @@ def as_markdown(source: str) -> str:
     return re.sub(r"^    (Listens to|Reads|Writes|Fires|Keys): ", r"\n    **\1**: ", source, flags=re.MULTILINE)
 
 
+def on_files(files: Any, config: Any) -> Any:
+    """Make pages of the tutorials."""
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
+        text = tutorial(path.read_text(encoding="utf-8"))
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
+    return files
+
+
+def tutorial(source: str) -> str:
+    """A notebook in the percent format as a page."""
+    parts = []
+    for cell in re.split(r"^# %%", source, flags=re.MULTILINE)[1:]:
+        kind, _, text = cell.partition("\n")
+        if "[markdown]" in kind:
+            parts.append(re.sub(r"^# ?", "", text.strip(), flags=re.MULTILINE))
+        else:
+            parts.append(f"```python\n{text.strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Name files that are not part of the site without a link."""
+    """Name files that are not part of the site without a link; tutorials are, as pages."""
+    markdown = re.sub(r"\(tutorials/(\w+)\.py\)", r"(tutorials/\1.md)", markdown)
     return re.sub(r"\[([^\]]*)\]\(\.\./(?![^)]*\.md)[^)]*\)", r"\1", markdown)
 
 

@@ -264,6 +264,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert all(f">{name}<" in page for name in HANDLERS)
     assert "<strong>Listens to</strong>" in page and ":class:" not in page
     assert not list(tmp_path.rglob("*.py"))
+    assert "Break it" in (tmp_path / "tutorials" / "first_run" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {hjepa_engine.__version__}\n" in citation
+    assert f"\n## {hjepa_engine.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_fits():
