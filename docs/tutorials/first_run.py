@@ -51,7 +51,8 @@ Image.open(sorted(Path("runs/first/figures").glob("masks_*.png"))[-1])
 # %% [markdown]
 # ## Is it healthy?
 #
-# The report `runs/first/report.html` says so in words, and shows every curve. The same from Python:
+# The report `runs/first/report.html` says so in words, and shows every curve. The same from Python; after two epochs
+# there may be warning signs, such as a kNN accuracy below that of the random encoder.
 
 # %%
 data = read_run(Path("runs/first"))
@@ -102,10 +103,9 @@ class EncoderDistance:
         engine.state.metrics["train/encoder_distance"] = squares.sqrt().item()
 
 
-run = pretrain.build(config("handler", "training.max_iters=40", "probe.enabled=false"), handlers=[EncoderDistance()])
-run.trainer.add_event_handler(
-    Events.EPOCH_COMPLETED, lambda engine: print("a function does, too: epoch", engine.state.epoch)
-)
+short = config("handler", "training.max_iters=40", "logging.log_frequency=10", "probe.enabled=false")
+run = pretrain.build(short, handlers=[EncoderDistance()])
+run.trainer.add_event_handler(Events.COMPLETED, lambda: print("a function does, too"))
 run.fit()
 draw(("train/encoder_distance", "train/grad_norm"), ["handler"])
 
@@ -113,10 +113,12 @@ draw(("train/encoder_distance", "train/grad_norm"), ["handler"])
 # ## Break it
 #
 # With a learning rate fifty times as high and without a moving average, features collapse. The loss does not show it:
-# it *falls*, because predicting a constant is easy. A guard that watches the standard deviation ends the run.
+# after 50 steps it is *lower* than the healthy run's, because predicting a constant is easy. A guard that watches the
+# standard deviation ends the run.
 
 # %%
-logging.getLogger("hjepa_engine").setLevel(logging.ERROR)
+for library in ("hjepa_engine", "ignite"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 rule = "guard.rules=[{metric: collapse/target_std, drop: 0.5, readings: 1, action: stop}]"
 broken = config(
     "broken", "training.lr=0.05", "training.weight_decay=0", "model.ema.momentum=0", "model.ema.momentum_end=0", rule

@@ -25,6 +25,9 @@ def test_a_tutorial_runs_and_shows_pictures(page, tmp_path, monkeypatch):
 
 
 EXPECTED = {
-    "first_run": ("healthy", "GuardStop: collapse/target_std", "collapsed", "stopped", "a function does, too"),
+    "first_run": (
+        *("'trained'", "a function does, too", "GuardStop: collapse/target_std", "more than 50 % below its best"),
+        *("a momentum nearer to 1", "'stopped'"),
+    ),
     "own_step": ("3 classes (circle, cross, square)", "trained", "torch.Size([6, 16, 48])"),
 }
