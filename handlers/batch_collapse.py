@@ -32,6 +32,7 @@ class BatchCollapse:
     Reads: ``engine.state.output``: tokens (B, N, D) or features (B, D) named in ``outputs``; if present, ``<name>_idx``
     (B, K), the patches of tokens (B, K, D) that cover only a part of the image; ``engine.state.optimizer_step``.
     Writes: ``engine.state.metrics["collapse/batch_<name>_<std, norm, rank or rank_share>"]``.
+    Keys: ``collapse.enabled``, ``collapse.batch_every``, ``collapse.outputs``.
 
     Args:
         every: optimizer steps between readings.

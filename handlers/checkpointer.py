@@ -31,6 +31,7 @@ class Checkpointer:
     Listens to: ``STARTED``, ``ITERATION_STARTED``, ``TrainEvents.CHECKPOINT_READY`` and ``PREEMPTED``, ``COMPLETED``.
     Reads: ``engine.state.metrics``, ``engine.state.optimizer_step``, ``engine.state.epoch_open``.
     Writes: ``engine.state.checkpoint``, path of the newest checkpoint, when the run ends or is preempted.
+    Keys: ``checkpoint.*``.
 
     Args:
         folder: of the checkpoints; created if it does not exist.

@@ -29,6 +29,7 @@ class CollapseGuard:
     Reads: ``engine.state.metrics``, ``engine.state.optimizer_step``.
     Writes: ``engine.state.metrics["train/rollbacks"]``, once there are any; raises
     :class:`~hjepa_engine.errors.GuardStop` or :class:`~hjepa_engine.errors.Rollback`.
+    Keys: ``guard.*``.
 
     Args:
         rules: see :class:`~hjepa_engine.config.monitoring.GuardRule`; by default those that only warn.

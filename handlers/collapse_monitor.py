@@ -37,6 +37,7 @@ class CollapseMonitor:
     ``std``, ``norm``, ``rank`` and ``rank_share`` (see :meth:`FeatureStatistics.summary`); for the last layer also
     ``rank_me`` and, if enabled, ``alpha_req`` and ``lidar``. ``engine.state.media["collapse/<name>_spectrum"]``: at most
     64 singular values divided by the sum of all, each with its ``rank`` from 1.
+    Keys: ``collapse.*``.
 
     Args:
         evaluator: runs a step with these outputs, such as :func:`~hjepa_engine.steps.feature_map_step`.

@@ -21,6 +21,7 @@ class DamagedImages:
     ``EPOCH_COMPLETED``.
     Reads: ``engine.state.batch["damaged"]``, a line ``name: reason`` for each image that could not be read.
     Writes: ``engine.state.metrics[metric]``, how many different ones there are so far on all ranks, once it is not 0.
+    Keys: ``data.max_damaged``.
 
     Args:
         max_share: largest allowed share of unreadable images in the split, from 0 to 1, whichever are read first.

@@ -19,6 +19,7 @@ class EarlyStopping:
     Listens to: ``TrainEvents.VALIDATION_COMPLETED``; ``STARTED``, for a resumed run that was already stopped.
     Reads: ``engine.state.metrics[metric]``.
     Writes: terminates the engine.
+    Keys: ``training.early_stopping``.
 
     Args:
         patience: validations without improvement, at least 1.

@@ -32,6 +32,7 @@ class GpuStats:
     ``system/process_memory_gb``, resident memory of all ranks and their loader workers, where pages that processes
     share count once for each; ``host_memory_share`` and ``cpu_share``, the share of the host's memory and, since the last
     reading, of its cores' time in use by anybody, from 0 to 1, of the fullest and the busiest host.
+    Keys: ``logging.system_metrics``.
 
     Args:
         gpus: finds the GPUs of this process, given its device.

@@ -36,6 +36,7 @@ class MaskSampler:
     Reads: ``engine.state.batch["images"]`` (B, C, H, W), and ``["offset"]`` of an evaluator's, if it is there;
     ``engine.state.optimizer_step``.
     Writes: ``engine.state.batch["masks"]``, a :class:`~hjepa_engine.masking.Masks`.
+    Keys: ``masking.*``.
 
     Args:
         masks: samples the masks.

@@ -23,6 +23,7 @@ class MetricAverager:
     (evaluator).
     Reads: ``engine.state.output``, ``engine.state.batch`` for the number of samples.
     Writes: ``engine.state.metrics[prefix + name]``.
+    Keys: ``logging.log_frequency``.
 
     Args:
         prefix: prefix of the metrics' names.

@@ -27,6 +27,7 @@ class MetricsLogger:
     Listens to: ``TrainEvents.LOG_METRICS``, ``COMPLETED``.
     Reads: ``engine.state.metrics``, ``engine.state.media``, ``engine.state.optimizer_step``.
     Writes: ``engine.state.media``, which is empty afterwards.
+    Keys: ``logging.*``.
 
     Args:
         writers: opened when there is something to write; none on ranks other than 0.

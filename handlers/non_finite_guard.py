@@ -39,6 +39,7 @@ class NonFiniteGuard:
     Listens to: ``STARTED``, ``TrainEvents.GRADIENTS_READY``, ``LOG_INTERVAL_COMPLETED``, ``COMPLETED``.
     Reads: ``engine.state.window_loss`` (), ``engine.state.output["grad_norm"]`` (), ``engine.state.optimizer_step``.
     Writes: ``engine.state.skip_update``, or ``hold_update``; raises :class:`~hjepa_engine.errors.GuardStop`.
+    Keys: ``training.non_finite``.
 
     Args:
         action: ``stop`` ends the run (exit code 5); ``skip`` skips the update.

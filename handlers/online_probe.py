@@ -26,6 +26,7 @@ class OnlineProbe:
     Listens to: ``STARTED``, ``EPOCH_COMPLETED``.
     Reads: ``features`` (B, F) of the evaluator's outputs and ``labels`` (B,) of its batches.
     Writes: ``engine.state.metrics["probe/<name>"]`` for each classifier, an accuracy from 0 to 1.
+    Keys: ``online_probe.*``.
 
     Args:
         evaluator: runs a step with this output on the encoder, such as :func:`~hjepa_engine.steps.feature_step`.

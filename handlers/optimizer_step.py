@@ -39,6 +39,7 @@ class OptimizerStep:
     Fires: ``TrainEvents.BACKWARD_COMPLETED`` in every iteration; in a window's last ``TrainEvents.GRADIENTS_READY``, then
     ``TrainEvents.OPTIMIZER_STEPPED`` unless the update was skipped (by ``skip_update``, or by the scaler because fp16
     gradients overflowed).
+    Keys: ``training.accumulation_steps``, ``training.clip_grad``, ``training.optimizer``.
 
     Args:
         optimizer: over the parameters to train.

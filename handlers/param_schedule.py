@@ -24,6 +24,7 @@ class ParamSchedule(ParamScheduler):
     Reads: ``engine.state.optimizer_step``.
     Writes: ``param_name`` of the selected groups; where ``metric`` is given, ``engine.state.metrics[metric]`` at the end
     of a log interval, the value of the first selected group (of each level, with ``_level_{l}`` appended).
+    Keys: ``training.lr``, ``training.lr_schedule``, ``training.weight_decay``, ``model.ema.schedule``.
 
     Args:
         optimizer: an optimizer, or anything with ``param_groups`` (``TargetEncoderEMA``).

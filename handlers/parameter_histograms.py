@@ -28,6 +28,7 @@ class ParameterHistograms:
     Listens to: ``TrainEvents.GRADIENTS_READY``, ``LOG_INTERVAL_COMPLETED``.
     Reads: ``engine.state.optimizer_step``; ``engine.modules``, of which a parameter shared by two counts once.
     Writes: ``engine.state.media["gradients/<module>.<parameter>"]`` and ``["parameters/<module>.<parameter>"]``.
+    Keys: ``logging.watch``, ``logging.watch_frequency``.
 
     Args:
         watch: ``gradients``, ``parameters`` or ``all``.

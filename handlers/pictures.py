@@ -47,6 +47,7 @@ class Pictures:
     (B, N, D), ``["predictions"]`` and ``["targets"]``, lists over levels of (B, M, cells, D); spectra in
     ``engine.state.media`` and in ``metrics.jsonl``; ``engine.state.optimizer_step``.
     Writes: ``<folder>/figures/<name>_<optimizer step>.png``, and the same to ``engine.state.media["figures/<name>"]``.
+    Keys: ``pictures.*``.
 
     Args:
         folder: of the run.

@@ -30,6 +30,7 @@ class Preemption:
     Listens to: ``STARTED``, ``TrainEvents.CHECKPOINT_READY``, ``RUN_FINALIZED``.
     Reads: ``engine.state.epoch_open``; ``engine.state.checkpoint`` and ``engine.state.optimizer_step``, for the message.
     Fires: ``TrainEvents.PREEMPTED``; raises :class:`~hjepa_engine.errors.Preempted`.
+    Keys: ``training.time_limit``.
 
     Args:
         time_limit: minutes from the construction of this handler until the run is ended; None: no limit.

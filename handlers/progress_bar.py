@@ -25,6 +25,7 @@ class ProgressBar:
     Listens to: ``STARTED``, ``EPOCH_STARTED``, ``ITERATION_COMPLETED``, ``COMPLETED``; ``TrainEvents.METRICS_READY`` and
     ``EPOCH_FINALIZED``.
     Reads: ``engine.state.metrics``.
+    Keys: ``logging.progress_bar``.
 
     Args:
         metrics: names shown behind the bar and in the lines, where they exist.

@@ -14,6 +14,7 @@ class StepSeed:
     So a step draws the same numbers after a resume, and whatever other handlers draw.
 
     Listens to: ``TrainEvents.FORWARD_STARTED``.
+    Keys: ``seed``.
 
     Args:
         seed: seed of the run.

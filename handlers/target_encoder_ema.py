@@ -23,6 +23,7 @@ class TargetEncoderEMA:
 
     Listens to: ``STARTED``, ``TrainEvents.OPTIMIZER_STEPPED`` and ``LOG_INTERVAL_COMPLETED``.
     Writes: ``engine.state.metrics["train/ema_momentum"]`` at the end of a log interval.
+    Keys: ``model.ema.*``.
 
     Args:
         context_encoder: the encoder that is trained.

@@ -27,6 +27,7 @@ class WeightCheck:
     are in shards, of which there is one copy only, it does nothing.
     Reads: ``engine.modules``, ``engine.state.optimizer_step``.
     Writes: nothing; raises :class:`~hjepa_engine.errors.GuardStop`.
+    Keys: ``distributed.weight_check_every``.
 
     Args:
         every: optimizer steps between comparisons, at least 1.

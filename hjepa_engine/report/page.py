@@ -13,8 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hjepa_engine.errors import ForceQuit
+from hjepa_engine.metrics.glossary import explain
 from hjepa_engine.metrics.health import VERDICT_RULES
 from hjepa_engine.report import sections
+from hjepa_engine.report.answers import answers, commands
 from hjepa_engine.report.charts import FRAME
 from hjepa_engine.report.numbers import duration, number, when
 from hjepa_engine.report.panels import section_charts
@@ -69,8 +71,14 @@ def _write_quietly(folder: RunFolder) -> None:
         logger.warning("%s was not written: %s", folder.path / FILE, " ".join(str(error).split()))
 
 
-def render(run: RunData, others: Sequence[RunData] = ()) -> str:
-    """The page as a string that needs nothing else: no network, no other file."""
+def render(run: RunData, others: Sequence[RunData] = (), refresh: int | None = None) -> str:
+    """The page as a string that needs nothing else: no network, no other file.
+
+    Args:
+        run: what it is about.
+        others: runs to compare it with.
+        refresh: seconds after which a browser asks for the page again; None: never.
+    """
     runs = named([run, *others])
     verdicts = {name: assess(each.series) for name, each in runs.items()}
     charts = section_charts(run)
@@ -93,7 +101,10 @@ def render(run: RunData, others: Sequence[RunData] = ()) -> str:
             written=time.time(),
             sections=[title for title, present in titles.items() if present],
             charts=charts,
-            verdict=verdicts[next(iter(runs))],
+            refresh=refresh,
+            verdict=(verdict := verdicts[next(iter(runs))]),
+            answers=answers(run, verdict),
+            commands=commands(run),
             comparison=sections.compare(runs, verdicts) if others else None,
             final_probes=sections.final_probe_rows(run),
             evaluations=sections.evaluations(run),
@@ -123,6 +134,7 @@ def _environment() -> Environment:
     environment.filters.update(
         anchor=_anchor,
         duration=duration,
+        explain=lambda name: term.meaning if (term := explain(name)) else "",
         format_value=sections.format_value,
         number=number,
         sentence=lambda text: f"{text[:1].upper()}{text[1:]}.",

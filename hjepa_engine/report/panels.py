@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
+from hjepa_engine.metrics.glossary import explain
 from hjepa_engine.metrics.names import (
     ALPHA_REQ,
     COLLAPSE,
@@ -146,23 +147,33 @@ def section_charts(run: RunData) -> dict[str, list[Chart]]:
 
 def _draw(panel: Panel, left: dict[str, Series]) -> Chart | None:
     """The chart of a panel; its metrics are taken out of ``left``."""
-    lines = []
+    lines: list[Line] = []
+    first = ""
     for pattern, label in panel.lines.items():
         for match in list(filter(None, (re.fullmatch(pattern, name) for name in left))):
+            first = first or match[0]
             lines.append(Line(match.expand(label), left.pop(match[0])))
-    return chart(panel.title, lines, panel.log, panel.zero, note=panel.note)
+    return chart(panel.title, lines, panel.log, panel.zero, note=panel.note or _meaning(first))
 
 
 def _machine_charts(left: dict[str, Series]) -> list[Chart | None]:
     """One chart for each metric of the machine, with all GPUs in it."""
     groups: dict[str, list[Line]] = {}
+    meanings: dict[str, str] = {}
     for name in [name for name in left if name.startswith(SYSTEM)]:
         short = name.removeprefix(SYSTEM)
         match = re.fullmatch(r"gpu(\d+)_(\w+)", short)
         title, label = (f"GPU {match[2]}", f"GPU {match[1]}") if match else (short, short)
         title, label = (words.replace("_", " ").replace(" gb", " GB") for words in (title, label))
         groups.setdefault(title, []).append(Line(label, left.pop(name)))
-    return [chart(title, lines, zero=True) for title, lines in groups.items()]
+        meanings[title] = _meaning(name)
+    return [chart(title, lines, zero=True, note=meanings[title]) for title, lines in groups.items()]
+
+
+def _meaning(name: str) -> str:
+    """A metric in one line without its full stop; nothing for one of the user's own."""
+    term = explain(name)
+    return term.meaning.rstrip(".") if term else ""
 
 
 def spectrum_charts(run: RunData) -> list[Chart | None]:

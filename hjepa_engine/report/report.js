@@ -1,4 +1,14 @@
 "use strict";
+// Copies a command; where the browser does not allow it, a click on the command selects it.
+for (const button of document.querySelectorAll(".command button")) {
+  if (!navigator.clipboard) break;
+  button.hidden = false;
+  button.onclick = async () => {
+    await navigator.clipboard.writeText(button.previousElementSibling.textContent);
+    button.textContent = "Copied";
+  };
+}
+
 // Shows in a chart's legend the values of its curves at the step that is pointed at.
 for (const figure of document.querySelectorAll(".chart")) {
   const plot = figure.querySelector(".plot"), svg = plot.querySelector("svg"), rule = svg.querySelector(".rule");

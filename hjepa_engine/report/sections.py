@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from hjepa_engine.checkpoint.retention import best
+from hjepa_engine.checkpoint.retention import Mode, Record, best
 from hjepa_engine.checkpoint.storage import Checkpoint
 from hjepa_engine.config.changes import config_changes, plain_config
 from hjepa_engine.config.schema import Config
@@ -147,9 +147,17 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint], kept: Mapping[str, Seque
 
 def best_checkpoint(run: RunData) -> str:
     """One sentence on which checkpoint is the best."""
-    mode = run.config.checkpoint.mode if run.config else "min"
-    found = best([checkpoint.record for checkpoint in run.checkpoints], mode)
+    mode, found = _mode(run), best_record(run)
     return f"Best by {run.checkpoints[0].metric} ({mode}): {found.name}." if found else "None has a score yet."
+
+
+def best_record(run: RunData) -> Record | None:
+    """The best checkpoint; None where none has a score."""
+    return best([checkpoint.record for checkpoint in run.checkpoints], _mode(run))
+
+
+def _mode(run: RunData) -> Mode:
+    return run.config.checkpoint.mode if run.config else "min"
 
 
 def changed_keys(config: Config) -> dict[str, tuple[Any, Any]]:

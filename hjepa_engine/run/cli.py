@@ -10,7 +10,9 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -29,6 +31,25 @@ exit codes:
   130 Ctrl-C outside of training, or twice   1 anything else"""
 
 
+#: How this program was called, and how its help is to call the recipes; their files, where nobody says.
+_CALLED: ContextVar[tuple[str | None, Mapping[str, str]]] = ContextVar("_CALLED", default=(None, {}))
+
+
+@contextmanager
+def called_as(program: str, programs: Mapping[str, str]) -> Iterator[None]:
+    """Let parsers that are made meanwhile call themselves ``program``.
+
+    Args:
+        program: as usage lines show it.
+        programs: what stands in help for ``python recipes/...``, by that.
+    """
+    token = _CALLED.set((program, programs))
+    try:
+        yield
+    finally:
+        _CALLED.reset(token)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -41,8 +62,12 @@ def command_parser(description: str, with_config: bool = True) -> argparse.Argum
         description: for ``--help``.
         with_config: whether what the parser does not know is left for the configuration.
     """
-    first, _, rest = (description or "").partition("\n")
+    program, programs = _CALLED.get()
+    for recipe, name in programs.items():
+        description = description.replace(recipe, name)
+    first, _, rest = description.partition("\n")
     parser = _Parser(
+        prog=program,
         description=f"{first}\n{rest}".strip(),
         epilog=f"{_options_help()}\n\n{EXIT_CODES}" if with_config else EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,8 +98,14 @@ def read_config(
         ConfigError: one line that says what is wrong.
     """
     parser = command_parser(description)
+    shipped = {path.stem: path for path in sorted(default.parent.glob("*.yaml"))}
+    names = f"{', '.join(shipped)}; default: {default.stem}"
     parser.add_argument(
-        "--config", type=Path, default=default, metavar="FILE", help=f"YAML file (default: {default.name})"
+        "--config",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"YAML file, or the name of a shipped one ({names})",
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--print_schema", action="store_true", help="print a JSON schema of the YAML file and exit")
@@ -86,7 +117,8 @@ def read_config(
     if known.print_schema:
         print(json.dumps(json_schema(), indent=2))
         return None
-    config = load_config(known.config, overrides)
+    file = known.config if known.config.is_file() else shipped.get(str(known.config), known.config)
+    config = load_config(file, overrides)
     if known.print_config:
         print(dump_config(config), end="")
         return None

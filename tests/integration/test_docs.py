@@ -3,23 +3,28 @@
 import ast
 import importlib.util
 import inspect
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from forkserver import PRETRAIN, PROGRAM
 from helpers import NOISE, options
+from ignite.engine import Events
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 import hjepa_engine.handlers
-from hjepa_engine import dump_config, load_config
+from hjepa_engine import TrainEvents, dump_config, load_config
 from hjepa_engine.config.changes import MAY_CHANGE, MAY_CHANGE_ELSEWHERE
 from hjepa_engine.config.options import list_options
 from hjepa_engine.interop.writing import export_encoder
+from hjepa_engine.metrics.glossary import GLOSSARY, explain
 from hjepa_engine.models import build_modules
 from hjepa_engine.recipes import export, linear_probe, pretrain
 from hjepa_engine.state import TrainState
@@ -50,14 +55,66 @@ def run(server):
     return run
 
 
-def test_generated_pages_are_what_the_schema_says():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run: python docs/generate.py"
-    assert generate.CHECKPOINTS.read_text(encoding="utf-8") == generate.checkpoints_page(), (
-        "run: python docs/generate.py"
-    )
+def script(name, monkeypatch):
+    """A program of docs/ as a module, which finds its neighbors."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_what_the_code_says(monkeypatch):
+    pages = script("generate", monkeypatch).pages()
+    assert [path.name for path in pages] == ["configuration.md", "checkpoints.md", "handlers.md", "metrics.md"]
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run: python docs/generate.py"
+
+
+def test_figures_are_what_the_code_draws(monkeypatch):
+    figures = script("draw", monkeypatch).figures()
+    assert {path.stem for path in figures} == {"hjepa-light", "hjepa-dark", "timeline-light", "timeline-dark"}
+    for path, text in figures.items():
+        assert path.read_text(encoding="utf-8") == text, "run: python docs/draw.py"
+
+
+def test_handlers_name_keys_of_the_configuration_that_exist(monkeypatch):
+    docstrings = script("docstrings", monkeypatch)
+    known = [option.key for option in list_options()]
+    for handler in docstrings.HANDLERS.values():
+        for key in docstrings.keys(handler):
+            assert key in known or (key.endswith(".*") and any(name.startswith(key[:-1]) for name in known)), key
+    assert docstrings.keys(hjepa_engine.handlers.EarlyStopping) == ["training.early_stopping"]
+    assert docstrings.events(hjepa_engine.handlers.OnlineProbe) == ["STARTED", "EPOCH_COMPLETED"]
+
+
+def test_every_metric_that_a_run_logs_has_a_term_and_every_term_a_handler(tmp_path):
+    more = {
+        "collapse.every": 100,
+        "collapse.batch_every": 2,
+        "data.fake_size": 256,
+        "collapse.alpha_req": True,
+        "collapse.lidar_views": 2,
+    }
+    losses = {"loss.variance_weight": 0.1, "training.level_lrs": "[1e-3, 1e-3]", "collapse.images": 40}
+    probes = {"probe.epochs": 1, "online_probe.train_images": 20, "online_probe.val_images": 20, "training.epochs": 1}
+    pretrain.main(options({**NOISE, **more, **losses, **probes, "run_dir": tmp_path / "run"}))
+    names = {name for line in logged_whole(tmp_path / "run") for name in line} - {"step", "epoch", "time"}
+    names = {name for name in names if not name.endswith("_spectrum")}
+    assert {name for name in names if explain(name) is None} == set()
+    # What this run had no reason to log.
+    rare = {"train/skipped_updates", "train/rollbacks", "val/damaged", "data/damaged"}
+    unseen = {term.name for term in GLOSSARY} - {explain(name).name for name in names}
+    assert {name for name in unseen if not name.startswith("system/gpu")} == rare
+    handlers = {term.source for term in GLOSSARY}
+    assert handlers - set(HANDLERS) == {"pretrain.py"}
+    for term in GLOSSARY:
+        assert re.fullmatch(r"[A-Z].{10,120}\.", term.meaning), term
+    assert explain("train/loss_level_1").name == "train/loss_level_{l}" and explain("train/mine") is None
+
+
+def logged_whole(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -160,10 +217,80 @@ def test_the_readme_has_one_line_to_run_and_one_to_test():
         assert len(block.strip().splitlines()) == 1
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:\s\"]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def prose(page):
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page):
+    """What a link may name behind ``#``: the headings as GitHub and mkdocs call them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_and_pictures_lead_somewhere():
+    count = 0
+    for page in PAGES:
+        found = re.findall(r"\]\(([^)\s\"]+)\)", prose(page)) + re.findall(r'(?:src|srcset)="([^"]+)"', prose(page))
+        for target in found:
+            if re.match(r"https?:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path) if path else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or file.suffix != ".md" or anchor in anchors(file), f"{page.name}: {target}"
+            count += 1
+    assert count > 100
+
+
+def test_every_page_is_in_the_index_and_in_the_site():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+        assert f": {page.name}\n" in site, page.name
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "reference" / "handlers" / "index.html").read_text(encoding="utf-8")
+    assert all(f">{name}<" in page for name in HANDLERS)
+    assert "<strong>Listens to</strong>" in page and ":class:" not in page
+    assert not list(tmp_path.rglob("*.py"))
+    assert "Break it" in (tmp_path / "tutorials" / "first_run" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {hjepa_engine.__version__}\n" in citation
+    assert f"\n## {hjepa_engine.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_fits():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_keys_and_names_of_the_page_on_migration_exist():
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    known = {option.key for option in list_options()}
+    first, *others = page.split("\n## ")[1:]
+    cells = [line.split("|")[2] for line in first.splitlines() if line.startswith("| `")]
+    cells += [line.split("|")[2] for text in others for line in text.splitlines() if line.startswith("| `")]
+    keys = {name for cell in cells for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: \w+)?`", cell)}
+    assert len(keys) > 45 and keys <= known
+    upper = {name for cell in cells for name in re.findall(r"`([A-Z_]+)`", cell)}
+    assert len(upper) == 6 and upper <= {event.name for event in (*TrainEvents, *Events)}
+    logged = {name for cell in cells for name in re.findall(r"`((?:probe|collapse)/\w+)`", cell)}
+    assert len(logged) == 4 and all(map(explain, logged))
+    classes = {name for cell in cells for name in re.findall(r"`((?:[A-Z][a-z]+)+(?:EMA)?)`", cell)}
+    assert classes == {"OnlineProbe", "CollapseMonitor", "TargetEncoderEMA"} and classes <= set(HANDLERS)
 
 
 def test_the_keys_that_may_change_are_those_of_the_documentation():

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: Tools that look at the sources and take no part in a test.
 NOT_RUN = {"mypy", "pre-commit", "ruff", "types-PyYAML"}
+NOT_RUN |= {"ipykernel", "jupytext", "mkdocs-material", "mkdocstrings-python", "nbclient"}
 
 
 def lowest_versions():
