@@ -77,6 +77,8 @@ def read_plan(path: Path) -> Plan:
     plan = Plan(path.parent / data["base"], data["seeds"], data["variants"])
     if not plan.seeds or not all(type(seed) is int and seed >= 0 for seed in plan.seeds):
         raise ConfigError(f"{path}: seeds must be integers of at least 0, got {plan.seeds}")
+    if not plan.base.is_file():
+        raise ConfigError(f"{path}: base must be a configuration beside it, there is no {plan.base}")
     for name, keys in plan.variants.items():
         if not re.fullmatch(r"[\w.+-]+", name) or not isinstance(keys, dict):
             raise ConfigError(f"{path}: variants must map names of letters, digits, . + - _ to mappings, see {name!r}")
