@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hjepa_engine.config import load_config, paths
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
 from hjepa_engine.errors import ConfigError, RunError
+from hjepa_engine.metrics.names import ONLINE_LINEAR
 from hjepa_engine.run.cli import command_parser, run_command
 
 if TYPE_CHECKING:
@@ -164,15 +165,40 @@ def table(results: Sequence[Result]) -> str:
 
 def rank_correlations(results: Sequence[Result]) -> dict[str, float]:
     """Spearman's rank correlation of each reading with the probe over all runs that have it, the strongest first."""
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]  # scikit-learn brings it
-
     found = {}
     for name in sorted({name for result in results for name in result.readings}):
         own = [result for result in results if name in result.readings]
-        values, probes = [result.readings[name] for result in own], [result.probe["trained"] for result in own]
-        if len(own) > 2 and len(set(values)) > 1 and len(set(probes)) > 1:
-            found[name] = float(spearmanr(values, probes).statistic)
+        value = spearman([run.readings[name] for run in own], [run.probe["trained"] for run in own])
+        if value is not None:
+            found[name] = value
     return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
+
+
+def correlation_within(results: Sequence[Result], name: str) -> float | None:
+    """The same of one reading in the course of a run, with the online linear probe: mean of the runs that have both, or None.
+
+    Step 0 is left out: there is no checkpoint of it to choose.
+    """
+    found = []
+    for result in results:
+        steps, values = result.curves.get(name, ((), ()))
+        probed = [
+            (step, value) for step, value in zip(*result.curves.get(ONLINE_LINEAR, ((), ())), strict=True) if step
+        ]
+        last = [(max((at for at in steps if at <= step), default=None), value) for step, value in probed]
+        pairs = [(values[list(steps).index(at)], value) for at, value in last if at is not None]
+        if (value := spearman([pair[0] for pair in pairs], [pair[1] for pair in pairs])) is not None:
+            found.append(value)
+    return mean(found) if found else None
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None of fewer than three pairs, or where one side is constant."""
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]  # scikit-learn brings it
+
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -198,11 +224,15 @@ def main(argv: Sequence[str]) -> None:
     results = train(plan, known.output, known.jobs)
     if not results:
         raise RunError("no run came to its end")
-    ranks = [f"| `{name}` | {value:+.2f} |" for name, value in rank_correlations(results).items()]
     parts = [table(results)]
-    if ranks:
-        parts += [f"Rank correlation with the probe over {len(results)} runs:", "\n".join(ranks)]
-        parts[-1] = "| reading | Spearman |\n| --- | --- |\n" + parts[-1]
+    if among := rank_correlations(results):
+        parts += [f"Rank correlation with the probe, among {len(results)} runs and in the course of each:"]
+        within = {name: correlation_within(results, name) for name in among}
+        rows = [
+            f"| `{name}` | {value:+.2f} | {'' if (inner := within[name]) is None else f'{inner:+.2f}'} |"
+            for name, value in among.items()
+        ]
+        parts.append("\n".join(["| reading | among runs | within a run |", "| --- | --- | --- |", *rows]))
     text = "\n\n".join(parts) + "\n"
     (known.output / "ablation.md").write_text(text, encoding="utf-8")
     draw(results, known.output / "ablation.png")

@@ -65,6 +65,19 @@ def test_rank_correlations_by_hand():
     assert list(found) == ["collapse/target_norm", "collapse/target_rank"]
 
 
+def test_correlation_in_the_course_of_a_run_by_hand():
+    probe = ([0, 10, 20, 30], [0.1, 0.2, 0.4, 0.3])
+    rising = ([0, 5, 15, 25], [9.0, 1.0, 2.0, 3.0])  # 1, 2, 3 against 0.2, 0.4, 0.3: differences 0, 1, 1
+    falling = ([10, 20, 30], [3.0, 1.0, 2.0])
+    runs = [
+        Result("a", seed, {}, 1, {"probe/online_linear": probe, "rank": one})
+        for seed, one in ((0, rising), (1, falling))
+    ]
+    assert ablation.correlation_within(runs[:1], "rank") == pytest.approx(0.5)
+    assert ablation.correlation_within(runs, "rank") == pytest.approx((0.5 - 1.0) / 2)
+    assert ablation.correlation_within(runs, "other") is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
