@@ -190,5 +190,7 @@ class OptimizerStep:
 
 def _part(moment: Any, parameter: Tensor) -> Any:
     """What this rank has of a moment; of one that is not shaped as the parameter (a count), all."""
-    is_like = isinstance(moment, Tensor) and moment.shape == parameter.shape
-    return part_of(moment, parameter) if is_like else moment
+    if not isinstance(moment, Tensor):
+        return moment
+    # A count is copied: the optimizer would keep it in the file that a checkpoint is mapped from.
+    return part_of(moment, parameter) if moment.shape == parameter.shape else moment.clone()

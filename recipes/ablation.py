@@ -4,7 +4,8 @@
 
 FILE is YAML: ``base``, the path of a configuration, ``seeds``, a list, and ``variants``, configuration keys and values by
 the name of each variant. Runs are run folders, DIR/NAME_SEED; --jobs of them train at once, each in a process with its
-share of the cores. The same command goes on with those that are not done; a failed one is named, and the others go on.
+share of the cores. The same command goes on with those that are not done; a failed one is named, and the others go on. A run
+that is done with another configuration is refused: give another DIR.
 DIR/ablation.md has the tables: the linear probe after each run, and how the readings that need no labels rank the runs;
 DIR/ablation.png the curves of all runs.
 """
@@ -15,8 +16,8 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -78,10 +79,12 @@ def read_plan(path: Path) -> Plan:
     plan = Plan(path.parent / data["base"], data["seeds"], data["variants"])
     if not plan.seeds or not all(type(seed) is int and seed >= 0 for seed in plan.seeds):
         raise ConfigError(f"{path}: seeds must be integers of at least 0, got {plan.seeds}")
+    if len(set(plan.seeds)) < len(plan.seeds):
+        raise ConfigError(f"{path}: seeds must be different ones, got {plan.seeds}")
     if not plan.base.is_file():
         raise ConfigError(f"{path}: base must be a configuration beside it, there is no {plan.base}")
     for name, keys in plan.variants.items():
-        if not re.fullmatch(r"[\w.+-]+", name) or not isinstance(keys, dict):
+        if not re.fullmatch(r"[\w.+-]+", str(name)) or not isinstance(keys, dict):
             raise ConfigError(f"{path}: variants must map names of letters, digits, . + - _ to mappings, see {name!r}")
         try:
             load_config(plan.base, overrides(keys))
@@ -100,30 +103,48 @@ def overrides(keys: Mapping[str, Any]) -> list[str]:
 
 
 def train(plan: Plan, folder: Path, jobs: int) -> list[Result]:
-    """Train what is not done yet, ``jobs`` runs at once; results in the order of variants and seeds."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    """Train what is not done yet, ``jobs`` runs at once; results in the order of the variants.
 
-    def run(task: tuple[str, int]) -> Result | None:
-        variant, seed = task
-        target = folder / f"{variant}_{seed}"
-        if not (found := read_result(target, variant, seed)):
-            command = [sys.executable, "-m", "hjepa_engine.recipes.pretrain", "--config", str(plan.base)]
-            command += [*overrides(plan.variants[variant]), f"--seed={seed}", f"--run_dir={target}"]
-            with (folder / f"{target.name}.log").open("a", encoding="utf-8") as log:
-                code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-            found = read_result(target, variant, seed)
-            if found is None:
-                print(f"{target.name}: no result, exit code {code}, see {log.name}", flush=True)
-                return None
-        print(f"{target.name}: {100 * found.probe['trained']:.1f} %", flush=True)
-        return found
-
+    Runs that go on are told to save and leave (exit code 75) where this program is interrupted.
+    """
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     # Seed by seed: a first comparison of all variants is there early.
-    tasks = [(variant, seed) for seed in plan.seeds for variant in plan.variants]
-    with ThreadPoolExecutor(jobs) as pool:
-        results = [result for result in pool.map(run, tasks) if result]
-    return sorted(results, key=lambda result: list(plan.variants).index(result.variant))
+    waiting = [(variant, seed) for seed in plan.seeds for variant in plan.variants]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    results = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                variant, seed = task = waiting.pop(0)
+                # A run that is done ends at once; one that was done with another configuration is refused.
+                command = [sys.executable, "-m", "hjepa_engine.recipes.pretrain", "--config", str(plan.base)]
+                command += [*overrides(plan.variants[variant]), f"--seed={seed}", f"--run_dir={folder / name_of(task)}"]
+                with (folder / f"{name_of(task)}.log").open("a", encoding="utf-8") as log:
+                    running[task] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            time.sleep(0.1)
+            for task, process in list(running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                del running[task]
+                found = read_result(folder / name_of(task), *task) if code == 0 else None
+                said = (
+                    f"{100 * found.probe['trained']:.1f} %" if found else f"exit code {code}, see {name_of(task)}.log"
+                )
+                print(f"{name_of(task)}: {said}", flush=True)
+                results += [found] if found else []
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return sorted(
+        results, key=lambda result: (list(plan.variants).index(result.variant), plan.seeds.index(result.seed))
+    )
+
+
+def name_of(task: tuple[str, int]) -> str:
+    """The folder of a run."""
+    return "_".join(map(str, task))
 
 
 def read_result(folder: Path, variant: str, seed: int) -> Result | None:
@@ -175,7 +196,7 @@ def rank_correlations(results: Sequence[Result]) -> dict[str, float]:
 
 
 def correlation_within(results: Sequence[Result], name: str) -> float | None:
-    """The same of one reading in the course of a run, with the online linear probe: mean of the runs that have both, or None.
+    """The same in the course of a run, with the online linear probe: mean of the runs that have both readings, or None.
 
     Step 0 is left out: there is no checkpoint of it to choose.
     """
@@ -220,7 +241,10 @@ def main(argv: Sequence[str]) -> None:
     if known.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {known.jobs}")
     plan = read_plan(known.file)
-    known.output.mkdir(parents=True, exist_ok=True)
+    try:
+        known.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {known.output} cannot be made: {error.strerror}") from error
     results = train(plan, known.output, known.jobs)
     if not results:
         raise RunError("no run came to its end")

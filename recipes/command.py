@@ -21,6 +21,7 @@ COMMANDS = {
     "preview": ("pretrain", ("--preview",), "print and draw schedules and masks before training"),
     "probe": ("linear_probe", (), "linear probe of a run's encoder, or of another one"),
     "evaluate": ("evaluate", (), "all tasks on a run's encoder: linear, kNN, few labels, attentive, dense"),
+    "ablation": ("ablation", (), "train variants over seeds, and tabulate what each of them reaches"),
     "extract": ("extract", (), "save features of images"),
     "export": ("export", (), "write an encoder for timm, transformers, ONNX Runtime or torch.export"),
     "report": ("report", (), "write report.html: is it healthy, curves, pictures, probes"),

@@ -24,7 +24,7 @@ from hjepa_engine.run.cli import command_parser, run_command
 def serve(run: Path, others: Sequence[Path], port: int) -> None:
     """Serve the report until Ctrl-C."""
     with make_server(run, others, port) as server, contextlib.suppress(KeyboardInterrupt):
-        print(f"http://localhost:{server.server_address[1]} (Ctrl-C ends it)", flush=True)
+        print(f"http://127.0.0.1:{server.server_address[1]} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
 

@@ -64,11 +64,13 @@ def commands(run: RunData) -> list[Command]:
     """What can be done next with the run, as it can be pasted into a shell."""
     path = shlex.quote(str(run.path))
     found = []
-    if run.state != "done" and run.config_text:
-        found.append(Command("Go on", f"hjepa pretrain --config {shlex.quote(str(run.path / 'config.yaml'))}"))
+    if run.state not in ("done", "running") and run.config_text:
+        config = shlex.quote(str(run.path / "config.yaml"))
+        found.append(Command("Go on", f"hjepa pretrain --config {config} --run_dir {path}"))
     if run.state == "running":
         found.append(Command("Watch", f"hjepa report --run {path} --serve"))
     if run.checkpoints or run.state == "done":
         found.append(Command("Evaluate", f"hjepa evaluate --run {path}"))
-        found.append(Command("Export", f"hjepa export --run {path} --format timm"))
+        is_plain = run.config is None or (run.config.model.stem, run.config.model.class_path) == ("patch", None)
+        found.append(Command("Export", f"hjepa export --run {path} --format {'timm' if is_plain else 'safetensors'}"))
     return found

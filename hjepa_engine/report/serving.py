@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def make_server(run: Path, others: Sequence[Path] = (), port: int = 0) -> Thread
     class Report(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             """Answer with the page as it is now."""
+            # Another name is that of a web page, which makes a browser ask for it here (DNS rebinding).
+            if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
+                self.send_error(403)
+                return
             if self.path.partition("?")[0] != "/":
                 self.send_error(404)
                 return
@@ -45,7 +50,8 @@ def make_server(run: Path, others: Sequence[Path] = (), port: int = 0) -> Thread
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(ConnectionError):  # of a browser that has left
+                self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: object) -> None:
             """Say nothing of requests."""

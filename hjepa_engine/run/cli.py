@@ -117,7 +117,11 @@ def read_config(
     if known.print_schema:
         print(json.dumps(json_schema(), indent=2))
         return None
-    file = known.config if known.config.is_file() else shipped.get(str(known.config), known.config)
+    try:
+        is_file = known.config.is_file()
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"--config {known.config}: {error.strerror}") from error
+    file = known.config if is_file else shipped.get(str(known.config), known.config)
     config = load_config(file, overrides)
     if known.print_config:
         print(dump_config(config), end="")

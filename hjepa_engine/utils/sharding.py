@@ -70,7 +70,7 @@ def shard(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
         if blocks:
             # Our encoders and predictor return views, which no step of ours changes in place.
             warnings.filterwarnings("ignore", f"FSDP2-wrapped module .{type(module).__name__}. returned a view tensor")
-        if hasattr(module, _METHOD):
+        if callable(getattr(type(module), _METHOD, None)):  # not a child of that name
             register_fsdp_forward_method(module, _METHOD)
     return modules.to(device)
 

@@ -71,9 +71,12 @@ def test_the_verdict_colors_its_card_and_the_checkpoints_are_named(tmp_path):
 def test_commands_to_go_on_are_those_of_the_runs_state_and_can_be_pasted(tmp_path):
     folder = write_run(tmp_path / "my run", [{"train/loss": 1.0}], {"state": "preempted"}, config=tiny_config())
     (found,) = commands(read_run(folder))
-    assert shlex.split(found.text) == ["hjepa", "pretrain", "--config", str(folder / "config.yaml")]
+    assert shlex.split(found.text) == [
+        *("hjepa", "pretrain", "--config", str(folder / "config.yaml")),
+        *("--run_dir", str(folder)),
+    ]
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
-    assert [each.purpose for each in commands(read_run(folder))] == ["Go on", "Watch"]
+    assert [each.purpose for each in commands(read_run(folder))] == ["Watch"]
     (folder / "status.json").write_text(json.dumps({"state": "done"}))
     assert [each.purpose for each in commands(read_run(folder))] == ["Evaluate", "Export"]
 
