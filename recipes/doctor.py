@@ -63,7 +63,7 @@ def describe() -> dict[str, str]:
         + (f" ({', '.join(gpus)}), CUDA {torch.version.cuda}" if gpus else ""),
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
         f"{' '.join(flag for flag in _FLAGS if flag in cpu_flags()) or 'instructions unknown'}",
-        "precision": f"use_amp: auto is {str(fastest_dtype(device)).removeprefix('torch.')} here; {speeds_or_why(device.type)}",
+        "precision": f"use_amp: auto is {str(fastest_dtype(device)).removeprefix('torch.')} here; {speeds(device.type)}",
         "loaders": f"processes start by {multiprocessing.get_start_method()}; /dev/shm {free('/dev/shm')}",
         "disk": f"runs/ {free('runs')}, temporary folder {tempfile.gettempdir()} {free(tempfile.gettempdir())}",
         "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available",
@@ -86,15 +86,15 @@ def free(path: str) -> str:
     return f"{shutil.disk_usage(place).free / 1e9:.1f} GB free"
 
 
-def speeds_or_why(device: str) -> str:
-    """:func:`speeds`, or why they cannot be measured: a GPU may be full, or broken."""
+def speeds(device: str) -> str:
+    """:func:`measure`, or why they cannot be measured: a GPU may be full, or broken."""
     try:
-        return speeds(device)
+        return measure(device)
     except RuntimeError as error:
         return f"no product of matrices: {one_line(error)}"
 
 
-def speeds(device: str) -> str:
+def measure(device: str) -> str:
     """How fast float32 and bfloat16 matrices are multiplied, in words; takes about a second."""
     import torch
 
