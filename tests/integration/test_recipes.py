@@ -495,7 +495,7 @@ class CountSteps:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10-cpu", "cifar10_views", "stl10"])
-def test_recipes_for_small_images_train_at_their_size_on_images_that_stand_in(tmp_path, name):
+def test_recipes_for_small_images_train_two_steps_on_noise_of_their_size(tmp_path, name):
     config = load_config(
         pretrain.DEFAULT_CONFIG.with_name(f"{name}.yaml"),
         options(
