@@ -207,7 +207,7 @@ class ModelConfig:
     """What makes tokens of pixels: a linear map of each patch, or overlapping 3 x 3 convolutions (arXiv:2106.14881), which
     need fewer images and epochs; hidden patches are blanked before them, and ``patch_size`` is a power of two."""
     patch_init: Literal["uniform", "trunc_normal"] = "uniform"
-    """Weights of the patch embedding at the start, with ``stem: patch``: torch's own, or of standard deviation 0.02 (I-JEPA),
+    """Weights of the patch embedding (``stem: patch``) at the start: torch's own, or of standard deviation 0.02 (I-JEPA),
     little for small patches."""
     drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""

@@ -35,7 +35,7 @@ def shard(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
     gather.
 
     Args:
-        modules: on any device; a module never lies there as a whole unless it was there before.
+        modules: on any device.
         device: where the parts lie.
 
     Raises:
