@@ -174,7 +174,7 @@ class PredictorConfig:
 class EMAConfig:
     """The target encoder's momentum: the share of it that an update keeps."""
 
-    momentum: float = setting(0.99, ge=0, le=1)
+    momentum: float = setting(0.98, ge=0, le=1)
     """At the start, and during the warm-up."""
     momentum_end: float = setting(0.996, ge=0, le=1)
     """At the end of the run."""
@@ -258,9 +258,9 @@ class ModelConfig:
 class MaskingConfig:
     """Multi-block masks (I-JEPA)."""
 
-    num_masks: int = setting(2, ge=1)
+    num_masks: int = setting(1, ge=1)
     """Target blocks per image."""
-    mask_scale: Pair[Share] = setting((0.25, 0.35))
+    mask_scale: Pair[Share] = setting((0.4, 0.6))
     """Smallest and largest area of a target block, as a share of the patch grid."""
     aspect_ratio: Pair[Positive] = setting((0.75, 1.5))
     """Smallest and largest height / width of a target block."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
-from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
+
+from hjepa_engine.utils.imports import block_import
+
+with block_import("wandb"):  # timm imports it if it is installed
+    from timm.layers.norm import LayerNorm2d
 
 
 def conv_stem(in_chans: int, embed_dim: int, patch_size: int) -> nn.Sequential:

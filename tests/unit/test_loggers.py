@@ -624,7 +624,7 @@ def test_watching_changes_no_bit_and_other_ranks_do_nothing(monkeypatch):
     assert same_bits(run.run().weights, alone)
     parameters = [p for p in run.trainer.modules.parameters() if p.requires_grad]
     assert max(sizes) == 2 * len(parameters)
-    monkeypatch.setattr(parameter_histograms.idist, "get_rank", lambda: 1)
+    monkeypatch.setattr(parameter_histograms, "rank", lambda: 1)
     assert watched(ParameterHistograms("all", every=1), [(1, 3)]) == {}
 
 
