@@ -1,6 +1,6 @@
 """Pretrain an H-JEPA on images without labels, then measure its target encoder with a linear probe.
 
-    python recipes/pretrain.py                # pages of digits, about 80 seconds; again: goes on where it was stopped
+    python recipes/pretrain.py                # pages of digits, a minute or two; again: goes on where it was stopped
     python recipes/pretrain.py --config recipes/configs/cifar10.yaml --data.data_path data/cifar10
     torchrun --nproc_per_node 2 recipes/pretrain.py --config ...         # several GPUs
 

@@ -25,6 +25,7 @@ probe: {epochs: 1}
 """
 
 
+@pytest.mark.slow
 def test_a_second_call_trains_only_what_is_missing(tmp_path, capsys):
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "plan.yaml").write_text(SMALL.replace("[0, 1]", "[0]").replace("  two_levels: {}\n", ""))

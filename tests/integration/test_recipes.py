@@ -494,7 +494,10 @@ class CountSteps:
         self.steps += 1
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10-cpu", "cifar10_views", "stl10"])
+@pytest.mark.parametrize(
+    "name",
+    [*("cifar10-cpu", "cifar10_views"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "stl10"))],
+)
 def test_recipes_for_small_images_train_two_steps_on_noise_of_their_size(tmp_path, name):
     config = load_config(
         pretrain.DEFAULT_CONFIG.with_name(f"{name}.yaml"),

@@ -89,7 +89,7 @@ def assert_same_logs(one, other, tolerance=1e-5):
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        ({**MONITORS, "training.clip_grad": 0.05}, 1e-5),
+        pytest.param({**MONITORS, "training.clip_grad": 0.05}, 1e-5, marks=pytest.mark.slow),
         ({"training.accumulation_steps": 3, "training.clip_grad": 0.05}, 1e-5),
         pytest.param({"training.accumulation_steps": 3, "training.optimizer": "sgd"}, 1e-5, marks=pytest.mark.slow),
         pytest.param({"training.use_amp": "true"}, 5e-2, marks=pytest.mark.slow),
@@ -148,6 +148,7 @@ def test_a_checkpoint_of_either_goes_on_as_the_other_and_as_one_process(tmp_path
     assert moments[0] and largest_difference(*moments) < 1e-6
 
 
+@pytest.mark.slow
 def test_shards_that_are_stopped_go_on_with_the_same_bits(tmp_path):
     values = {**TWO, **SHARDED, "collapse.enabled": "false", "training.max_iters": 10}
 

@@ -445,8 +445,8 @@ def own_noise(root):
 
 
 STORES = [plain_folder, packed_folder, saved_table, own_noise]
-# A process that is not forked imports everything: seconds. A server that forks is handed the same as one that is spawned.
-QUICK = [*((store, "fork") for store in STORES), (saved_table, "spawn")]
+# A process that is not forked imports everything: seconds.
+QUICK = [(store, "fork") for store in STORES]
 
 
 @pytest.mark.parametrize(("store", "method"), mostly_slow([*product(STORES, ("fork", "forkserver", "spawn"))], QUICK))

@@ -410,6 +410,7 @@ def test_outside_the_recipe_a_rollback_is_an_error_that_says_so(tmp_path):
 STOP = "[{metric: collapse/target_std, drop: 0.75, readings: 2, action: stop}]"
 
 
+@pytest.mark.slow
 def test_a_run_whose_target_is_the_context_encoder_itself_is_caught_within_400_steps(tmp_path):
     values = {
         "run_dir": str(tmp_path),
