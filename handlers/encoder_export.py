@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 from ignite.engine import Events
 from torch import nn
 
 from hjepa_engine.engine import StepEngine
-from hjepa_engine.export import save_weights
-from hjepa_engine.types import unwrap
-from hjepa_engine.utils.sharding import state_of
+from hjepa_engine.export import save_encoder
 
 
 class EncoderExport:
@@ -36,6 +33,4 @@ class EncoderExport:
 
     def write(self) -> None:
         """Export now, on rank 0. Collective where the encoder is in shards."""
-        weights = state_of(unwrap(self.encoder))
-        if idist.get_rank() == 0:
-            save_weights(weights, self.folder, self.description)
+        save_encoder(self.encoder, self.folder, self.description)

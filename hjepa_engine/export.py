@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from hjepa_engine.checkpoint.folder import find_checkpoint, load_one
 from hjepa_engine.config.loading import config_from
@@ -19,6 +19,8 @@ from hjepa_engine.errors import ExportError
 from hjepa_engine.models import encoder_arguments, encoder_name
 from hjepa_engine.models.encoder import ContextEncoder, TargetEncoder
 from hjepa_engine.types import unwrap
+from hjepa_engine.utils.distributed import rank
+from hjepa_engine.utils.sharding import state_of
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
 #: timm arguments that load or download a weights file, which some timm versions unpickle.
@@ -34,18 +36,17 @@ def save_encoder(encoder: nn.Module, folder: Path, description: Mapping[str, Any
         description: contents of ``config.json``: ``encoder``, the arguments that build the encoder, and whatever else a
             user of the weights needs (``stats``, mean and standard deviation of each channel).
 
+    Rank 0 writes. Collective where the encoder is in shards.
+
     Raises:
         ExportError: the files cannot be written.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in unwrap(encoder).state_dict().items()}
-    save_weights(weights, folder, description)
-
-
-def save_weights(weights: Mapping[str, Tensor], folder: Path, description: Mapping[str, Any]) -> None:
-    """As :func:`save_encoder`, of an encoder's weights by name, on the CPU."""
+    weights = state_of(unwrap(encoder))
+    if rank() != 0:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(weights), folder / WEIGHTS)
+        save_file(weights, folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(json.dumps(dict(description), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(f"the encoder cannot be written to {folder}: {str(error).splitlines()[0]}") from error

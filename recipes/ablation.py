@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,11 +204,11 @@ def correlation_within(results: Sequence[Result], name: str) -> float | None:
     found = []
     for result in results:
         steps, values = result.curves.get(name, ((), ()))
-        probed = [
-            (step, value) for step, value in zip(*result.curves.get(ONLINE_LINEAR, ((), ())), strict=True) if step
+        pairs = [
+            (values[number - 1], accuracy)
+            for step, accuracy in zip(*result.curves.get(ONLINE_LINEAR, ((), ())), strict=True)
+            if step and (number := bisect_right(steps, step))  # readings up to there
         ]
-        last = [(max((at for at in steps if at <= step), default=None), value) for step, value in probed]
-        pairs = [(values[list(steps).index(at)], value) for at, value in last if at is not None]
         if (value := spearman([pair[0] for pair in pairs], [pair[1] for pair in pairs])) is not None:
             found.append(value)
     return mean(found) if found else None
@@ -220,6 +221,17 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
     return float(spearmanr(first, second).statistic)
+
+
+def correlation_table(results: Sequence[Result]) -> list[str]:
+    """Markdown: a heading and the table of rank correlations; nothing where there are none."""
+    if not (among := rank_correlations(results)):
+        return []
+    rows = ["| reading | among runs | within a run |", "| --- | --- | --- |"]
+    for name, value in among.items():
+        within = correlation_within(results, name)
+        rows.append(f"| `{name}` | {value:+.2f} | {'' if within is None else f'{within:+.2f}'} |")
+    return [f"Rank correlation with the probe, among {len(results)} runs and in the course of each:", "\n".join(rows)]
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -248,16 +260,7 @@ def main(argv: Sequence[str]) -> None:
     results = train(plan, known.output, known.jobs)
     if not results:
         raise RunError("no run came to its end")
-    parts = [table(results)]
-    if among := rank_correlations(results):
-        parts += [f"Rank correlation with the probe, among {len(results)} runs and in the course of each:"]
-        within = {name: correlation_within(results, name) for name in among}
-        rows = [
-            f"| `{name}` | {value:+.2f} | {'' if (inner := within[name]) is None else f'{inner:+.2f}'} |"
-            for name, value in among.items()
-        ]
-        parts.append("\n".join(["| reading | among runs | within a run |", "| --- | --- | --- |", *rows]))
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join([table(results), *correlation_table(results)]) + "\n"
     (known.output / "ablation.md").write_text(text, encoding="utf-8")
     draw(results, known.output / "ablation.png")
     print(f"\n{text}\n{known.output / 'ablation.md'}")

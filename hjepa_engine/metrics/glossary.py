@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from hjepa_engine.metrics.names import better
+from hjepa_engine.metrics.names import COLLAPSE_KEYS, better
 
 
 class Term(NamedTuple):
@@ -38,6 +38,8 @@ class Term(NamedTuple):
         return {"min": "lower", "max": "higher"}.get(better(self.name) or "", "")
 
 
+_OF_A_STEP = "As without batch_, of the tokens that the step computed."
+
 GLOSSARY = (
     Term("train/loss", "What is minimized, averaged over the log interval.", "MetricAverager"),
     Term("train/loss_level_{l}", "Distance of predictions and targets of one level, unweighted.", "MetricAverager"),
@@ -61,13 +63,13 @@ GLOSSARY = (
     Term("val/loss_{name}", "The same of a regularizer.", "Validation"),
     Term("val/damaged", "Validation images that could not be read.", "DamagedImages"),
     Term("data/damaged", "Training images that could not be read so far, once there are any.", "DamagedImages"),
-    Term("collapse/batch_{encoder}_std", "As without batch_, of the tokens that the step computed.", "BatchCollapse"),
-    Term("collapse/batch_{encoder}_norm", "As without batch_, of the tokens that the step computed.", "BatchCollapse"),
-    Term("collapse/batch_{encoder}_rank", "As without batch_, of the tokens that the step computed.", "BatchCollapse"),
-    Term(
-        "collapse/batch_{encoder}_rank_share",
-        "As without batch_, of the tokens that the step computed.",
-        "BatchCollapse",
+    *(
+        Term(
+            f"collapse/batch_{{encoder}}_{key}",
+            "As without batch_, of the tokens that the step computed.",
+            "BatchCollapse",
+        )
+        for key in COLLAPSE_KEYS
     ),
     Term(
         "collapse/{encoder}_std",

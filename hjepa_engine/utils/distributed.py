@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Result = TypeVar("Result")
 
@@ -46,6 +46,13 @@ def of_rank_zero(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().contiguous()
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+@torch.no_grad()
+def take_from_rank_zero(module: nn.Module, device: torch.device) -> None:
+    """Give a module rank 0's weights and buffers, by way of ``device``. Collective."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.copy_(of_rank_zero(tensor.to(device)))
 
 
 class _GatherRows(torch.autograd.Function):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_engine.errors import ConfigError
-from hjepa_engine.utils.distributed import of_rank_zero, rank, world_size
+from hjepa_engine.utils.distributed import rank, take_from_rank_zero, world_size
 
 #: A method that modules may be called by, besides ``forward``: parameters are gathered for it too.
 _METHOD = "features"
@@ -55,9 +54,7 @@ def shard(modules: nn.ModuleDict, device: torch.device) -> nn.ModuleDict:
                     f"distributed.strategy must be ddp where modules share parameters, as {other} and {name}.{key}, got fsdp"
                 )
     for name, module in modules.items():
-        with torch.no_grad():
-            for tensor in chain(module.parameters(), module.buffers()):
-                tensor.copy_(of_rank_zero(tensor.to(device)))
+        take_from_rank_zero(module, device)
         if next(module.parameters(), None) is None:
             continue
         blocks: list[nn.Module] = getattr(module, "blocks_to_shard", list)()

@@ -59,7 +59,7 @@ from hjepa_engine.recipes.common.run import Datasets, Run, with_passed_data
 from hjepa_engine.run.folder import RunFolder, own_folders
 from hjepa_engine.run.measured import fix_stats, recall
 from hjepa_engine.types import Step, unwrap
-from hjepa_engine.utils.distributed import of_rank_zero
+from hjepa_engine.utils.distributed import take_from_rank_zero
 from hjepa_engine.utils.gradients import can_hold
 
 #: What ``build`` takes for modules: the modules, or a function that makes them for a configuration.
@@ -94,20 +94,13 @@ def build_run(
     encoder = encoder_name(config, made)
     # Modules that were passed in cannot be built again; those in shards cannot be copied.
     keeps = modules is not None and config.probe.enabled and encoder is not None
-    initial = _copy_of_rank_zero(made[encoder], choose_device(config.device)) if keeps and encoder else None
+    initial = copy.deepcopy(made[encoder]).cpu() if keeps and encoder else None
+    if initial is not None:
+        take_from_rank_zero(initial, choose_device(config.device))  # what all ranks train from
     trainer = build_trainer(config, step, made)
     attached = [*default_handlers(config, trainer, loaded, folder), *build_handlers(config), *handlers]
     trainer.attach(*attached)
     return Run(config, trainer, loaded.loader, loaded.val_loader, folder, attached, encoder, initial)
-
-
-def _copy_of_rank_zero(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy on the CPU with rank 0's weights, which all ranks train from. Collective."""
-    copied = copy.deepcopy(module).cpu()
-    with torch.no_grad():
-        for tensor in (*copied.parameters(), *copied.buffers()):
-            tensor.copy_(of_rank_zero(tensor.to(device)))
-    return copied
 
 
 def build_data(config: Config, data: Datasets | None = None) -> Data:

@@ -37,7 +37,7 @@ ARROWS = {
     "visualization": "config levels loggers masking metrics",
     "checkpoint": "config engine errors state types utils",
     "run": "checkpoint config data engine errors metrics state utils",
-    "export": "checkpoint config errors models types",
+    "export": "checkpoint config errors models types utils",
     "interop": "_version checkpoint config errors export models types utils",
     "devices": "config errors utils",
     "build": "checkpoint config errors loggers losses masking models optim schedules steps types utils",
