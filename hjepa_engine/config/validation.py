@@ -37,6 +37,8 @@ def broken_rules(config: Any) -> Iterator[str]:
     for key, values in (("data.mean", config.data.mean), ("data.std", config.data.std)):
         if isinstance(values, list) and len(values) != config.data.channels:
             yield f"{key} must have one value per channel ({config.data.channels}), got {values}"
+    if config.data.rand_augment and config.data.channels not in (1, 3):
+        yield f"data.rand_augment must be 0 for images of {config.data.channels} channels, got {config.data.rand_augment}"
     if config.data.hub_name is not None and config.data.dataset != "huggingface":
         yield f"data.hub_name must be null where data.dataset is {config.data.dataset}, got {config.data.hub_name}"
     if config.data.download and config.data.dataset not in DOWNLOADABLE:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.crops import CropDraws, center_box, crop_draws, fit_boxes, resample
+from hjepa_engine.data.rand_augment import rand_augment
 from hjepa_engine.data.split import Stats
 from hjepa_engine.utils.rng import keyed_uniform
 
@@ -46,7 +47,7 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Random crop, affine map, flip and color jitter, as far as ``config`` enables them; then normalization.
+    """Random crop, flip, RandAugment, affine map and color jitter, as far as ``config`` enables them; then normalization.
 
     Args:
         config: the data section.
@@ -75,6 +76,12 @@ class TrainTransform:
 
         if not is_cropped:
             images = self._crop(images, self.draw_crops(keys))
+        if config.rand_augment:
+            # Its operations are defined on bytes.
+            images = images if brightest == 255 else (images * 255).round()
+            draws = draw(2 * config.rand_augment, "rand_augment")
+            images = rand_augment(images.byte(), draws, config.rand_augment_magnitude)
+            brightest = 255
         if config.random_affine:
             images = affine(images.float(), affine_matrices(draw(5, "affine"), config.random_affine, config.size))
         if config.color_jitter:

@@ -44,6 +44,8 @@ GLOSSARY = (
     Term("train/loss", "What is minimized, averaged over the log interval.", "MetricAverager"),
     Term("train/loss_level_{l}", "Distance of predictions and targets of one level, unweighted.", "MetricAverager"),
     Term("train/loss_{name}", "A regularizer (variance, covariance, sigreg), unweighted.", "MetricAverager"),
+    Term("train/distance", "two_view_step: squared distance of embeddings from their image's mean.", "MetricAverager"),
+    Term("train/sigreg", "two_view_step: SIGReg of the embeddings, 0 for normal ones.", "MetricAverager"),
     Term("train/grad_norm", "L2 norm of all gradients before clipping.", "MetricAverager"),
     Term("train/lr", "Learning rate of the encoder and what levels share.", "ParamSchedule"),
     Term("train/lr_level_{l}", "Learning rate of a level's own parameters, with training.level_lrs.", "ParamSchedule"),
@@ -61,14 +63,12 @@ GLOSSARY = (
     Term("val/loss", "The loss on held-out images, with the same masks every time.", "Validation"),
     Term("val/loss_level_{l}", "The same of one level.", "Validation"),
     Term("val/loss_{name}", "The same of a regularizer.", "Validation"),
+    Term("val/distance", "two_view_step: the distance on held-out images.", "Validation"),
+    Term("val/sigreg", "two_view_step: SIGReg on held-out images.", "Validation"),
     Term("val/damaged", "Validation images that could not be read.", "DamagedImages"),
     Term("data/damaged", "Training images that could not be read so far, once there are any.", "DamagedImages"),
     *(
-        Term(
-            f"collapse/batch_{{encoder}}_{key}",
-            "As without batch_, of the tokens that the step computed.",
-            "BatchCollapse",
-        )
+        Term(f"collapse/batch_{{encoder}}_{key}", _OF_A_STEP, "BatchCollapse")
         for key in COLLAPSE_KEYS
     ),
     Term(

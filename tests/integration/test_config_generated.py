@@ -398,6 +398,7 @@ CROSS = [
     ("masking: {context_scale: [1, 0.9]}", "masking.context_scale", "[1.0, 0.9]", "ordered, smallest first"),
     ("masking: {context_keep: [0.3, 0.2]}", "masking.context_keep", "[0.3, 0.2]", "ordered, smallest first"),
     ("data: {download: true}", "data.download", "True", "must be false where data.dataset is digit_pages"),
+    ("data: {in_chans: 4, rand_augment: 2}", "data.rand_augment", "2", "must be 0 for images of 4 channels"),
     ("data: {hub_name: a/b}", "data.hub_name", "a/b", "must be null where data.dataset is digit_pages"),
     ("data: {mean: [0.5, 0.5]}", "data.mean", "[0.5, 0.5]", "must have one value per channel (1)"),
     ("{run_dir: x, data: {dataset: imagefolder, data_path: x/y}}", "data.data_path", "x/y", "must not be in the run folder"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as reference
 
 from hjepa_engine.config.schema import DataConfig
@@ -22,6 +22,7 @@ from hjepa_engine.data.augment import (
     saturation,
 )
 from hjepa_engine.data.crops import center_box, random_boxes, resample
+from hjepa_engine.data.rand_augment import operations, rand_augment
 
 #: Float32 rounding of a few operations on numbers up to 1.
 TOLERANCE = 5e-6
@@ -152,12 +153,57 @@ def test_jitter_applies_every_step_once_in_an_order_of_each_images_own():
     assert jitter(IMAGES[:, :1], draws, 0.4).shape == (6, 1, 40, 52)
 
 
+#: In the order of ``operations``, which has those without a sign last.
+RAND_AUGMENT = ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"]
+RAND_AUGMENT += ["Identity", "Posterize", "Solarize", "AutoContrast", "Equalize"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("magnitude", [0, 1, 9, 17, 30])
+def test_rand_augments_operations_are_torchvisions(magnitude, channels):
+    pixels = (IMAGES[:, :channels] * 255).byte()
+    theirs, space = v2.RandAugment(), v2.RandAugment._AUGMENTATION_SPACE
+    assert sorted(space) == sorted(RAND_AUGMENT)
+    for name, ours in zip(RAND_AUGMENT, operations(magnitude, (40, 52)), strict=True):
+        magnitudes, is_signed = space[name]
+        strengths = magnitudes(31, 40, 52)
+        strength = 0.0 if strengths is None else float(strengths[magnitude])
+        for operation, sign in zip(ours, (1, -1 if is_signed else 1), strict=True):
+            expected = theirs._apply_image_or_video_transform(pixels, name, sign * strength, "nearest", {})
+            # Theirs is a float32 of a table, ours a quotient: a gray value on an edge may be rounded the other way.
+            assert (operation(pixels).int() - expected.int()).abs().max() <= 1, name
+
+
+def test_rand_augment_applies_operations_of_each_images_own_one_after_the_other():
+    pixels, names = (IMAGES * 255).byte(), len(RAND_AUGMENT)
+    draws = torch.rand(6, 4, generator=torch.Generator().manual_seed(2))
+    known, expected = operations(9, (40, 52)), []
+    for image, row in zip(pixels, draws.tolist(), strict=True):
+        for which, sign in (row[:2], row[2:]):
+            image = known[int(which * names)][sign < 0.5](image[None])[0]
+        expected.append(image)
+    assert torch.equal(rand_augment(pixels, draws, 9), torch.stack(expected))
+    assert not torch.equal(rand_augment(pixels, draws, 20), torch.stack(expected))
+
+
+def test_rand_augment_draws_every_operation_equally_often_and_counts_in_bytes():
+    plain = TrainTransform(config(), PLAIN, 0)(IMAGES[:, :, :16, :16], keys(0, 6))
+    changed = TrainTransform(config(rand_augment=1), PLAIN, 0)
+    many = IMAGES[:1, :, :16, :16].expand(1400, -1, -1, -1)
+    found = (changed(many, keys(0, 1400)) * 255).round().byte()
+    known = [operation for pair in operations(9, (16, 16)) for operation in pair]
+    whole = (plain[:1] * 255).round().byte()
+    counts = [(found == operation(whole)).flatten(1).all(dim=1).sum().item() for operation in known]
+    assert all(20 < count < 80 for count in counts[:18])  # 50 of each sign on average
+    assert all(60 < count < 150 for count in counts[20:])  # 100 of each without one
+
+
 def config(**changes):
     return DataConfig(dataset="fake", **{"image_size": 16, **changes})
 
 
 EVERYTHING = {"crop_scale": (0.3, 1.0), "crop_ratio": (0.75, 1.33), "horizontal_flip": 0.5, "color_jitter": 0.4}
-EVERYTHING["random_affine"] = 0.5
+EVERYTHING |= {"random_affine": 0.5, "rand_augment": 2}
 
 
 def test_a_samples_augmentation_depends_on_seed_epoch_and_index_alone():

@@ -985,6 +985,8 @@ EFFECTS = {
     "data.horizontal_flip": Effect("mirrored images", "1.0", views),
     "data.color_jitter": Effect("other colors", "0.5", views),
     "data.random_affine": Effect("turned images", "0.5", views),
+    "data.rand_augment": Effect("other operations", "2", views),
+    "data.rand_augment_magnitude": Effect("stronger ones", "20", views, ("--data.rand_augment=2",)),
     "data.max_damaged": Effect(
         "the run goes on",
         "0.5",
