@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -32,17 +33,31 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         overrides: as on the command line: ``["--training.lr", "3e-4"]`` or ``["training.lr=3e-4"]``.
 
     Raises:
-        ConfigError: one line that names the file, the key, the rule and the value, at most 175 characters after the file.
+        ConfigError: one line that names the file (where the error is in it), the key, the rule and the value, at most 175
+            characters after the file.
     """
     data: dict[str, Any] = {}
+    is_read = False
     try:
         if path is not None:
             data = _read(path_argument(str(path)))
-        apply_overrides(data, overrides)
-        return config_from(data)
+        is_read = True
+        changed = copy.deepcopy(data)
+        apply_overrides(changed, overrides)
+        return config_from(changed)
     except ConfigError as error:
-        where = f"{path}: " if path is not None and not overrides else ""
+        is_of_file = path is not None and (not is_read or str(error) == _error_of(data))
+        where = f"{path}: " if is_of_file else ""
         raise ConfigError(where + truncate(" ".join(str(error).split()), 175)) from error
+
+
+def _error_of(data: dict[str, Any]) -> str | None:
+    """What is wrong with nested plain data, if anything is."""
+    try:
+        config_from(data)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def config_from(data: dict[str, Any]) -> Config:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 

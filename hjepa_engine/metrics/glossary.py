@@ -67,10 +67,7 @@ GLOSSARY = (
     Term("val/sigreg", "two_view_step: SIGReg on held-out images.", "Validation"),
     Term("val/damaged", "Validation images that could not be read.", "DamagedImages"),
     Term("data/damaged", "Training images that could not be read so far, once there are any.", "DamagedImages"),
-    *(
-        Term(f"collapse/batch_{{encoder}}_{key}", _OF_A_STEP, "BatchCollapse")
-        for key in COLLAPSE_KEYS
-    ),
+    *(Term(f"collapse/batch_{{encoder}}_{key}", _OF_A_STEP, "BatchCollapse") for key in COLLAPSE_KEYS),
     Term(
         "collapse/{encoder}_std",
         "Standard deviation over fixed, unmasked images, averaged over dimensions; near 0: collapsed.",

@@ -1,5 +1,7 @@
 """recipes/ablation.py: real runs in processes of their own, and tables checked by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from hjepa_engine.errors import ConfigError, RunError
@@ -51,6 +53,16 @@ def test_a_run_of_another_configuration_is_not_taken_for_the_variants(tmp_path, 
     with pytest.raises(RunError, match="no run came to its end"):
         ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs")])
     assert "one_level_0: exit code 2, see one_level_0.log" in capsys.readouterr().out
+
+
+PLANS = sorted((Path(__file__).parents[2] / "recipes" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_every_plan_that_comes_along_is_one(path):
+    """The configuration of every variant is checked."""
+    plan = ablation.read_plan(path)
+    assert plan.base.parent.samefile(path.parent.parent / "configs") and len(plan.variants) > 1
 
 
 def result(variant, seed, trained, **readings):

@@ -154,7 +154,17 @@ def test_jitter_applies_every_step_once_in_an_order_of_each_images_own():
 
 
 #: In the order of ``operations``, which has those without a sign last.
-RAND_AUGMENT = ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"]
+RAND_AUGMENT = [
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+]
 RAND_AUGMENT += ["Identity", "Posterize", "Solarize", "AutoContrast", "Equalize"]
 
 

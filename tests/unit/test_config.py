@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -469,6 +470,24 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_created(tiny, 
         build(load_config(tiny, [*overrides, f"--run_dir={run_dir}"]))
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("overrides", [[], ["--training.epochs=3"]])
+def test_an_error_of_a_file_names_it_and_one_of_the_command_line_does_not(tmp_path, overrides):
+    path = tmp_path / "run.yaml"
+    for text, says in (
+        (None, "cannot be read: No such file or directory"),
+        ("training: [", "no valid YAML"),
+        ("training: {lr: -1}", "training.lr must be above 0, got -1"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {says}')}"):
+            load_config(path, overrides)
+    assert load_config(path, ["--training.lr=0.1", *overrides]).training.lr == 0.1  # and the key may be put right there
+    path.write_text("training: {lr: 0.1}")
+    with pytest.raises(ConfigError, match=r"^training\.lr must be above 0, got -2"):
+        load_config(path, ["--training.lr=-2", *overrides])
 
 
 def test_the_command_ends_with_code_2_one_line_and_nothing_created(tmp_path, tiny):
