@@ -1,0 +1,27 @@
+"""Training with labels, to know what the same encoder reaches with them in the same time.
+
+The variant ``labels`` of recipes/ablations/cifar10.yaml names ``supervised_step`` and ``build_modules``.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import nn
+
+from hjepa_engine import Config
+from hjepa_engine.models import ContextEncoder, encoder_arguments
+from hjepa_engine.types import Batch, Outputs
+
+
+def build_modules(config: Config, num_classes: int = 10) -> nn.ModuleDict:
+    """``encoder`` as ``model`` in the configuration describes it, and a linear ``head`` on its mean token."""
+    encoder = ContextEncoder(**encoder_arguments(config))
+    return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(encoder.embed_dim, num_classes)})
+
+
+def supervised_step(modules: nn.ModuleDict, batch: Batch) -> Outputs:
+    """Cross-entropy of the classes, in nats, and ``accuracy``, from 0 to 1; all images have labels."""
+    tokens = modules["encoder"](batch["images"])
+    logits = modules["head"](tokens.mean(dim=1)).float()
+    accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
+    return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": accuracy, "target_tokens": tokens}
