@@ -17,7 +17,7 @@ from hjepa_engine.build import build_model
 from hjepa_engine.errors import ConfigError, ExportError
 from hjepa_engine.models import two_views
 from hjepa_engine.recipes import linear_probe, pretrain
-from hjepa_engine.recipes.examples import mae
+from hjepa_engine.recipes.examples import mae, supervised
 from hjepa_engine.steps import two_view_step
 
 ME = __name__
@@ -49,8 +49,10 @@ MAE = {
     "pictures.enabled": "false",
 }
 TWO_VIEWS = {"step": partial(two_view_step, color=0.4), "modules": two_views.build_modules}
+LABELS = {"step": supervised.supervised_step, "modules": supervised.build_modules}
+PLAIN = SMALL | {"pictures.enabled": "false"}
 EXAMPLES = pytest.mark.parametrize(
-    ("values", "parts"), [(MAE, {}), (SMALL | {"pictures.enabled": "false"}, TWO_VIEWS)], ids=["mae", "two_views"]
+    ("values", "parts"), [(MAE, {}), (PLAIN, TWO_VIEWS), (PLAIN, LABELS)], ids=["mae", "two_views", "supervised"]
 )
 
 
