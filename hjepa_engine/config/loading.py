@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from hjepa_engine.config.describe import format_value, hints_of, is_section, truncate, walk
 from hjepa_engine.config.fields import is_path
 from hjepa_engine.config.messages import error_line
-from hjepa_engine.config.overrides import apply_overrides
+from hjepa_engine.config.overrides import apply_overrides, overridden_keys
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
 from hjepa_engine.config.paths import is_timm_name, path_argument
 from hjepa_engine.config.schema import Config
@@ -33,31 +33,28 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         overrides: as on the command line: ``["--training.lr", "3e-4"]`` or ``["training.lr=3e-4"]``.
 
     Raises:
-        ConfigError: one line that names the file (where the error is in it), the key, the rule and the value, at most 175
-            characters after the file.
+        ConfigError: one line that names the file (unless it is about a key of ``overrides``), the key, the rule and the
+            value, at most 175 characters after the file.
     """
     data: dict[str, Any] = {}
-    is_read = False
+    file = where = "" if path is None else f"{path}: "
+    changed: list[str] = []
     try:
         if path is not None:
             data = _read(path_argument(str(path)))
-        is_read = True
-        changed = copy.deepcopy(data)
-        apply_overrides(changed, overrides)
-        return config_from(changed)
+        where = ""
+        apply_overrides(data, overrides)
+        where, changed = file, overridden_keys(overrides)
+        return config_from(data)
     except ConfigError as error:
-        is_of_file = path is not None and (not is_read or str(error) == _error_of(data))
-        where = f"{path}: " if is_of_file else ""
+        if any(_names(key, str(error)) for key in changed):
+            where = ""
         raise ConfigError(where + truncate(" ".join(str(error).split()), 175)) from error
 
 
-def _error_of(data: dict[str, Any]) -> str | None:
-    """What is wrong with nested plain data, if anything is."""
-    try:
-        config_from(data)
-    except ConfigError as error:
-        return str(error)
-    return None
+def _names(key: str, line: str) -> bool:
+    """Whether a line is about a key or one below it."""
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", line) is not None
 
 
 def config_from(data: dict[str, Any]) -> Config:

@@ -52,10 +52,10 @@ def _assign(data: dict[str, Any], key: str, text: str) -> None:
             raise ConfigError(unknown_key(key, [f"{above}.{sibling}".strip(".") for sibling in known or [""]], Config))
         hint, above = known[part], f"{above}.{part}".strip(".")
     node = data
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"{section} must be a section with keys, got {format_value(node)}")
+            raise ConfigError(f"{'.'.join(sections[:depth])} must be a section with keys, got {format_value(node)}")
     try:
         value = parse_yaml(text)
     except ConfigError as error:

@@ -122,12 +122,12 @@ class DataConfig:
     color_jitter: float = setting(0.0, ge=0, le=1)
     """Strength of random brightness, contrast, saturation and (a quarter of it) hue."""
     random_affine: float = setting(0.0, ge=0, le=1)
-    """Strength of a random affine map before the crop; at 1: 30 degrees, 20 % shift and scale, 15 degrees shear."""
+    """Strength of a random affine map after the crop; at 1: 30 degrees, 20 % shift and scale, 15 degrees shear."""
     rand_augment: int = setting(0, ge=0)
-    """Operations of RandAugment for each image, after the crop (arXiv:1909.13719, with torchvision's operations); of images
-    with 1 or 3 channels."""
+    """Operations of RandAugment for each image, after the crop (arXiv:1909.13719, with torchvision's operations); for 1 or 3
+    channels, whose values are rounded to 8 bits."""
     rand_augment_magnitude: int = setting(9, ge=0, le=30)
-    """How strong they are."""
+    """Their magnitude in torchvision's 31 steps; at 0 some still change an image."""
     max_damaged: float = setting(0.001, ge=0, le=1, on_resume="allow")
     """Share of a split's images that may be unreadable; more stop the run."""
     allow_growth: bool = setting(False, on_resume="allow")

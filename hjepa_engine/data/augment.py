@@ -77,11 +77,10 @@ class TrainTransform:
         if not is_cropped:
             images = self._crop(images, self.draw_crops(keys))
         if config.rand_augment:
-            # Its operations are defined on bytes.
-            images = images if brightest == 255 else (images * 255).round()
-            draws = draw(2 * config.rand_augment, "rand_augment")
-            images = rand_augment(images.byte(), draws, config.rand_augment_magnitude)
-            brightest = 255
+            if images.dtype != torch.uint8:  # its operations are defined on bytes
+                images = (images * (255 / brightest)).round().clamp(0, 255).byte()
+            draws = torch.from_numpy(keyed_uniform(keys, 2 * config.rand_augment, self.seed, "rand_augment"))
+            images, brightest = rand_augment(images, draws, config.rand_augment_magnitude), 255
         if config.random_affine:
             images = affine(images.float(), affine_matrices(draw(5, "affine"), config.random_affine, config.size))
         if config.color_jitter:

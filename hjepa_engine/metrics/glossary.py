@@ -45,7 +45,7 @@ GLOSSARY = (
     Term("train/loss_level_{l}", "Distance of predictions and targets of one level, unweighted.", "MetricAverager"),
     Term("train/loss_{name}", "A regularizer (variance, covariance, sigreg), unweighted.", "MetricAverager"),
     Term("train/distance", "two_view_step: squared distance of embeddings from their image's mean.", "MetricAverager"),
-    Term("train/sigreg", "two_view_step: SIGReg of the embeddings, 0 for normal ones.", "MetricAverager"),
+    Term("train/sigreg", "two_view_step: SIGReg of the embeddings, small for standard normal ones.", "MetricAverager"),
     Term("train/grad_norm", "L2 norm of all gradients before clipping.", "MetricAverager"),
     Term("train/lr", "Learning rate of the encoder and what levels share.", "ParamSchedule"),
     Term("train/lr_level_{l}", "Learning rate of a level's own parameters, with training.level_lrs.", "ParamSchedule"),

@@ -20,7 +20,15 @@ def build_modules(config: Config, num_classes: int = 10) -> nn.ModuleDict:
 
 
 def supervised_step(modules: nn.ModuleDict, batch: Batch) -> Outputs:
-    """Cross-entropy of the classes, in nats, and ``accuracy``, from 0 to 1; all images have labels."""
+    """Classify the mean token.
+
+    Args:
+        modules: ``encoder`` and ``head``, as :func:`build_modules` makes them.
+        batch: ``images`` (B, C, H, W), normalized, and ``labels`` (B,), all from 0 to ``num_classes`` - 1.
+
+    Returns:
+        ``loss`` (), the cross-entropy in nats; ``accuracy`` (), from 0 to 1; ``target_tokens`` (B, N, D).
+    """
     tokens = modules["encoder"](batch["images"])
     logits = modules["head"](tokens.mean(dim=1)).float()
     accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()

@@ -77,8 +77,8 @@ def test_shipped_configurations_are_package_data():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     data = setup["options.package_data"]
-    folder, pattern = ROOT / "recipes", data["hjepa_engine.recipes"]
-    assert set(folder.rglob("*.yaml")) == set(folder.glob(pattern)) != set()
+    folder, patterns = ROOT / "recipes", data["hjepa_engine.recipes"].split(", ")
+    assert set(folder.rglob("*.yaml")) == {path for pattern in patterns for path in folder.glob(pattern)} != set()
     assert (ROOT / "hjepa_engine" / data["hjepa_engine"]).is_file()
 
 

@@ -485,9 +485,15 @@ def test_an_error_of_a_file_names_it_and_one_of_the_command_line_does_not(tmp_pa
         with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {says}')}"):
             load_config(path, overrides)
     assert load_config(path, ["--training.lr=0.1", *overrides]).training.lr == 0.1  # and the key may be put right there
+    path.write_text("training: {lr: -1, epochs: 0}")  # the second error is the file's own
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: training.epochs must be at least 1, got 0"):
+        load_config(path, ["--training.lr=0.1"])
     path.write_text("training: {lr: 0.1}")
     with pytest.raises(ConfigError, match=r"^training\.lr must be above 0, got -2"):
         load_config(path, ["--training.lr=-2", *overrides])
+    path.write_text("model: {predictor: 3}")
+    with pytest.raises(ConfigError, match=r"^model\.predictor must be a section"):
+        load_config(path, ["--model.predictor.width=8", *overrides])
 
 
 def test_the_command_ends_with_code_2_one_line_and_nothing_created(tmp_path, tiny):
