@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ def rand_augment(images: Tensor, draws: Tensor, magnitude: int) -> Tensor:
     return images
 
 
+@cache  # else made anew for every batch
 def operations(magnitude: int, size: tuple[int, int]) -> list[tuple[Operation, ...]]:
     """Each operation on images (B, C, H, W) of ``size``: with both signs where it has one; none at all for the identity."""
 

@@ -213,15 +213,20 @@ def test_rand_augment_reads_crops_that_are_rounded_to_bytes():
     """Cut off instead of rounded, images would be darker than in evaluation."""
     pixels, own = (IMAGES * 255).byte(), {"crop_scale": (0.3, 1.0), "horizontal_flip": 0.5}
     transform = TrainTransform(config(rand_augment=1, **own), PLAIN, seed=0)
-    draws = transform.draw_crops(keys(1, 6))
-    cropped = []
-    for place, image in enumerate(pixels):
+    cropped = cropped_one_by_one(transform, pixels.float()).round().byte()
+    plain = TrainTransform(config(rand_augment=1), PLAIN, seed=0)(cropped, keys(1, 6))
+    assert torch.allclose(transform(pixels, keys(1, 6)), plain, atol=1e-6)
+
+
+def cropped_one_by_one(transform, images):
+    """Torchvision's crops of images (6, C, 40, 52), mirrored, with the draws of epoch 1."""
+    draws, cropped = transform.draw_crops(keys(1, 6)), []
+    assert 0 < draws.mirrored.sum() < 6
+    for place, image in enumerate(images):
         (box,) = transform.boxes(np.array([[40, 52]]), draws.sample(place)).tolist()
-        part = reference.resized_crop(image.float(), *box, [16, 16], antialias=True).round().byte()
+        part = reference.resized_crop(image, *box, [16, 16], antialias=True)
         cropped.append(part.flip(2) if draws.mirrored[place] else part)
-    seen = transform(pixels, keys(1, 6))
-    plain = TrainTransform(config(rand_augment=1), PLAIN, seed=0)(torch.stack(cropped), keys(1, 6))
-    assert torch.allclose(seen, plain, atol=1e-6)
+    return torch.stack(cropped)
 
 
 def config(**changes):
@@ -266,14 +271,7 @@ def test_flips_happen_as_often_as_asked_and_are_mirror_images():
 def test_crops_of_files_and_of_memory_are_the_same():
     """A file's crop is cut and mirrored before the batch is made; the rest of the augmentation is the same."""
     transform = TrainTransform(config(**EVERYTHING), PLAIN, seed=0)
-    draws = transform.draw_crops(keys(1, 6))
-    assert 0 < draws.mirrored.sum() < 6
-    cropped = []
-    for place, image in enumerate(IMAGES):
-        (box,) = transform.boxes(np.array([[40, 52]]), draws.sample(place)).tolist()
-        part = reference.resized_crop(image, *box, [16, 16], antialias=True)
-        cropped.append(part.flip(2) if draws.mirrored[place] else part)
-    cropped = torch.stack(cropped)
+    cropped = cropped_one_by_one(transform, IMAGES)
     assert distance(transform(cropped, keys(1, 6), is_cropped=True), transform(IMAGES, keys(1, 6))) < 1e-4
 
 
