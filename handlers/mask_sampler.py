@@ -9,12 +9,12 @@ import ignite.distributed as idist
 from ignite.engine import Events
 
 from hjepa_engine.engine import StepEngine, Trainer
-from hjepa_engine.masking import Masks, MultiBlockMasks
+from hjepa_engine.masking import Masks, MaskSource
 from hjepa_engine.state import accumulation_window
 
 
 class _Draw(NamedTuple):
-    """Which masks: the arguments of :meth:`~hjepa_engine.masking.MultiBlockMasks.sample`."""
+    """Which masks: the arguments of :meth:`~hjepa_engine.masking.MaskSource.sample`."""
 
     batch_size: int
     seed: int
@@ -45,9 +45,9 @@ class MaskSampler:
     """
 
     _pool: ThreadPoolExecutor | None = None
-    _ahead: tuple[MultiBlockMasks, _Draw, Future[Masks]] | None = None
+    _ahead: tuple[MaskSource, _Draw, Future[Masks]] | None = None
 
-    def __init__(self, masks: MultiBlockMasks, seed: int = 0, accumulation_steps: int = 1) -> None:
+    def __init__(self, masks: MaskSource, seed: int = 0, accumulation_steps: int = 1) -> None:
         self.masks, self.seed, self.accumulation_steps = masks, seed, accumulation_steps
 
     def attach(self, engine: StepEngine) -> None:

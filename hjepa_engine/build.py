@@ -23,7 +23,7 @@ from hjepa_engine.loggers.jsonl import JsonlWriter
 from hjepa_engine.loggers.tensorboard import TensorBoardWriter
 from hjepa_engine.loggers.wandb import WandbWriter
 from hjepa_engine.losses import LOSSES
-from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.masking import MaskSource, MultiBlockMasks, RandomMasks
 from hjepa_engine.models import build_modules
 from hjepa_engine.optim import build_optimizer, param_groups
 from hjepa_engine.schedules import SCHEDULES, CosineScheduler, EMAScheduler, HierarchicalScheduler, Schedule
@@ -42,7 +42,7 @@ class Schedules(NamedTuple):
     momentum: Schedule
 
 
-def build_masks(config: Config, grid: tuple[int, int]) -> MultiBlockMasks:
+def build_masks(config: Config, grid: tuple[int, int]) -> MaskSource:
     """The sampler of masks.
 
     Raises:
@@ -50,6 +50,8 @@ def build_masks(config: Config, grid: tuple[int, int]) -> MultiBlockMasks:
     """
     masking = config.masking
     try:
+        if masking.type == "random":
+            return RandomMasks(grid, masking.context_keep or (0.25, 0.25))
         return MultiBlockMasks(
             grid,
             masking.num_masks,

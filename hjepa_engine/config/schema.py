@@ -36,14 +36,17 @@ class Level:
 
     pool: Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})] | Literal["image"] = 1
     """Side of the square of patches whose mean is one target, at least 1; ``image``: the mean of the whole image."""
-    depth: float = setting(1.0, gt=0, le=1)
-    """Share of the target encoder's blocks that the features have passed; 1.0 is after the last norm."""
+    depth: float = setting(1.0, ge=0, le=1)
+    """Share of the target encoder's blocks that the features have passed; 1.0 is after the last norm, 0 before all blocks:
+    the pixels of each patch, normalized (MAE, arXiv:2111.06377), with ``pool: 1``."""
     weight: float = setting(1.0, ge=0)
     """Factor of this level's loss."""
 
     def __post_init__(self) -> None:
         if self.pool != "image" and self.pool < 1:
             raise ValueError(f"pool must be a positive integer or 'image', got {self.pool!r}")
+        if self.depth == 0 and self.pool != 1:
+            raise ValueError(f"pool must be 1 where depth is 0, got {self.pool!r}")
 
 
 @section()
@@ -211,9 +214,9 @@ class ModelConfig:
     stem: Literal["patch", "conv"] = "patch"
     """What makes tokens of pixels: a linear map of each patch, or overlapping 3 x 3 convolutions (arXiv:2106.14881), which
     need fewer images and epochs; hidden patches are blanked before them, and ``patch_size`` is a power of two."""
-    patch_init: Literal["uniform", "trunc_normal"] = "uniform"
-    """Weights of the patch embedding (``stem: patch``) at the start: torch's own, or of standard deviation 0.02 (I-JEPA),
-    little for small patches."""
+    init: Literal["xavier", "trunc_normal"] = "xavier"
+    """Weights of linear layers at the start, the patch embedding among them: at the scale of each layer's width (Glorot and
+    Bengio; MAE), or of standard deviation 0.02 (I-JEPA), which is little for layers narrower than a thousand."""
     drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
     layer_scale: float | None = setting(None, gt=0)
@@ -261,8 +264,11 @@ class ModelConfig:
 
 @section()
 class MaskingConfig:
-    """Multi-block masks (I-JEPA)."""
+    """Which patches are seen, and which are predicted."""
 
+    type: Literal["blocks", "random"] = "blocks"
+    """``blocks``: I-JEPA's, a few target blocks and the patches around them; ``random``: single patches anywhere, and all
+    others are targets, each on its own (MAE, arXiv:2111.06377), for which of the keys below only ``context_keep`` counts."""
     num_masks: int = setting(1, ge=1)
     """Target blocks per image."""
     mask_scale: Pair[Share] = setting((0.4, 0.6))
@@ -273,7 +279,7 @@ class MaskingConfig:
     """Smallest and largest area of the context block, from which the targets are cut out."""
     context_keep: Pair[Share] | None = None
     """Smallest and largest share of the patch grid that the context encoder sees, drawn once per step; null: what the shapes
-    of the blocks leave in most images, see docs/masks.md."""
+    of the blocks leave in most images, see docs/masks.md, and of ``random`` masks a quarter."""
 
 
 @section()

@@ -60,6 +60,14 @@ def broken_rules(config: Any) -> Iterator[str]:
     key, weights = "loss.hierarchy_weights", loss.hierarchy_weights
     if model.levels is not None:
         key, weights = "model.levels", [level.weight for level in model.levels]
+    if config.masking.type == "random":
+        if any(level.pool not in (1, "image") for level in model.levels or ()):
+            yield "model.levels must pool 1 or image where masking.type is random: targets are single patches"
+        if model.levels is None and (model.num_hierarchies or 1) > 1:
+            yield (
+                "model.num_hierarchies must be null or 1 where masking.type is random: targets are single patches, "
+                f"got {model.num_hierarchies}"
+            )
     if weights is not None and not any(weights):
         yield f"{key} must weight at least one level above 0, got {weights}"
     for key, value in (

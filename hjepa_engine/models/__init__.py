@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,7 +34,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "in_chans": config.data.channels,
         "pos_embed": model.pos_embed,
         "stem": model.stem,
-        "patch_init": model.patch_init,
+        "init": model.init,
         "activation_checkpointing": model.activation_checkpointing,
         **{name: value for name, value in overrides.items() if value is not None},
     }
@@ -84,6 +85,8 @@ def build_modules(config: Config) -> nn.ModuleDict:
                     mlp_ratio=predictor.mlp_ratio,
                     level_depth=predictor.level_depth,
                     targets=predictor.targets,
+                    num_pixels=config.data.channels * math.prod(context_encoder.vit.patch_embed.patch_size),
+                    init=config.model.init,
                     activation_checkpointing=config.model.activation_checkpointing,
                 ),
             }

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hjepa_engine.levels import take_tokens
 from hjepa_engine.models.attention import attentions, choose_kernel
-from hjepa_engine.models.init import init_layer, init_weights, trunc_normal
+from hjepa_engine.models.init import Init, init_layer, init_weights, trunc_normal
 from hjepa_engine.models.positions import sincos_2d
 from hjepa_engine.models.stem import conv_stem, hide_pixels
 from hjepa_engine.utils.imports import block_import
@@ -33,8 +34,8 @@ class ContextEncoder(nn.Module):
         pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained.
         stem: what makes tokens of pixels. ``patch``: a linear map of each patch; ``conv``:
             :func:`~hjepa_engine.models.stem.conv_stem`, before which masked patches are hidden.
-        patch_init: weights of the patch embedding at the start. ``uniform``: torch's own, whose scale is that of the patch's
-            pixels; ``trunc_normal``: of standard deviation 0.02, bias 0 (I-JEPA).
+        init: initial weights of the linear layers and of the patch embedding, ``xavier`` or ``trunc_normal``; see
+            :func:`~hjepa_engine.models.init.init_layer`. A convolutional stem has torch's own.
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
         norm_eps: what the layer norms add to the variance; timm's own by default, 1e-6.
         **overrides: arguments of timm's ``VisionTransformer`` that replace those of the named model (``patch_size``,
@@ -52,7 +53,7 @@ class ContextEncoder(nn.Module):
         in_chans: int = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
         stem: Literal["patch", "conv"] = "patch",
-        patch_init: Literal["uniform", "trunc_normal"] = "uniform",
+        init: Init = "xavier",
         activation_checkpointing: bool = False,
         norm_eps: float | None = None,
         **overrides: Any,
@@ -84,15 +85,15 @@ class ContextEncoder(nn.Module):
             ) from error
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"encoder {name!r} must be a timm VisionTransformer, got {type(vit).__name__}")
-        init_weights(vit)
+        init_weights(vit, init)
         self.stem = stem
         if stem == "conv":
             rows, columns = vit.patch_embed.patch_size
             if rows != columns:
                 raise ValueError(f"patch_size of a conv stem must be one number, got {rows} x {columns}")
             vit.patch_embed.proj = conv_stem(in_chans, vit.embed_dim, rows)
-        elif patch_init == "trunc_normal":
-            init_layer(vit.patch_embed.proj)
+        else:
+            init_layer(vit.patch_embed.proj, init)
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
         for layer in vit.modules() if norm_eps is not None else ():
             if isinstance(layer, nn.LayerNorm):
@@ -162,7 +163,10 @@ class ContextEncoder(nn.Module):
     def features(
         self, images: Tensor, patch_idx: Tensor | None = None, depths: Sequence[float] = (1.0,)
     ) -> list[Tensor]:
-        """Patch tokens (B, K, D) after each of ``depths``, fractions of the blocks in (0, 1]; 1.0 includes the last norm."""
+        """Patch tokens (B, K, D) after each of ``depths``, fractions of the blocks in [0, 1]; 1.0 includes the last norm.
+
+        0 stands for what comes before all blocks: the pixels of each patch, (B, K, C * height * width).
+        """
         return self._features(images, patch_idx, depths)
 
     # Not ``features`` itself: under FSDP, both it and ``forward`` gather the parameters, and neither may call the other.
@@ -178,7 +182,7 @@ class ContextEncoder(nn.Module):
             tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], patch_idx)], dim=1)
         tokens = self.vit.norm_pre(tokens)
         choose_kernel(self._attentions, tokens)
-        wanted = {depth: max(1, round(depth * self.depth)) for depth in depths}
+        wanted = {depth: max(1, round(depth * self.depth)) for depth in depths if depth}
         after: dict[int, Tensor] = {}
         for number, block in enumerate(self.vit.blocks, start=1):
             recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -186,7 +190,15 @@ class ContextEncoder(nn.Module):
             if number in wanted.values():
                 after[number] = tokens
         last = self.vit.norm(tokens)
-        return [(last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()]
+        found = {depth: (last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()}
+        if 0.0 in depths:
+            found[0.0] = self._pixels(images, patch_idx)
+        return [found[depth] for depth in depths]
+
+    def _pixels(self, images: Tensor, patch_idx: Tensor | None) -> Tensor:
+        sides = self.vit.patch_embed.patch_size
+        pixels = F.unfold(images, sides, stride=sides).mT
+        return pixels if patch_idx is None else take_tokens(pixels, patch_idx)
 
     def compile_blocks(self) -> None:
         """Compile the blocks, for sequences of any length; names of parameters stay as they are."""

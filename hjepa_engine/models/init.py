@@ -1,22 +1,41 @@
-"""Initial weights, as in I-JEPA (arXiv:2301.08243)."""
+"""Initial weights of linear layers."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor, nn
 
 STD = 0.02
 
+Init = Literal["xavier", "trunc_normal"]
 
-def init_weights(module: nn.Module) -> None:
-    """Draw the weights of all linear layers anew, and set their biases to 0."""
+
+def init_weights(module: nn.Module, init: Init) -> None:
+    """Draw the weights of all linear layers anew, and set their biases to 0.
+
+    Args:
+        module: whose layers.
+        init: see :func:`init_layer`.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            init_layer(layer)
+            init_layer(layer, init)
 
 
-def init_layer(layer: nn.Linear | nn.Conv2d) -> None:
-    """Draw a layer's weights anew, and set its bias to 0."""
-    trunc_normal(layer.weight)
+def init_layer(layer: nn.Linear | nn.Conv2d, init: Init) -> None:
+    """Draw a layer's weights anew, and set its bias to 0.
+
+    Args:
+        layer: a linear map; of patches, if it is a convolution.
+        init: ``xavier``: uniform with variance 2 / (inputs + outputs), the scale of the layer's width (Glorot and Bengio,
+            2010; MAE, arXiv:2111.06377); ``trunc_normal``: of standard deviation 0.02 (I-JEPA, arXiv:2301.08243), which
+            suits a width of a thousand, and leaves narrow layers nearly silent.
+    """
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight.data.flatten(1))
+    else:
+        trunc_normal(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 

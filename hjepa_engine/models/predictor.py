@@ -15,7 +15,7 @@ from hjepa_engine.config.schema import Level
 from hjepa_engine.levels import cell_centers
 from hjepa_engine.masking import Masks
 from hjepa_engine.models.attention import attentions, choose_kernel, run_queries
-from hjepa_engine.models.init import init_weights, trunc_normal
+from hjepa_engine.models.init import Init, init_weights, trunc_normal
 from hjepa_engine.models.positions import sincos_1d
 
 
@@ -37,6 +37,8 @@ class Predictor(nn.Module):
         targets: ``independent``: the queries of one target block attend to each other and to the context, as in I-JEPA
             (arXiv:2301.08243), and those of a level with ``pool: image`` to the context alone; ``joint``: all queries of an
             image are one sequence, so that the context is read once (V-JEPA, arXiv:2404.08471).
+        num_pixels: of a patch, in all channels: what a level with ``depth: 0`` predicts.
+        init: initial weights of the linear layers, see :func:`~hjepa_engine.models.init.init_layer`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
 
@@ -52,6 +54,8 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
         level_depth: int = 0,
         targets: Literal["independent", "joint"] = "independent",
+        num_pixels: int = 0,
+        init: Init = "xavier",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -75,11 +79,11 @@ class Predictor(nn.Module):
         self.level_embed = nn.ParameterList(torch.zeros(width) for _ in levels if len(levels) > 1)
         self.blocks, self.norm = blocks(depth), norm(width)
         self.level_blocks = nn.ModuleList(blocks(level_depth) for _ in levels)
-        self.heads = nn.ModuleList(nn.Linear(width, embed_dim) for _ in levels)
+        self.heads = nn.ModuleList(nn.Linear(width, embed_dim if level.depth else num_pixels) for level in levels)
         self._attentions, self._run_queries = attentions(self), run_queries
         for parameter in (self.mask_token, *self.level_embed):
             trunc_normal(parameter)
-        init_weights(self)
+        init_weights(self, init)
         # Centers of cells are on a patch or half-way between two: tables in steps of half a patch serve all levels.
         for name, length in zip(("row_table", "column_table"), grid, strict=True):
             table = sincos_1d(torch.arange(2 * length - 1) / 2, width // 2)

@@ -15,7 +15,7 @@ from hjepa_engine.config.schema import Level
 from hjepa_engine.devices import process_group
 from hjepa_engine.errors import ConfigError
 from hjepa_engine.handlers import MaskSampler
-from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.masking import MaskSource
 from hjepa_engine.recipes.common.monitoring import levels_of
 from hjepa_engine.visualization import figures
 from hjepa_engine.visualization.drawing import save
@@ -115,7 +115,7 @@ def table_of(config: Config, schedules: Schedules, steps: int, per_epoch: int) -
     return lines
 
 
-def tokens_of(masks: MultiBlockMasks, levels: tuple[Level, ...], seed: int, steps: int) -> list[str]:
+def tokens_of(masks: MaskSource, levels: tuple[Level, ...], seed: int, steps: int) -> list[str]:
     """Number of visible and of predicted tokens per image, over the run's masks.
 
     Args:
@@ -126,15 +126,16 @@ def tokens_of(masks: MultiBlockMasks, levels: tuple[Level, ...], seed: int, step
     """
     drawn = [masks.sample(1, seed, step) for step in range(0, steps, math.ceil(steps / _SAMPLES))]
     visible = _range([each.context_idx.shape[1] for each in drawn])
+    blocks = _range([each.target_idx.shape[1] for each in drawn])
     lines = [f"context: {visible} of {masks.num_patches} patches seen"]
     for number, level in enumerate(levels):
         counts = [
             1
             if level.pool == "image"
-            else masks.num_targets * math.prod(math.ceil(side / level.pool) for side in each.block)
+            else each.target_idx.shape[1] * math.prod(math.ceil(side / level.pool) for side in each.block)
             for each in drawn
         ]
-        where = "" if level.pool == "image" else f" in {masks.num_targets} blocks"
+        where = "" if level.pool == "image" else f" in {blocks} blocks"
         lines.append(f"level {number}, {figures.pool_in_words(level)}: {_range(counts)} predicted{where}")
     return lines
 

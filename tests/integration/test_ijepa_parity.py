@@ -17,7 +17,7 @@ SETTINGS = {
     "model__levels": "[{pool: 1}]",
     "model__num_hierarchies": None,
     "model__depth": 2,
-    "model__patch_init": "trunc_normal",
+    "model__init": "trunc_normal",
     "model__predictor__depth": 2,
     "model__ema__momentum": 0.9,
     "model__ema__momentum_end": 1.0,

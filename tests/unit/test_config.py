@@ -1028,7 +1028,7 @@ EFFECTS = {
     "model.num_heads": Effect("more heads", "4", heads, becomes=(4, 2)),
     "model.pos_embed": Effect("positions are trained", "learned", trainable),
     "model.stem": Effect("convolutions", "conv", num_parameters),
-    "model.patch_init": Effect("smaller weights", "trunc_normal", trained),
+    "model.init": Effect("smaller weights", "trunc_normal", trained),
     "model.drop_path": Effect("blocks are dropped in training", "0.9", trained),
     "model.layer_scale": Effect("blocks have a scale", "0.1", shapes),
     "model.norm_eps": Effect("norms of tokens with less contrast", "1e-2", trained),

@@ -1,4 +1,4 @@
-"""Multi-block masks: which patches the context encoder sees and which ones are predicted."""
+"""Multi-block masks: target blocks, and a context block without them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from hjepa_engine.masking.masks import Masks
 from hjepa_engine.utils.rng import uniform_rows
 
 BoolArray = NDArray[np.bool_]
@@ -25,17 +25,6 @@ _CALIBRATION_LAYOUTS = 1024
 _ATTEMPTS = 24
 # ``torch.compile`` compiles a module anew for each length of its input, by default eight times.
 _SHARES = 8
-
-
-class Masks(NamedTuple):
-    """Indices of patches; the N = H * W patches of an image are numbered row by row."""
-
-    context_idx: Tensor
-    """(B, K) int64, ascending: the visible patches, which the context encoder sees."""
-    target_idx: Tensor
-    """(B, M, h * w) int64: the patches of each target block, row by row."""
-    block: tuple[int, int]
-    """(h, w): height and width of the target blocks, in patches."""
 
 
 class _Shape(NamedTuple):
