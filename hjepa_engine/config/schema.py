@@ -173,6 +173,8 @@ class PredictorConfig:
     """Hidden width of a block's MLP over ``width``."""
     level_depth: int = setting(0, ge=0)
     """Blocks that each level has of its own, after the shared ones."""
+    init: Literal["xavier", "trunc_normal"] = "xavier"
+    """Weights of its linear layers at the start, see ``model.init``; with 0.02, a narrow predictor learns late."""
     targets: Literal["independent", "joint"] = "independent"
     """``independent``: each target block of an image is predicted on its own (I-JEPA); ``joint``: all of them in one
     sequence, so that the context is read once (V-JEPA, arXiv:2404.08471)."""
@@ -214,9 +216,12 @@ class ModelConfig:
     stem: Literal["patch", "conv"] = "patch"
     """What makes tokens of pixels: a linear map of each patch, or overlapping 3 x 3 convolutions (arXiv:2106.14881), which
     need fewer images and epochs; hidden patches are blanked before them, and ``patch_size`` is a power of two."""
-    init: Literal["xavier", "trunc_normal"] = "xavier"
-    """Weights of linear layers at the start, the patch embedding among them: at the scale of each layer's width (Glorot and
-    Bengio; MAE), or of standard deviation 0.02 (I-JEPA), which is little for layers narrower than a thousand."""
+    init: Literal["xavier", "trunc_normal"] = "trunc_normal"
+    """Weights of the blocks' linear layers at the start: at the scale of each layer's width (Glorot and Bengio; MAE), or of
+    standard deviation 0.02 (I-JEPA), with which a narrow encoder is nearly linear at first."""
+    patch_init: Literal["uniform", "trunc_normal"] = "uniform"
+    """Weights of the patch embedding (``stem: patch``) at the start: torch's own, or of standard deviation 0.02 (I-JEPA),
+    little for small patches."""
     drop_path: float = setting(0.0, ge=0, lt=1)
     """Stochastic depth of the context encoder: probability for the last block, less for earlier ones."""
     layer_scale: float | None = setting(None, gt=0)

@@ -61,8 +61,9 @@ def broken_rules(config: Any) -> Iterator[str]:
     if model.levels is not None:
         key, weights = "model.levels", [level.weight for level in model.levels]
     if config.masking.type == "random":
-        if any(level.pool not in (1, "image") for level in model.levels or ()):
-            yield "model.levels must pool 1 or image where masking.type is random: targets are single patches"
+        pools = [level.pool for level in model.levels or ()]
+        if any(pool not in (1, "image") for pool in pools):
+            yield f"model.levels must have pool 1 or image where masking.type is random: targets are single patches, got {pools}"
         if model.levels is None and (model.num_hierarchies or 1) > 1:
             yield (
                 "model.num_hierarchies must be null or 1 where masking.type is random: targets are single patches, "

@@ -35,6 +35,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "pos_embed": model.pos_embed,
         "stem": model.stem,
         "init": model.init,
+        "patch_init": model.patch_init,
         "activation_checkpointing": model.activation_checkpointing,
         **{name: value for name, value in overrides.items() if value is not None},
     }
@@ -86,7 +87,7 @@ def build_modules(config: Config) -> nn.ModuleDict:
                     level_depth=predictor.level_depth,
                     targets=predictor.targets,
                     num_pixels=config.data.channels * math.prod(context_encoder.vit.patch_embed.patch_size),
-                    init=config.model.init,
+                    init=predictor.init,
                     activation_checkpointing=config.model.activation_checkpointing,
                 ),
             }

@@ -34,8 +34,9 @@ class ContextEncoder(nn.Module):
         pos_embed: ``sincos``: fixed 2-D sine-cosine embeddings (I-JEPA); ``learned``: trained.
         stem: what makes tokens of pixels. ``patch``: a linear map of each patch; ``conv``:
             :func:`~hjepa_engine.models.stem.conv_stem`, before which masked patches are hidden.
-        init: initial weights of the linear layers and of the patch embedding, ``xavier`` or ``trunc_normal``; see
-            :func:`~hjepa_engine.models.init.init_layer`. A convolutional stem has torch's own.
+        init: initial weights of the blocks' linear layers, see :func:`~hjepa_engine.models.init.init_layer`.
+        patch_init: weights of the patch embedding at the start. ``uniform``: torch's own, whose scale is that of the patch's
+            pixels; ``trunc_normal``: of standard deviation 0.02, bias 0 (I-JEPA).
         activation_checkpointing: recompute each block's activations in the backward pass to save memory.
         norm_eps: what the layer norms add to the variance; timm's own by default, 1e-6.
         **overrides: arguments of timm's ``VisionTransformer`` that replace those of the named model (``patch_size``,
@@ -53,7 +54,8 @@ class ContextEncoder(nn.Module):
         in_chans: int = 3,
         pos_embed: Literal["sincos", "learned"] = "sincos",
         stem: Literal["patch", "conv"] = "patch",
-        init: Init = "xavier",
+        init: Init = "trunc_normal",
+        patch_init: Literal["uniform", "trunc_normal"] = "uniform",
         activation_checkpointing: bool = False,
         norm_eps: float | None = None,
         **overrides: Any,
@@ -92,8 +94,8 @@ class ContextEncoder(nn.Module):
             if rows != columns:
                 raise ValueError(f"patch_size of a conv stem must be one number, got {rows} x {columns}")
             vit.patch_embed.proj = conv_stem(in_chans, vit.embed_dim, rows)
-        else:
-            init_layer(vit.patch_embed.proj, init)
+        elif patch_init == "trunc_normal":
+            init_layer(vit.patch_embed.proj, patch_init)
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
         for layer in vit.modules() if norm_eps is not None else ():
             if isinstance(layer, nn.LayerNorm):

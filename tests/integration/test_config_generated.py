@@ -397,6 +397,8 @@ CROSS = [
     ("masking: {aspect_ratio: [1.5, 0.75]}", "masking.aspect_ratio", "[1.5, 0.75]", "ordered, smallest first"),
     ("masking: {context_scale: [1, 0.9]}", "masking.context_scale", "[1.0, 0.9]", "ordered, smallest first"),
     ("masking: {context_keep: [0.3, 0.2]}", "masking.context_keep", "[0.3, 0.2]", "ordered, smallest first"),
+    ("{masking: {type: random}, model: {levels: [{pool: 2}]}}", "model.levels", "[2]", "pool 1 or image where masking.type"),
+    ("{masking: {type: random}, model: {num_hierarchies: 2}}", "model.num_hierarchies", "2", "null or 1 where masking.type"),
     ("data: {download: true}", "data.download", "True", "must be false where data.dataset is digit_pages"),
     ("data: {in_chans: 4, rand_augment: 2}", "data.rand_augment", "2", "must be 0 for images of 4 channels"),
     ("data: {hub_name: a/b}", "data.hub_name", "a/b", "must be null where data.dataset is digit_pages"),

@@ -448,6 +448,7 @@ UNBUILDABLE = [
     ("masking: target blocks must fit", ["--masking.mask_scale=[0.9, 1.0]"]),
     ("masking.context_keep must be at most 0.", ["--masking.context_keep=[0.2, 0.9]"]),
     ("masking.context_keep must keep at least one", ["--masking.context_keep=[0.001, 0.1]"]),
+    ("masking.context_keep must keep 1 to 15 of 16", ["--masking.type=random", "--masking.context_keep=[0.5, 1]"]),
     ("training.optimizer: unknown optimizer 'adam'", ["--training.optimizer=adam"]),
     ("training.optimizer: 'torch.optim.Nope' cannot be imported", ["--training.optimizer=torch.optim.Nope"]),
     ("training.optimizer: optimizer 'torch.nn.Linear' must be", ["--training.optimizer=torch.nn.Linear"]),
@@ -1028,7 +1029,8 @@ EFFECTS = {
     "model.num_heads": Effect("more heads", "4", heads, becomes=(4, 2)),
     "model.pos_embed": Effect("positions are trained", "learned", trainable),
     "model.stem": Effect("convolutions", "conv", num_parameters),
-    "model.init": Effect("smaller weights", "trunc_normal", trained),
+    "model.init": Effect("larger weights", "xavier", trained),
+    "model.patch_init": Effect("smaller weights", "trunc_normal", trained),
     "model.drop_path": Effect("blocks are dropped in training", "0.9", trained),
     "model.layer_scale": Effect("blocks have a scale", "0.1", shapes),
     "model.norm_eps": Effect("norms of tokens with less contrast", "1e-2", trained),
@@ -1042,6 +1044,7 @@ EFFECTS = {
     "model.predictor.depth": Effect("more blocks", "2", shapes),
     "model.predictor.num_heads": Effect("more heads", "4", heads, becomes=(2, 4)),
     "model.predictor.mlp_ratio": Effect("wider MLPs", "2", shapes),
+    "model.predictor.init": Effect("smaller weights", "trunc_normal", trained),
     "model.predictor.targets": Effect("blocks see each other", "joint", trained),
     "model.predictor.level_depth": Effect("levels have blocks of their own", "1", shapes),
     "model.ema.momentum": Effect("another target encoder", "0.5", trained),
@@ -1051,6 +1054,7 @@ EFFECTS = {
     "model.ema.momentum_start": Effect(
         "another target encoder", "0.5", trained, ("--model.ema.momentum_warmup_epochs=1",)
     ),
+    "masking.type": Effect("other masks", "random", trained),
     "masking.num_masks": Effect("other masks", "2", trained),
     "masking.mask_scale": Effect("other masks", "[0.3, 0.35]", trained),
     "masking.aspect_ratio": Effect("other masks", "[2, 2.5]", trained),

@@ -233,6 +233,55 @@ def test_features_at_a_depth_are_timms_intermediate_ones():
     assert torch.allclose(last, encoder.vit.forward_features(images()), atol=1e-6)
 
 
+def test_features_at_depth_zero_are_the_pixels_of_each_patch_row_by_row():
+    encoder = build_modules(config())["context_encoder"]
+    last, pixels = encoder.features(images(), depths=(1.0, 0.0))
+    assert torch.equal(last, encoder(images()))
+    assert pixels.shape == (3, 36, 16)
+    assert torch.equal(pixels[1, 2 * 6 + 3], images()[1, 0, 8:12, 12:16].flatten())
+    chosen = torch.tensor([[5, 0], [7, 35], [1, 2]])
+    seen = encoder.features(images(), chosen, depths=(0.0,))[0]
+    assert torch.equal(seen, take_tokens(pixels, chosen))
+
+
+def test_a_level_of_depth_zero_predicts_the_pixels_of_each_target_patch_normalized():
+    modules = build_modules(config([Level(depth=0), Level("image")]))
+    outputs = hjepa_step(modules, given := batch())
+    flat = images().unfold(2, 4, 4).unfold(3, 4, 4).reshape(3, 36, 16)  # one channel
+    expected = take_tokens(flat, given["masks"].target_idx)
+    expected = (expected - expected.mean(-1, keepdim=True)) / (
+        expected.var(-1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    assert torch.allclose(outputs["targets"][0], expected, atol=1e-6)
+    assert outputs["predictions"][0].shape == expected.shape
+    assert outputs["targets"][1].shape == outputs["predictions"][1].shape == (3, 1, 1, 16)
+
+
+@pytest.mark.parametrize("pool", [2, "image"])
+def test_a_level_of_pixels_pools_nothing(pool):
+    with pytest.raises(ValueError, match="pool must be 1 where depth is 0"):
+        Level(pool, depth=0)
+
+
+def test_linear_layers_start_at_the_scale_of_their_width_or_at_that_of_ijepa():
+    for width, hidden in ((16, 64), (64, 256)):
+        model = config(init="xavier", embed_dim=width, depth=4)
+        blocks = build_modules(model)["context_encoder"].vit.blocks
+        found = torch.cat([block.mlp.fc1.weight.flatten() for block in blocks])
+        limit = math.sqrt(6 / (width + hidden))  # uniform: its standard deviation is that over the root of 3
+        assert found.abs().max() <= limit
+        assert found.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.03)
+    head = build_modules(config(embed_dim=64))["predictor"].heads[0]
+    assert head.weight.std().item() == pytest.approx(math.sqrt(2 / (8 + 64)), rel=0.1)
+    assert not head.bias.any()
+    ours = {"predictor": PredictorConfig(width=8, num_heads=2, init="trunc_normal"), "patch_init": "trunc_normal"}
+    small = build_modules(config(embed_dim=64, **ours))
+    vit = small["context_encoder"].vit
+    for layer in (vit.patch_embed.proj, vit.blocks[0].mlp.fc1, small["predictor"].heads[0]):
+        assert layer.weight.abs().max() <= 0.04
+        assert layer.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.1)  # cut off at two deviations
+
+
 def test_target_encoder_is_the_context_encoder_bit_for_bit_at_step_zero():
     modules = build_modules(config(drop_path=0.1, layer_scale=0.1))
     context, target = modules["context_encoder"], modules["target_encoder"]
