@@ -63,10 +63,10 @@ def broken_rules(config: Any) -> Iterator[str]:
     if config.masking.type == "random":
         pools = [level.pool for level in model.levels or ()]
         if any(pool not in (1, "image") for pool in pools):
-            yield f"model.levels must have pool 1 or image where masking.type is random: targets are single patches, got {pools}"
+            yield f"model.levels must have pool 1 or image where masking.type is random (single patches), got {pools}"
         if model.levels is None and (model.num_hierarchies or 1) > 1:
             yield (
-                "model.num_hierarchies must be null or 1 where masking.type is random: targets are single patches, "
+                "model.num_hierarchies must be null or 1 where masking.type is random (single patches), "
                 f"got {model.num_hierarchies}"
             )
     if weights is not None and not any(weights):
