@@ -175,6 +175,10 @@ class ContextEncoder(nn.Module):
     def _features(
         self, images: Tensor, patch_idx: Tensor | None = None, depths: Sequence[float] = (1.0,)
     ) -> list[Tensor]:
+        found = {0.0: self._pixels(images, patch_idx)} if 0.0 in depths else {}
+        wanted = {depth: max(1, round(depth * self.depth)) for depth in depths if depth}
+        if not wanted:
+            return [found[0.0]] * len(depths)
         prefix = self.vit.num_prefix_tokens
         if patch_idx is not None and self.stem == "conv":
             images = hide_pixels(images, patch_idx, self.grid)
@@ -184,7 +188,6 @@ class ContextEncoder(nn.Module):
             tokens = torch.cat([tokens[:, :prefix], take_tokens(tokens[:, prefix:], patch_idx)], dim=1)
         tokens = self.vit.norm_pre(tokens)
         choose_kernel(self._attentions, tokens)
-        wanted = {depth: max(1, round(depth * self.depth)) for depth in depths if depth}
         after: dict[int, Tensor] = {}
         for number, block in enumerate(self.vit.blocks, start=1):
             recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -192,9 +195,7 @@ class ContextEncoder(nn.Module):
             if number in wanted.values():
                 after[number] = tokens
         last = self.vit.norm(tokens)
-        found = {depth: (last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()}
-        if 0.0 in depths:
-            found[0.0] = self._pixels(images, patch_idx)
+        found |= {depth: (last if depth == 1.0 else after[number])[:, prefix:] for depth, number in wanted.items()}
         return [found[depth] for depth in depths]
 
     def _pixels(self, images: Tensor, patch_idx: Tensor | None) -> Tensor:

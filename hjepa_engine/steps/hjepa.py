@@ -36,13 +36,17 @@ def hjepa_step(
     Returns:
         ``loss`` (), ``loss_level_{l}`` () and, for each regularizer, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
         and their patches ``context_idx`` (B, K); ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, one
-        (B, M, cells, D) per level.
+        (B, M, cells, D) per level. A training step whose levels are all pixels runs no target encoder, and has no
+        ``target_tokens``.
     """
     images, masks = batch["images"], batch["masks"]
     levels = unwrap(modules["predictor"]).levels
-    depths = sorted({level.depth for level in levels} | {1.0})
+    depths = {level.depth for level in levels}
+    if any(depths) or not torch.is_grad_enabled():
+        depths.add(1.0)
     with torch.no_grad():
-        features = dict(zip(depths, unwrap(modules["target_encoder"]).features(images, depths=depths), strict=True))
+        found = unwrap(modules["target_encoder"]).features(images, depths=sorted(depths))
+        features = dict(zip(sorted(depths), found, strict=True))
         pooled = [pool_target(features[level.depth].float(), masks, level) for level in levels]
         targets = [F.layer_norm(target, target.shape[-1:]) for target in pooled]
     context = modules["context_encoder"](images, masks.context_idx)
@@ -63,7 +67,7 @@ def hjepa_step(
         "loss": loss,
         "context_tokens": context,
         "context_idx": masks.context_idx,
-        "target_tokens": features[1.0],
+        **({"target_tokens": features[1.0]} if 1.0 in features else {}),
         "predictions": predictions,
         "targets": targets,
     }
