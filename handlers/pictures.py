@@ -56,7 +56,7 @@ class Pictures:
         stats: mean and standard deviation of each channel that images were normalized with.
         every: epochs between figures; None: only when the run ends.
         images: number of images in a figure.
-        tokens: name of the step's output whose principal components are drawn.
+        tokens: name of the step's output whose principal components are drawn; None: there is none.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Pictures:
         stats: tuple[Sequence[float], Sequence[float]],
         every: int | None = None,
         images: int = 4,
-        tokens: str = "target_tokens",
+        tokens: str | None = "target_tokens",
     ) -> None:
         if images < 1 or (every is not None and every < 1):
             raise ValueError(f"images and every must be at least 1, got {images} and {every}")
@@ -110,7 +110,9 @@ class Pictures:
         pixels = to_pixels(state.batch["images"][: self.images], self.stats)
         return figures.draw_masks(pixels, on_cpu(state.batch["masks"]), self.grid, self.levels)
 
-    def _features(self, state: Any) -> Figure:
+    def _features(self, state: Any) -> Figure | None:
+        if self.tokens is None:
+            return None
         pixels = to_pixels(state.batch["images"][: self.images], self.stats)
         tokens = state.output[self.tokens][: max(MAX_IMAGES, self.images)]
         return figures.draw_features(pixels, patch_colors(tokens), self.grid)

@@ -34,7 +34,7 @@ def readings_step(
         ``pixels`` (B, C * H * W) without an encoder. Else ``patches`` (B, N, D), the tokens; or the readings: ``last``
         (B, D), the mean token; ``last_<n>`` (B, n * D), the mean tokens of the last n blocks, I-JEPA's and DINO's reading
         with n = 4; ``level_<l>`` at the depth of that level, (B, D), or (B, cells * D) where it pools patches to at most 16
-        cells. A level that would be the same as an earlier reading is left out. All float32.
+        cells. A level that would be the same as an earlier reading is left out, and one of pixels. All float32.
     """
     images = batch["images"]
     if "encoder" not in modules:
@@ -46,7 +46,7 @@ def readings_step(
             return {"patches": tokens} if patches else {"last": tokens.mean(dim=1)}
         number = min(last_blocks, encoder.depth)
         shares = [1 - above / encoder.depth for above in reversed(range(number))]
-        depths = sorted({level.depth for level in levels} | set(shares))
+        depths = sorted({level.depth for level in levels if level.depth} | set(shares))
         found = dict(zip(depths, encoder.features(images, depths=depths), strict=True))
     found = {depth: tokens.float() for depth, tokens in found.items()}
     outputs = {"last": found[1.0].mean(dim=1)}
@@ -55,7 +55,7 @@ def readings_step(
     known = {(1.0, 1)}
     for index, level in enumerate(levels):
         kind = level.depth, _cells_side(level, encoder.grid)
-        if kind not in known:
+        if level.depth and kind not in known:
             outputs[f"level_{index}"] = _cells(found[level.depth], encoder.grid, kind[1])
         known.add(kind)
     return outputs

@@ -56,7 +56,11 @@ def pool_in_words(level: Level) -> str:
 
     >>> pool_in_words(Level(1)), pool_in_words(Level(2)), pool_in_words(Level("image"))
     ('single patches', '2 x 2 patches', 'whole image')
+    >>> pool_in_words(Level(1, depth=0))
+    'pixels of patches'
     """
+    if level.depth == 0:
+        return "pixels of patches"
     if level.pool == "image":
         return "whole image"
     return "single patches" if level.pool == 1 else f"{level.pool} x {level.pool} patches"

@@ -116,6 +116,11 @@ def levels_of(modules: nn.ModuleDict) -> tuple[Level, ...]:
     return tuple(getattr(unwrap(modules["predictor"]), "levels", ())) if "predictor" in modules else ()
 
 
+def _has_pixels_alone(levels: tuple[Level, ...]) -> bool:
+    """Whether the step runs no target encoder while it trains, and has no tokens of it."""
+    return bool(levels) and not any(level.depth for level in levels)
+
+
 def _token_shape(config: Config, trainer: Trainer, name: str) -> tuple[int, int]:
     """Number and width of the tokens that an encoder makes of an image: (N, D)."""
     encoder, data = unwrap(trainer.modules[name]), config.data
@@ -140,6 +145,9 @@ def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit, da
     needed = max(images_needed(dim, number) for number, dim in shapes)
     if levels:
         needed = max(needed, *(images_of_levels(encoder, levels) for encoder in encoders.values()))
+    outputs = dict(options.outputs)
+    if _has_pixels_alone(levels):
+        outputs = {name: output for name, output in outputs.items() if output != "target_tokens"}
     count = options.images or needed
     if count < needed and idist.get_rank() == 0:
         logger.warning(
@@ -152,7 +160,7 @@ def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit, da
     epoch_ends = config.checkpoint.metric.startswith("collapse/")
     return [
         CollapseMonitor(evaluator, images, every, options.alpha_req, options.lidar_views, config.seed, epoch_ends),
-        BatchCollapse(options.batch_every, options.outputs, num_patches),
+        BatchCollapse(options.batch_every, outputs, num_patches),
     ]
 
 
@@ -190,7 +198,8 @@ def _pictures(config: Config, trainer: Trainer, name: str, train: DatasetSplit) 
         if idist.get_rank() == 0:
             logger.warning("no pictures: the module %s has no grid, (H, W) in patches", name)
         return []
-    levels, tokens = levels_of(trainer.modules), config.collapse.outputs.get("target", "target_tokens")
+    levels = levels_of(trainer.modules)
+    tokens = None if _has_pixels_alone(levels) else config.collapse.outputs.get("target", "target_tokens")
     folder = RunFolder(config).path
     return [Pictures(folder, levels, grid, train.stats, options.every, options.images, tokens)]
 

@@ -526,6 +526,25 @@ def test_recipes_for_small_images_train_two_steps_on_noise_of_their_size(tmp_pat
     assert largest_difference(before, weights_of(run.trainer.modules)) > 0
 
 
+def test_pixels_under_random_masks_are_trained_drawn_and_probed(tmp_path, caplog):
+    keys = {"levels": "[{pool: 1, depth: 0}]", "num_hierarchies": None, "predictor__targets": "joint"}
+    config = tiny_config(
+        run_dir=tmp_path / "run",
+        masking__type="random",
+        **{f"model__{key}": value for key, value in keys.items()},
+    )
+    config.pictures.enabled = config.collapse.enabled = True
+    run = build(config)
+    accuracies = run.fit()
+    assert accuracies["trained"] > 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    read = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "collapse/target_rank" in read
+    assert "_level_0" not in re.sub(r'"[a-z]+/loss_level_0"', "", read)  # pixels do not collapse: they are not measured
+    drawn = {path.name.split("_")[0] for path in (tmp_path / "run" / "figures").iterdir()}
+    assert drawn == {"masks", "similarity", "spectrum"}
+
+
 def test_a_handler_of_ones_own_is_attached_in_python(tmp_path):
     run = build(tiny_config(run_dir=tmp_path / "run", probe__enabled="false"))
     assert not (tmp_path / "run").exists()  # building writes nothing

@@ -20,6 +20,8 @@ from hjepa_engine.models import ContextEncoder, TargetEncoder, build_modules
 from hjepa_engine.models.positions import sincos_2d
 from hjepa_engine.optim import param_groups
 from hjepa_engine.steps import hjepa_step
+from hjepa_engine.steps.feature_maps import feature_map_step
+from hjepa_engine.steps.probe_heads import readings_step
 
 FINE = Level()
 
@@ -255,6 +257,28 @@ def test_a_level_of_depth_zero_predicts_the_pixels_of_each_target_patch_normaliz
     assert torch.allclose(outputs["targets"][0], expected, atol=1e-6)
     assert outputs["predictions"][0].shape == expected.shape
     assert outputs["targets"][1].shape == outputs["predictions"][1].shape == (3, 1, 1, 16)
+
+
+def test_pixels_alone_need_the_target_encoder_only_to_be_evaluated():
+    modules = build_modules(config([Level(depth=0)]))
+    ran = []
+    modules["target_encoder"].vit.blocks[0].register_forward_hook(lambda *_: ran.append(True))
+    outputs = hjepa_step(modules, batch())
+    assert not ran
+    assert "target_tokens" not in outputs
+    with torch.no_grad():
+        seen = hjepa_step(modules, batch())
+    assert ran
+    assert seen["target_tokens"].shape == (3, 36, 16)
+    assert torch.equal(seen["loss"], outputs["loss"])
+
+
+def test_what_is_measured_and_read_of_an_encoder_leaves_levels_of_pixels_out():
+    levels = (Level(depth=0), Level(2), Level(depth=0.5))
+    encoder = nn.ModuleDict({"encoder": build_modules(config(levels))["context_encoder"]})
+    maps = feature_map_step(encoder, batch(), levels)
+    assert set(maps) == {"encoder", "encoder_level_1", "encoder_level_2"}
+    assert set(readings_step(encoder, batch(), levels)) == {"last", "last_2", "level_1", "level_2"}
 
 
 @pytest.mark.parametrize("pool", [2, "image"])
