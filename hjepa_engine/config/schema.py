@@ -38,7 +38,7 @@ class Level:
     """Side of the square of patches whose mean is one target, at least 1; ``image``: the mean of the whole image."""
     depth: float = setting(1.0, ge=0, le=1)
     """Share of the target encoder's blocks that the features have passed; 1.0 is after the last norm, 0 before all blocks:
-    the pixels of each patch, normalized (MAE, arXiv:2111.06377), with ``pool: 1``."""
+    the pixels of each patch, normalized (MAE, arXiv:2111.06377). With 0, ``pool`` is 1."""
     weight: float = setting(1.0, ge=0)
     """Factor of this level's loss."""
 
@@ -174,7 +174,8 @@ class PredictorConfig:
     level_depth: int = setting(0, ge=0)
     """Blocks that each level has of its own, after the shared ones."""
     init: Literal["xavier", "trunc_normal"] = "xavier"
-    """Weights of its linear layers at the start, see ``model.init``; with 0.02, a narrow predictor learns late."""
+    """Weights of its linear layers at the start, as ``model.init``; with ``trunc_normal``, the loss of a narrow predictor
+    stays on a plateau for longer."""
     targets: Literal["independent", "joint"] = "independent"
     """``independent``: each target block of an image is predicted on its own (I-JEPA); ``joint``: all of them in one
     sequence, so that the context is read once (V-JEPA, arXiv:2404.08471)."""
@@ -217,8 +218,8 @@ class ModelConfig:
     """What makes tokens of pixels: a linear map of each patch, or overlapping 3 x 3 convolutions (arXiv:2106.14881), which
     need fewer images and epochs; hidden patches are blanked before them, and ``patch_size`` is a power of two."""
     init: Literal["xavier", "trunc_normal"] = "trunc_normal"
-    """Weights of the blocks' linear layers at the start: at the scale of each layer's width (Glorot and Bengio; MAE), or of
-    standard deviation 0.02 (I-JEPA), with which a narrow encoder is nearly linear at first."""
+    """Weights of the blocks' linear layers at the start. ``xavier``: at the scale of each layer's width (Glorot and Bengio;
+    MAE); ``trunc_normal``: of standard deviation 0.02 (I-JEPA), with which a narrow encoder is nearly linear at first."""
     patch_init: Literal["uniform", "trunc_normal"] = "uniform"
     """Weights of the patch embedding (``stem: patch``) at the start: torch's own, or of standard deviation 0.02 (I-JEPA),
     little for small patches."""
@@ -273,7 +274,8 @@ class MaskingConfig:
 
     type: Literal["blocks", "random"] = "blocks"
     """``blocks``: I-JEPA's, a few target blocks and the patches around them; ``random``: single patches anywhere, and all
-    others are targets, each on its own (MAE, arXiv:2111.06377), for which of the keys below only ``context_keep`` counts."""
+    others are targets (MAE, arXiv:2111.06377); of the keys below, only ``context_keep`` counts then, and
+    ``model.predictor.targets`` is ``joint``."""
     num_masks: int = setting(1, ge=1)
     """Target blocks per image."""
     mask_scale: Pair[Share] = setting((0.4, 0.6))
@@ -283,8 +285,8 @@ class MaskingConfig:
     context_scale: Pair[Share] = setting((0.85, 1.0))
     """Smallest and largest area of the context block, from which the targets are cut out."""
     context_keep: Pair[Share] | None = None
-    """Smallest and largest share of the patch grid that the context encoder sees, drawn once per step; null: what the shapes
-    of the blocks leave in most images, see docs/masks.md, and of ``random`` masks a quarter."""
+    """Smallest and largest share of the patch grid that the context encoder sees, drawn once per step; null: for
+    ``blocks`` what their shapes leave in most images (docs/masks.md), for ``random`` a quarter."""
 
 
 @section()

@@ -61,6 +61,8 @@ def broken_rules(config: Any) -> Iterator[str]:
     if model.levels is not None:
         key, weights = "model.levels", [level.weight for level in model.levels]
     if config.masking.type == "random":
+        if model.predictor.targets != "joint":  # each patch would be a sequence of its own, with the whole context
+            yield f"model.predictor.targets must be joint where masking.type is random, got {model.predictor.targets}"
         pools = [level.pool for level in model.levels or ()]
         if any(pool not in (1, "image") for pool in pools):
             yield f"model.levels must have pool 1 or image where masking.type is random (single patches), got {pools}"

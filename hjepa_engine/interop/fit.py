@@ -203,8 +203,9 @@ def _not_one_level(module: nn.Module, source: Source) -> str:
     """Why the predictor of I-JEPA cannot be this one; "": it can."""
     if not isinstance(module, Predictor):
         return f"the run's is a {type(module).__name__}"
-    if [level.pool for level in module.levels] != [1] or any(True for _ in module.level_blocks[0].children()):
-        return "model.levels must be one level with pool 1, without blocks of its own (model.num_hierarchies 1)"
+    is_one = [level.pool for level in module.levels] == [1] and module.levels[0].depth > 0
+    if not is_one or any(True for _ in module.level_blocks[0].children()):
+        return "model.levels must be one level of features with pool 1, without blocks of its own (model.num_hierarchies 1)"
     table, grid = source.parts["predictor"].get(PREDICTOR_POSITIONS), source.grid
     name = f"predictor.{PREDICTOR_POSITIONS}"
     if table is None or grid is None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hjepa_engine.masking.masks import Masks
+from hjepa_engine.masking.masks import SHARES, Masks, MaskSource
 from hjepa_engine.utils.rng import uniform_rows
 
 BoolArray = NDArray[np.bool_]
@@ -23,8 +23,6 @@ Range = tuple[float, float]
 _MAX_REDRAWN = 0.05
 _CALIBRATION_LAYOUTS = 1024
 _ATTEMPTS = 24
-# ``torch.compile`` compiles a module anew for each length of its input, by default eight times.
-_SHARES = 8
 
 
 class _Shape(NamedTuple):
@@ -53,7 +51,7 @@ class _Layouts(NamedTuple):
         return _count(self.context & ~self.targets)
 
 
-class MultiBlockMasks:
+class MultiBlockMasks(MaskSource):
     """Sample I-JEPA's multi-block masks (arXiv:2301.08243) without its sampler's biases.
 
     Each optimizer step draws one target block shape and one context block shape, scale and aspect ratio independently.
@@ -110,11 +108,6 @@ class MultiBlockMasks:
         self._limits: dict[_Shape, tuple[int, int]] = {}
         self._check_feasible()
 
-    @property
-    def num_patches(self) -> int:
-        """N = H * W."""
-        return self.grid[0] * self.grid[1]
-
     def sample(self, batch_size: int, seed: int, step: int = 0, offset: int = 0) -> Masks:
         """Masks of images ``offset`` to ``offset + batch_size`` of the global batch of optimizer step ``step``.
 
@@ -167,7 +160,7 @@ class MultiBlockMasks:
         if self.context_keep is None:
             return shape, max(1, min(self._measure(shape)))
         low, high = self.context_keep
-        kept = self._num_kept(low + (high - low) * math.floor(u[3] * _SHARES) / (_SHARES - 1))
+        kept = self._num_kept(low + (high - low) * math.floor(u[3] * SHARES) / (SHARES - 1))
         return shape, min(kept, self.num_patches - math.prod(shape.target))
 
     def _measure(self, shape: _Shape) -> tuple[int, int]:

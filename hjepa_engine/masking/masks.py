@@ -6,6 +6,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+#: Numbers of visible patches between which a step chooses: ``torch.compile`` compiles a module anew for each length of its
+#: input, by default eight times.
+SHARES = 8
+
 
 class Masks(NamedTuple):
     """Indices of patches; the N = H * W patches of an image are numbered row by row."""
@@ -27,7 +31,7 @@ class MaskSource(Protocol):
     @property
     def num_patches(self) -> int:
         """N = H * W."""
-        ...
+        return self.grid[0] * self.grid[1]
 
     def sample(self, batch_size: int, seed: int, step: int = 0, offset: int = 0) -> Masks:
         """Masks of images ``offset`` to ``offset + batch_size`` of the global batch of optimizer step ``step``."""

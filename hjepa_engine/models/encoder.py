@@ -95,7 +95,7 @@ class ContextEncoder(nn.Module):
                 raise ValueError(f"patch_size of a conv stem must be one number, got {rows} x {columns}")
             vit.patch_embed.proj = conv_stem(in_chans, vit.embed_dim, rows)
         elif patch_init == "trunc_normal":
-            init_layer(vit.patch_embed.proj, patch_init)
+            init_layer(vit.patch_embed.proj, "trunc_normal")
         self.vit, self.activation_checkpointing = vit, activation_checkpointing
         for layer in vit.modules() if norm_eps is not None else ():
             if isinstance(layer, nn.LayerNorm):

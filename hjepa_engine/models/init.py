@@ -27,7 +27,7 @@ def init_layer(layer: nn.Linear | nn.Conv2d, init: Init) -> None:
     """Draw a layer's weights anew, and set its bias to 0.
 
     Args:
-        layer: a linear map, of patches if it is a convolution.
+        layer: a linear map; one of patches, a convolution, with ``trunc_normal`` alone.
         init: ``xavier``: uniform, with a variance of 2 / (inputs + outputs) (Glorot and Bengio, 2010; MAE,
             arXiv:2111.06377); ``trunc_normal``: of standard deviation 0.02, whatever the width (I-JEPA, arXiv:2301.08243).
             The two are close at a width of a thousand; where it is 64, the second one is a sixth of the first.

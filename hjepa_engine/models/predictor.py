@@ -61,6 +61,8 @@ class Predictor(nn.Module):
         super().__init__()
         if not levels:
             raise ValueError("levels must not be empty")
+        if num_pixels < 1 and not all(level.depth for level in levels):
+            raise ValueError(f"num_pixels must be positive where a level has depth 0, got {num_pixels}")
         if width % 4 or width % num_heads:
             raise ValueError(f"width must be a multiple of 4 and of num_heads={num_heads}, got {width}")
         self.grid, self.levels, self.targets = grid, tuple(levels), targets
@@ -100,7 +102,7 @@ class Predictor(nn.Module):
             masks: indices of context and target patches.
 
         Returns:
-            One tensor per level: (B, M, cells, D), or (B, 1, 1, D) for ``pool: image``.
+            One tensor per level: (B, M, cells, D), or (B, 1, 1, D) for ``pool: image``; of pixels, ``num_pixels`` for D.
         """
         rows, columns = masks.context_idx // self.grid[1], masks.context_idx % self.grid[1]
         tokens = self.embed(context) + self._positions(2 * rows, 2 * columns)

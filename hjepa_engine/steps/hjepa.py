@@ -36,14 +36,13 @@ def hjepa_step(
     Returns:
         ``loss`` (), ``loss_level_{l}`` () and, for each regularizer, ``loss_{regularizer}`` (); ``context_tokens`` (B, K, D)
         and their patches ``context_idx`` (B, K); ``target_tokens`` (B, N, D); ``predictions`` and ``targets``, one
-        (B, M, cells, D) per level. A training step whose levels are all pixels runs no target encoder, and has no
-        ``target_tokens``.
+        (B, M, cells, D) per level, with the pixels of a patch for D where its depth is 0. Where all levels are pixels, the
+        target encoder does not run, and there are no ``target_tokens``.
     """
     images, masks = batch["images"], batch["masks"]
     levels = unwrap(modules["predictor"]).levels
     depths = {level.depth for level in levels}
-    if any(depths) or not torch.is_grad_enabled():
-        depths.add(1.0)
+    depths |= {1.0} if any(depths) else set()
     with torch.no_grad():
         found = unwrap(modules["target_encoder"]).features(images, depths=sorted(depths))
         features = dict(zip(sorted(depths), found, strict=True))

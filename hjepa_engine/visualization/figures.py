@@ -47,7 +47,8 @@ def draw_masks(pixels: FloatArray, masks: Masks, grid: tuple[int, int], levels: 
                 axes.imshow(pixels[image] if level.pool == "image" else dimmed(pixels[image], targets, grid))
                 blocks = [(0, 0, *grid)] if level.pool == "image" else [_block(t, masks.block, grid) for t in targets]
                 cell = max(grid) if level.pool == "image" else level.pool
-                _outline(axes, blocks, cell, (height / grid[0], width / grid[1]), height / 100)
+                inset = 0.0 if masks.block == (1, 1) else height / 100  # single patches do not overlap
+                _outline(axes, blocks, cell, (height / grid[0], width / grid[1]), inset)
     return figure
 
 

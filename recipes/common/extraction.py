@@ -108,13 +108,18 @@ def extract(config: Config, encoder: nn.Module, output: Path, request: Request) 
         return _write_missing(config, encoder, output, request, step, splits)
 
 
+def _levels(config: Config) -> dict[int, Level]:
+    """The levels of features, by number: pixels are in the images."""
+    return {number: level for number, level in enumerate(resolve_levels(config)) if level.depth}
+
+
 def _write_missing(
     config: Config, encoder: nn.Module, output: Path, request: Request, step: Any, splits: dict[SplitName, DatasetSplit]
 ) -> dict[str, int]:
     device = choose_device(config.device)
     evaluator = create_evaluator(step, nn.ModuleDict({"encoder": encoder.to(device)}), device)
     names = ["last", *(f"block_{number}" for number in request.layers)]
-    names += [f"level_{number}" for number in range(len(resolve_levels(config)))] if request.levels else []
+    names += [f"level_{number}" for number in _levels(config)] if request.levels else []
     written: dict[str, int] = {}
     for name, split in splits.items():
         writer = ShardWriter(output / name, request.kind, len(split.images), request.shard_images, names)
@@ -172,7 +177,7 @@ class _Shards:
 
 
 def _step(config: Config, encoder: nn.Module, request: Request) -> Any:
-    levels: dict[int, Level] = dict(enumerate(resolve_levels(config))) if request.levels else {}
+    levels = _levels(config) if request.levels else {}
     if (levels or request.layers) and not isinstance(encoder, ContextEncoder):
         raise ConfigError("--layers and --levels need the encoder of this package, not one of your own")
     depth = getattr(encoder, "depth", 0)

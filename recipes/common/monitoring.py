@@ -116,9 +116,9 @@ def levels_of(modules: nn.ModuleDict) -> tuple[Level, ...]:
     return tuple(getattr(unwrap(modules["predictor"]), "levels", ())) if "predictor" in modules else ()
 
 
-def _has_pixels_alone(levels: tuple[Level, ...]) -> bool:
-    """Whether the step runs no target encoder while it trains, and has no tokens of it."""
-    return bool(levels) and not any(level.depth for level in levels)
+def _has_pixels_alone(config: Config, levels: tuple[Level, ...]) -> bool:
+    """Whether the step runs no target encoder, and has no tokens of it."""
+    return config.step is None and bool(levels) and not any(level.depth for level in levels)
 
 
 def _token_shape(config: Config, trainer: Trainer, name: str) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def _collapse_monitors(config: Config, trainer: Trainer, train: DatasetSplit, da
     if levels:
         needed = max(needed, *(images_of_levels(encoder, levels) for encoder in encoders.values()))
     outputs = dict(options.outputs)
-    if _has_pixels_alone(levels):
+    if _has_pixels_alone(config, levels):
         outputs = {name: output for name, output in outputs.items() if output != "target_tokens"}
     count = options.images or needed
     if count < needed and idist.get_rank() == 0:
@@ -199,7 +199,7 @@ def _pictures(config: Config, trainer: Trainer, name: str, train: DatasetSplit) 
             logger.warning("no pictures: the module %s has no grid, (H, W) in patches", name)
         return []
     levels = levels_of(trainer.modules)
-    tokens = None if _has_pixels_alone(levels) else config.collapse.outputs.get("target", "target_tokens")
+    tokens = None if _has_pixels_alone(config, levels) else config.collapse.outputs.get("target", "target_tokens")
     folder = RunFolder(config).path
     return [Pictures(folder, levels, grid, train.stats, options.every, options.images, tokens)]
 

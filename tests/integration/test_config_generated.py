@@ -390,6 +390,7 @@ def broken_yaml(draw: random.Random) -> Iterator[Mistake]:
 
 
 #: One key against another: file, key, value, what the line says of the others.
+RANDOM = "masking: {type: random}, model: {predictor: {targets: joint}"
 CROSS = [
     ("data: {crop_scale: [0.5, 0.4]}", "data.crop_scale", "[0.5, 0.4]", "ordered, smallest first"),
     ("data: {crop_ratio: [2, 1]}", "data.crop_ratio", "[2.0, 1.0]", "ordered, smallest first"),
@@ -397,8 +398,9 @@ CROSS = [
     ("masking: {aspect_ratio: [1.5, 0.75]}", "masking.aspect_ratio", "[1.5, 0.75]", "ordered, smallest first"),
     ("masking: {context_scale: [1, 0.9]}", "masking.context_scale", "[1.0, 0.9]", "ordered, smallest first"),
     ("masking: {context_keep: [0.3, 0.2]}", "masking.context_keep", "[0.3, 0.2]", "ordered, smallest first"),
-    ("{masking: {type: random}, model: {levels: [{pool: 2}]}}", "model.levels", "[2]", "pool 1 or image where masking.type"),
-    ("{masking: {type: random}, model: {num_hierarchies: 2}}", "model.num_hierarchies", "2", "null or 1 where masking.type"),
+    ("masking: {type: random}", "model.predictor.targets", "independent", "must be joint where masking.type is random"),
+    (f"{{{RANDOM}, levels: [{{pool: 2}}]}}}}", "model.levels", "[2]", "pool 1 or image where masking.type"),
+    (f"{{{RANDOM}, num_hierarchies: 2}}}}", "model.num_hierarchies", "2", "null or 1 where masking.type"),
     ("data: {download: true}", "data.download", "True", "must be false where data.dataset is digit_pages"),
     ("data: {in_chans: 4, rand_augment: 2}", "data.rand_augment", "2", "must be 0 for images of 4 channels"),
     ("data: {hub_name: a/b}", "data.hub_name", "a/b", "must be null where data.dataset is digit_pages"),

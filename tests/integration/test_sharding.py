@@ -37,6 +37,13 @@ DEEP = {
     "probe.enabled": "false",
     "collapse.enabled": "false",
 }
+#: The target encoder does not run while it trains, and is averaged all the same.
+PIXELS = {
+    "model.num_hierarchies": None,
+    "model.levels": "[{pool: 1, depth: 0}]",
+    "masking.type": "random",
+    "model.predictor.targets": "joint",
+}
 SHARDED = {"distributed.strategy": "fsdp"}
 #: All that reads features, weights or gradients. With 129 images, one rank measures one batch more than the other.
 MONITORS = {
@@ -97,8 +104,9 @@ def assert_same_logs(one, other, tolerance=1e-5):
             {"model.activation_checkpointing": "true", "model.predictor.level_depth": 2}, 1e-5, marks=pytest.mark.slow
         ),
         pytest.param({"model.predictor.targets": "joint", "loss.sigreg_weight": 0.1}, 1e-5, marks=pytest.mark.slow),
+        pytest.param(PIXELS, 1e-5, marks=pytest.mark.slow),
     ],
-    ids=["monitors", "accumulation", "sgd", "bf16", "recompute", "joint"],
+    ids=["monitors", "accumulation", "sgd", "bf16", "recompute", "joint", "pixels"],
 )
 def test_shards_train_as_copies_and_as_one_process_do(tmp_path, settings, tolerance):
     values = {**DEEP, **settings}

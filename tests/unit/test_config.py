@@ -319,7 +319,8 @@ MALFORMED = [
     ("data.crop_scale must be above 0 and at most 1", "data: {crop_scale: [0.5, 1.5]}"),
     ("model.ema.momentum must be at least 0 and at most 1", "model: {ema: {momentum: 1.5}}"),
     ("model.drop_path must be at least 0 and below 1", "model: {drop_path: 1}"),
-    ("model.levels[1].depth must be above 0 and at most 1", "model: {levels: [{pool: 1}, {depth: 0}]}"),
+    ("model.levels[1].depth must be at least 0 and at most 1", "model: {levels: [{pool: 1}, {depth: -0.1}]}"),
+    ("model.levels[1]: pool must be 1 where depth is 0, got 2", "model: {levels: [{pool: 1}, {pool: 2, depth: 0}]}"),
     ("model.levels[0].weight must be at least 0", "model: {levels: [{weight: -1}]}"),
     ("model.levels[0].pool must be", "model: {levels: [{pool: 0}]}"),
     ("masking.mask_scale must be above 0 and at most 1", "masking: {mask_scale: [0.1, 1.2]}"),
@@ -412,6 +413,9 @@ def test_an_override_of_a_section_that_is_none_names_the_section(tmp_path):
         load_config(path, ["--training.lr=1"])
 
 
+RANDOM_MASKS = ("--masking.type=random", "--model.predictor.targets=joint")
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00seed", b"seed: \x00"])
 def test_a_file_that_cannot_be_read_is_one_line_with_its_path(tmp_path, content):
     path = tmp_path / "config.yaml"
@@ -448,7 +452,7 @@ UNBUILDABLE = [
     ("masking: target blocks must fit", ["--masking.mask_scale=[0.9, 1.0]"]),
     ("masking.context_keep must be at most 0.", ["--masking.context_keep=[0.2, 0.9]"]),
     ("masking.context_keep must keep at least one", ["--masking.context_keep=[0.001, 0.1]"]),
-    ("masking.context_keep must keep 1 to 15 of 16", ["--masking.type=random", "--masking.context_keep=[0.5, 1]"]),
+    ("masking.context_keep must keep 1 to 15 of 16", [*RANDOM_MASKS, "--masking.context_keep=[0.5, 0.99]"]),
     ("training.optimizer: unknown optimizer 'adam'", ["--training.optimizer=adam"]),
     ("training.optimizer: 'torch.optim.Nope' cannot be imported", ["--training.optimizer=torch.optim.Nope"]),
     ("training.optimizer: optimizer 'torch.nn.Linear' must be", ["--training.optimizer=torch.nn.Linear"]),
@@ -1054,7 +1058,7 @@ EFFECTS = {
     "model.ema.momentum_start": Effect(
         "another target encoder", "0.5", trained, ("--model.ema.momentum_warmup_epochs=1",)
     ),
-    "masking.type": Effect("other masks", "random", trained),
+    "masking.type": Effect("other masks", "random", trained, RANDOM_MASKS[1:]),
     "masking.num_masks": Effect("other masks", "2", trained),
     "masking.mask_scale": Effect("other masks", "[0.3, 0.35]", trained),
     "masking.aspect_ratio": Effect("other masks", "[2, 2.5]", trained),

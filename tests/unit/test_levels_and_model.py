@@ -16,7 +16,7 @@ from hjepa_engine.levels import cell_centers, pool_target, take_tokens
 from hjepa_engine.losses import LOSSES, covariance, sigreg, variance
 from hjepa_engine.masking import Masks, MultiBlockMasks
 from hjepa_engine.metrics.means import effective_rank
-from hjepa_engine.models import ContextEncoder, TargetEncoder, build_modules
+from hjepa_engine.models import ContextEncoder, Predictor, TargetEncoder, build_modules
 from hjepa_engine.models.positions import sincos_2d
 from hjepa_engine.optim import param_groups
 from hjepa_engine.steps import hjepa_step
@@ -259,18 +259,31 @@ def test_a_level_of_depth_zero_predicts_the_pixels_of_each_target_patch_normaliz
     assert outputs["targets"][1].shape == outputs["predictions"][1].shape == (3, 1, 1, 16)
 
 
-def test_pixels_alone_need_the_target_encoder_only_to_be_evaluated():
+def test_pixels_alone_do_not_run_the_target_encoder():
     modules = build_modules(config([Level(depth=0)]))
     ran = []
     modules["target_encoder"].vit.blocks[0].register_forward_hook(lambda *_: ran.append(True))
     outputs = hjepa_step(modules, batch())
     assert not ran
     assert "target_tokens" not in outputs
-    with torch.no_grad():
-        seen = hjepa_step(modules, batch())
+    both = build_modules(config([Level(depth=0), Level()]))
+    both["target_encoder"].vit.blocks[0].register_forward_hook(lambda *_: ran.append(True))
+    assert hjepa_step(both, batch())["target_tokens"].shape == (3, 36, 16)
     assert ran
-    assert seen["target_tokens"].shape == (3, 36, 16)
-    assert torch.equal(seen["loss"], outputs["loss"])
+
+
+def test_pixels_of_oblong_patches_in_three_channels_come_channel_by_channel():
+    arguments = {"patch_size": (4, 8), "embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = ContextEncoder("vit_tiny_patch16_224", (8, 24), in_chans=3, **arguments)
+    given = torch.arange(2 * 3 * 8 * 24.0).view(2, 3, 8, 24)
+    pixels = encoder.features(given, depths=(0.0,))[0]
+    assert pixels.shape == (2, 6, 3 * 4 * 8)
+    assert torch.equal(pixels[1, 4], given[1, :, 4:8, 8:16].flatten())
+
+
+def test_a_level_of_pixels_needs_their_number():
+    with pytest.raises(ValueError, match="num_pixels must be positive where a level has depth 0, got 0"):
+        Predictor(grid=(2, 2), embed_dim=8, levels=[Level(depth=0)], width=8, num_heads=2)
 
 
 def test_what_is_measured_and_read_of_an_encoder_leaves_levels_of_pixels_out():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hjepa_engine import masking
-from hjepa_engine.masking import MultiBlockMasks
+from hjepa_engine.masking import MultiBlockMasks, blocks
 
 GRIDS = [(8, 8), (14, 14), (16, 16), (12, 20)]
 STEPS, BATCH = 160, 64
@@ -393,7 +392,7 @@ def check_layouts(sampler, masks):
 
 
 def test_when_all_attempts_fail_stacked_targets_still_leave_k_patches(monkeypatch):
-    monkeypatch.setattr(masking, "_ATTEMPTS", 2)
+    monkeypatch.setattr(blocks, "_ATTEMPTS", 2)
     sampler = MultiBlockMasks((8, 8))
     stacked = 0
     for step in range(20):

@@ -48,15 +48,21 @@ def test_masks_are_a_function_of_seed_and_step():
 
 
 def test_each_step_draws_one_number_of_visible_patches_from_the_range():
-    sampler = RandomMasks(GRID, (0.25, 0.375))
-    counts = [sampler.sample(2, seed=0, step=step).context_idx.shape[1] for step in range(400)]
-    assert sorted(set(counts)) == [6, 7, 8, 9]
-    assert min(counts.count(number) for number in range(6, 10)) > 60  # of 100 on average
+    sampler = RandomMasks((10, 20), (0.1, 0.45))
+    counts = [sampler.sample(2, seed=0, step=step).context_idx.shape[1] for step in range(800)]
+    assert sorted(set(counts)) == [20, 30, 40, 50, 60, 70, 80, 90]  # eight at most, evenly spaced
+    assert min(counts.count(number) for number in set(counts)) > 60  # of 100 on average
 
 
-@pytest.mark.parametrize("context_keep", [(0.0, 0.5), (0.5, 1.0), (0.6, 0.3), (0.001, 0.001)])
+@pytest.mark.parametrize("context_keep", [(0.001, 0.001), (0.01, 0.5), (0.5, 0.99)])
 def test_ranges_that_hide_nothing_or_everything_are_refused_by_name(context_keep):
     with pytest.raises(ValueError, match="context_keep must keep 1 to 23 of 24 patches"):
+        RandomMasks(GRID, context_keep)
+
+
+@pytest.mark.parametrize("context_keep", [(0.0, 0.5), (0.5, 1.0), (0.6, 0.3), (float("nan"), 0.5)])
+def test_ranges_that_are_none_are_refused_by_name(context_keep):
+    with pytest.raises(ValueError, match="context_keep must satisfy 0 < low <= high < 1"):
         RandomMasks(GRID, context_keep)
 
 
