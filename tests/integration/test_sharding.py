@@ -33,6 +33,7 @@ DEEP = {
     **NOISE,
     "model.depth": 2,
     "model.predictor.depth": 2,
+    "model.predictor.init": "trunc_normal",  # small gradients of larger weights are rounded to other Adam updates
     "training.lr": 1e-2,
     "probe.enabled": "false",
     "collapse.enabled": "false",

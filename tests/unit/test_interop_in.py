@@ -171,16 +171,21 @@ def test_a_checkpoint_of_meta_is_probed_as_its_target_encoder(tmp_path):
         probed(tmp_path / "jepa.pth.tar", num_heads=None)
 
 
-def test_with_several_levels_the_predictor_of_meta_is_left_out_loudly(tmp_path):
+@pytest.mark.parametrize(
+    "levels",
+    [{"model__num_hierarchies": 2}, {"model__num_hierarchies": None, "model__levels": "[{depth: 0}]"}],
+    ids=["two levels", "pixels"],
+)
+def test_with_other_levels_the_predictor_of_meta_is_left_out_loudly(tmp_path, levels):
     save_meta(tmp_path / "jepa.pth.tar")
-    modules = build_modules(config(model__num_hierarchies=2))
+    modules = build_modules(config(**levels))
     before = weights_of(modules["predictor"])
     plan = plan_weights(modules, read_source(str(tmp_path / "jepa.pth.tar")))
     plan.apply()
     assert same_bits(weights_of(modules["predictor"]), before)
     (warning,) = plan.warnings
-    assert "predictor starts with random weights: model.levels must be one level with pool 1" in warning
-    with pytest.raises(CheckpointError, match=r"model\.levels must be one level with pool 1"):
+    assert "predictor starts with random weights: model.levels must be one level of features with pool 1" in warning
+    with pytest.raises(CheckpointError, match=r"model\.levels must be one level of features with pool 1"):
         plan_weights(modules, read_source(str(tmp_path / "jepa.pth.tar")), ["predictor"])
 
 
