@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from hjepa_engine.config.schema import Level
 from hjepa_engine.masking import RandomMasks
+from hjepa_engine.visualization.figures import draw_masks
 
 GRID, PATCHES = (4, 6), 24
 
@@ -69,3 +71,14 @@ def test_ranges_that_are_none_are_refused_by_name(context_keep):
 def test_an_empty_grid_is_refused():
     with pytest.raises(ValueError, match="grid must be at least 1 x 1"):
         RandomMasks((0, 4))
+
+
+def test_single_patches_are_outlined_where_they_are():
+    masks = RandomMasks((8, 8)).sample(2, seed=0)
+    figure = draw_masks(np.zeros((2, 32, 32, 3), np.float32), masks, (8, 8), [Level(depth=0)])
+    for image in range(2):
+        panel = figure.axes[3 * image + 2]  # image, context, level 0
+        corners = {(edge.get_x(), edge.get_y()) for edge in panel.patches}
+        assert {(edge.get_width(), edge.get_height()) for edge in panel.patches} == {(4, 4)}
+        expected = {(4 * (patch % 8) - 0.5, 4 * (patch // 8) - 0.5) for patch in masks.target_idx[image, :, 0].tolist()}
+        assert corners == expected
