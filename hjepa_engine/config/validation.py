@@ -60,6 +60,8 @@ def broken_rules(config: Any) -> Iterator[str]:
     key, weights = "loss.hierarchy_weights", loss.hierarchy_weights
     if model.levels is not None:
         key, weights = "model.levels", [level.weight for level in model.levels]
+    if weights is not None and not any(weights):
+        yield f"{key} must weight at least one level above 0, got {weights}"
     if config.masking.type == "random":
         if model.predictor.targets != "joint":  # each patch would be a sequence of its own, with the whole context
             yield f"model.predictor.targets must be joint where masking.type is random, got {model.predictor.targets}"
@@ -71,8 +73,6 @@ def broken_rules(config: Any) -> Iterator[str]:
                 "model.num_hierarchies must be null or 1 where masking.type is random (single patches), "
                 f"got {model.num_hierarchies}"
             )
-    if weights is not None and not any(weights):
-        yield f"{key} must weight at least one level above 0, got {weights}"
     for key, value in (
         ("training.warmup_epochs", training.warmup_epochs),
         ("model.ema.momentum_warmup_epochs", model.ema.momentum_warmup_epochs),

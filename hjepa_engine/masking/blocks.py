@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hjepa_engine.masking.masks import SHARES, Masks, MaskSource
+from hjepa_engine.masking.masks import Masks, MaskSource, kept_share
 from hjepa_engine.utils.rng import uniform_rows
 
 BoolArray = NDArray[np.bool_]
@@ -159,8 +159,7 @@ class MultiBlockMasks(MaskSource):
         shape = _Shape(self._target_shape(scale, aspect), self._context_shape(context_scale))
         if self.context_keep is None:
             return shape, max(1, min(self._measure(shape)))
-        low, high = self.context_keep
-        kept = self._num_kept(low + (high - low) * math.floor(u[3] * SHARES) / (SHARES - 1))
+        kept = self._num_kept(kept_share(self.context_keep, u[3]))
         return shape, min(kept, self.num_patches - math.prod(shape.target))
 
     def _measure(self, shape: _Shape) -> tuple[int, int]:

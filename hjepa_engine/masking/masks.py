@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-#: Numbers of visible patches between which a step chooses: ``torch.compile`` compiles a module anew for each length of its
-#: input, by default eight times.
-SHARES = 8
+# ``torch.compile`` compiles a module anew for each length of its input, by default eight times.
+_SHARES = 8
+
+
+def kept_share(context_keep: tuple[float, float], draw: float) -> float:
+    """One of up to eight evenly spaced shares from the smallest to the largest, by a uniform ``draw`` in [0, 1)."""
+    low, high = context_keep
+    return low + (high - low) * math.floor(draw * _SHARES) / (_SHARES - 1)
 
 
 class Masks(NamedTuple):

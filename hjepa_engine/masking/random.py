@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
-from hjepa_engine.masking.masks import SHARES, Masks, MaskSource
+from hjepa_engine.masking.masks import Masks, MaskSource, kept_share
 from hjepa_engine.utils.rng import uniform_rows
 
 
@@ -48,9 +46,8 @@ class RandomMasks(MaskSource):
             offset: index of the first image in the global batch (all ranks and micro-batches).
         """
         draws = uniform_rows(offset, batch_size, self.num_patches, seed, "random mask", step)
-        low, high = self.context_keep
-        share = math.floor(SHARES * float(uniform_rows(0, 1, 1, seed, "random mask size", step)[0, 0])) / (SHARES - 1)
-        kept = round((low + (high - low) * share) * self.num_patches)
+        draw = float(uniform_rows(0, 1, 1, seed, "random mask size", step)[0, 0])
+        kept = round(kept_share(self.context_keep, draw) * self.num_patches)
         order = torch.from_numpy(np.argsort(draws, axis=1, kind="stable"))
         context, targets = order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
         return Masks(context, targets[:, :, None], (1, 1))

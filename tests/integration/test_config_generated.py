@@ -389,8 +389,8 @@ def broken_yaml(draw: random.Random) -> Iterator[Mistake]:
                 yield Mistake(place.key, ("no valid YAML",), (text, repr(text)), words=(f"--{place.key}", text))
 
 
-#: One key against another: file, key, value, what the line says of the others.
 RANDOM = "masking: {type: random}, model: {predictor: {targets: joint}"
+#: One key against another: file, key, value, what the line says of the others.
 CROSS = [
     ("data: {crop_scale: [0.5, 0.4]}", "data.crop_scale", "[0.5, 0.4]", "ordered, smallest first"),
     ("data: {crop_ratio: [2, 1]}", "data.crop_ratio", "[2.0, 1.0]", "ordered, smallest first"),
