@@ -112,8 +112,11 @@ class DataConfig:
     """Loader processes; 0 loads in the main one. Does not change the run."""
     pin_memory: bool = setting(True, on_resume="allow")
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
+    in_memory: bool = False
+    """Decode all image files when the run starts, and crop whole batches out of memory; they must have one size and 8 bits.
+    For small images (docs/data.md)."""
     on_device: bool = setting(False, on_resume="allow")
-    """Keep a data set that lies in memory (digits, CIFAR, STL-10) on the device of the run."""
+    """Keep a data set that lies in memory (digits, CIFAR, STL-10, or ``in_memory``) on the device of the run."""
     val_fraction: float = setting(0.2, gt=0, lt=1)
     """Share held out where the data set has no validation split of its own."""
     crop_scale: Pair[Share] = setting((1.0, 1.0))

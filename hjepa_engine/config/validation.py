@@ -39,6 +39,8 @@ def broken_rules(config: Any) -> Iterator[str]:
             yield f"{key} must have one value per channel ({config.data.channels}), got {values}"
     if config.data.rand_augment and config.data.channels not in (1, 3):
         yield f"data.rand_augment must be 0 for images of {config.data.channels} channels, got {config.data.rand_augment}"
+    if config.data.in_memory and (config.data.class_path or config.data.dataset == "passed"):
+        yield "data.in_memory must be false for a data set of your own, which may keep its images itself, got True"
     if config.data.hub_name is not None and config.data.dataset != "huggingface":
         yield f"data.hub_name must be null where data.dataset is {config.data.dataset}, got {config.data.hub_name}"
     if config.data.download and config.data.dataset not in DOWNLOADABLE:

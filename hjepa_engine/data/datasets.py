@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.config.validation import DOWNLOADABLE
 from hjepa_engine.data.channel_stats import with_stats
 from hjepa_engine.data.contents import Description, describe
+from hjepa_engine.data.decoded import DecodedImages
 from hjepa_engine.data.digit_maps import DigitMaps
 from hjepa_engine.data.folder import CIFAR_STATS, IMAGENET_STATS, data_root, open_folder
 from hjepa_engine.data.huggingface import open_huggingface
-from hjepa_engine.data.memory import DigitPages, MemoryImages
+from hjepa_engine.data.memory import BatchedImages, DigitPages, MemoryImages
 from hjepa_engine.data.own import open_own
 from hjepa_engine.data.packed import open_packed
 from hjepa_engine.data.split import DatasetSplit, SplitName
@@ -58,7 +60,10 @@ def open_split(
             train = opened
             if split != "train" and config.measures_stats:
                 train = opener(config, "train", seed)
-            return with_stats(config, opened, train, seed)
+            found = with_stats(config, opened, train, seed)
+            if config.in_memory and not isinstance(found.images, BatchedImages):
+                found = replace(found, images=DecodedImages(config, found))
+            return found
     except (OSError, RuntimeError) as error:  # torchvision's, if files are missing or a download fails
         reason = str(error).splitlines()[0]
         hint = (

@@ -403,6 +403,7 @@ CROSS = [
     (f"{{{RANDOM}, num_hierarchies: 2}}}}", "model.num_hierarchies", "2", "null or 1 where masking.type"),
     ("data: {download: true}", "data.download", "True", "must be false where data.dataset is digit_pages"),
     ("data: {in_chans: 4, rand_augment: 2}", "data.rand_augment", "2", "must be 0 for images of 4 channels"),
+    ("data: {in_memory: true, dataset: passed}", "data.in_memory", "True", "must be false for a data set of your own"),
     ("data: {hub_name: a/b}", "data.hub_name", "a/b", "must be null where data.dataset is digit_pages"),
     ("data: {mean: [0.5, 0.5]}", "data.mean", "[0.5, 0.5]", "must have one value per channel (1)"),
     ("{run_dir: x, data: {dataset: imagefolder, data_path: x/y}}", "data.data_path", "x/y", "must not be in the run folder"),

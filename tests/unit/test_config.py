@@ -1005,6 +1005,7 @@ EFFECTS = {
     "data.std": Effect("more contrast", "[0.1, 0.1, 0.1]", views),
     "data.batch_size": Effect("fewer images in a batch", "4", batch_shape, becomes=(4, 3, 24, 24)),
     "data.num_workers": Effect("the loader has workers", "2", lambda c, t: loader(c).processes.num_workers, becomes=2),
+    "data.in_memory": Effect("files are not read again", "true", lambda c, t: loader(c).processes is None, becomes=True),
     "data.on_device": Effect("the loader's images have been moved", "true", moved, ("--data.dataset=digits",), becomes=True),
     "data.pin_memory": Effect("the loader does not pin", "false", pinned, becomes=False),
     "data.val_fraction": Effect(

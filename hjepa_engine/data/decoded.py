@@ -1,0 +1,85 @@
+"""Image files that are decoded once and kept in memory."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import ignite.distributed as idist
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hjepa_engine.config.schema import DataConfig
+from hjepa_engine.data.decode import DamagedImageError, damage
+from hjepa_engine.data.memory import MemoryImages
+from hjepa_engine.data.pixels import image_size, to_pixels
+from hjepa_engine.data.split import DatasetSplit
+from hjepa_engine.errors import DataError
+from hjepa_engine.utils.bars import Bar
+
+
+class DecodedImages:
+    """The images of a split, all of one size, as one uint8 tensor that is made when it is first needed.
+
+    See :class:`~hjepa_engine.data.memory.BatchedImages`. The methods that need pixels raise a ``DataError`` where an image
+    is damaged, of another size than the first or not of 8 bits, or where memory is too small.
+
+    Args:
+        config: the data section.
+        split: its images are files; they are read once.
+    """
+
+    def __init__(self, config: DataConfig, split: DatasetSplit) -> None:
+        self.config, self.split = config, split
+
+    def __len__(self) -> int:
+        return len(self.split.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.decoded[index]
+
+    def to(self, device: torch.device) -> MemoryImages:
+        """The decoded images in the memory of a device."""
+        return self.decoded.to(device)
+
+    def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
+        """Pixels (B, C, H, W) and labels (B,) of samples by epoch and index, (B, 2); the same in every epoch."""
+        return self.decoded.gather(keys, seed)
+
+    @cached_property
+    def decoded(self) -> MemoryImages:
+        """All images, decoded."""
+        number, channels = len(self), self.config.channels
+        labels, first = torch.empty(number, dtype=torch.int64), self._read(0, None)[0]
+        size = (first.shape[1], first.shape[2])
+        needed, free = number * first.numel(), psutil.virtual_memory().available
+        if needed > free:
+            raise DataError(
+                f"data.in_memory: {number:,} images of {size[0]} x {size[1]} take {needed / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB of memory are free"
+            )
+        pixels = torch.empty(number, channels, *size, dtype=torch.uint8)
+        hidden = None if idist.get_rank() == 0 else True  # None: where nobody watches
+        for index in Bar(lambda: "", iterable=range(number), desc="decoding", unit=" images", delay=2, disable=hidden):
+            pixels[index], labels[index] = self._read(index, size)
+        return MemoryImages(pixels, labels)
+
+    def _read(self, index: int, size: tuple[int, int] | None) -> tuple[Tensor, int]:
+        config = self.config
+        try:
+            with damage():
+                image, label = self.split.images[index]
+                own = image_size(image, config.channels, config.max_pixels)
+            if size not in (None, own):
+                raise DamagedImageError(f"{own[0]} x {own[1]} pixels, the first image has {size[0]} x {size[1]}")
+            pixels = to_pixels(image, config.channels, own, None, config.max_pixels)
+            if pixels.dtype != torch.uint8:
+                raise DamagedImageError("more than 8 bits")
+        except DamagedImageError as error:
+            raise DataError(
+                f"data.in_memory needs images of 8 bits and one size that can all be read; "
+                f"{self.split.name_of(index)}: {error}"
+            ) from error
+        return pixels, label
