@@ -1,11 +1,11 @@
 """Train variants of a configuration over several seeds, and tabulate what each of them reaches.
 
-    python recipes/ablation.py FILE --output DIR [--jobs 2]
+    python recipes/ablation.py FILE --output DIR [--jobs 2] [--KEY VALUE ...]
 
 FILE is YAML: ``base``, the path of a configuration, ``seeds``, a list, and ``variants``, configuration keys and values by
-the name of each variant. Runs are run folders, DIR/NAME_SEED; --jobs of them train at once, each in a process with its
-share of the cores. The same command goes on with those that are not done; a failed one is named, and the others go on. A run
-that is done with another configuration is refused: give another DIR.
+the name of each variant, which go before those of the command line. Runs are run folders, DIR/NAME_SEED; --jobs of them
+train at once, each in a process with its share of the cores. The same command goes on with those that are not done; a failed
+one is named, and the others go on. A run that is done with another configuration is refused: give another DIR.
 DIR/ablation.md has the tables: the linear probe after each run, and how the readings that need no labels rank the runs;
 DIR/ablation.png the curves of all runs.
 """
@@ -25,6 +25,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hjepa_engine.config import load_config, paths
+from hjepa_engine.config.overrides import overridden_keys
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.metrics.names import ONLINE_LINEAR
@@ -44,6 +45,12 @@ class Plan(NamedTuple):
     seeds: list[int]
     variants: dict[str, dict[str, Any]]
     """Configuration keys (``model.levels``) and values, by name."""
+    overrides: list[str]
+    """Keys and values of the command line, for all of them."""
+
+    def arguments(self, variant: str) -> list[str]:
+        """The command line of a variant."""
+        return [*self.overrides, *overrides(self.variants[variant])]
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,12 @@ class Result:
         return {name: values[-1] for name, (_, values) in self.curves.items() if values and needs_no_labels(name)}
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path, given: Sequence[str] = ()) -> Plan:
     """Read FILE, and check the configuration of every variant.
+
+    Args:
+        path: FILE.
+        given: keys and values of the command line.
 
     Raises:
         ConfigError: one line that says what is wrong.
@@ -77,25 +88,29 @@ def read_plan(path: Path) -> Plan:
     kinds = {"base": str, "seeds": list, "variants": dict}
     if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
         raise ConfigError(f"{path} must have base (a path), seeds (a list), variants (a mapping) and nothing else")
-    plan = Plan(path.parent / data["base"], data["seeds"], data["variants"])
+    for key in overridden_keys(given):
+        if key in ("seed", "run_dir"):
+            raise ConfigError(f"--{key} must not be given: seeds are those of {path}, run folders lie in --output")
+    plan = Plan(path.parent / data["base"], data["seeds"], data["variants"], list(given))
     if not plan.seeds or not all(type(seed) is int and seed >= 0 for seed in plan.seeds):
         raise ConfigError(f"{path}: seeds must be integers of at least 0, got {plan.seeds}")
     if len(set(plan.seeds)) < len(plan.seeds):
         raise ConfigError(f"{path}: seeds must be different ones, got {plan.seeds}")
     if not plan.base.is_file():
         raise ConfigError(f"{path}: base must be a configuration beside it, there is no {plan.base}")
+    load_config(plan.base, given)  # what is wrong with these is not a variant's
     for name, keys in plan.variants.items():
         if not re.fullmatch(r"[\w.+-]+", str(name)) or not isinstance(keys, dict):
             raise ConfigError(f"{path}: variants must map names of letters, digits, . + - _ to mappings, see {name!r}")
         try:
-            load_config(plan.base, overrides(keys))
+            load_config(plan.base, plan.arguments(name))
         except ConfigError as error:
             raise ConfigError(f"{path}: variant {name}: {error}") from error
     return plan
 
 
 def overrides(keys: Mapping[str, Any]) -> list[str]:
-    """The command line of a variant.
+    """Keys and values as a command line.
 
     >>> overrides({"model.levels": [{"pool": 1}], "training.lr": 0.002})
     ['--model.levels=[{pool: 1}]', '--training.lr=0.002']
@@ -119,7 +134,7 @@ def train(plan: Plan, folder: Path, jobs: int) -> list[Result]:
                 variant, seed = task = waiting.pop(0)
                 # A run that is done ends at once; one that was done with another configuration is refused.
                 command = [sys.executable, "-m", "hjepa_engine.recipes.pretrain", "--config", str(plan.base)]
-                command += [*overrides(plan.variants[variant]), f"--seed={seed}", f"--run_dir={folder / name_of(task)}"]
+                command += [*plan.arguments(variant), f"--seed={seed}", f"--run_dir={folder / name_of(task)}"]
                 with (folder / f"{name_of(task)}.log").open("a", encoding="utf-8") as log:
                     running[task] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             time.sleep(0.1)
@@ -249,10 +264,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("file", type=paths.path_argument, metavar="FILE", help="base, seeds and variants")
     parser.add_argument("--output", type=paths.path_argument, required=True, metavar="DIR", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs that train at once (1)")
-    known = parser.parse_args(argv)
+    parser.usage = "%(prog)s [options] FILE --output DIR [--KEY VALUE ...]"
+    known, given = parser.parse_known_args(argv)
     if known.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {known.jobs}")
-    plan = read_plan(known.file)
+    plan = read_plan(known.file, given)
     try:
         known.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

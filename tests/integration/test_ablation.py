@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hjepa_engine.config import load_config
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.recipes import ablation
 from hjepa_engine.recipes.ablation import Result
@@ -96,6 +97,33 @@ def test_correlation_in_the_course_of_a_run_by_hand():
     assert ablation.correlation_within(runs[:1], "rank") == pytest.approx(0.5)
     assert ablation.correlation_within(runs, "rank") == pytest.approx((0.5 - 1.0) / 2)
     assert ablation.correlation_within(runs, "other") is None
+
+
+def test_keys_of_the_command_line_are_for_all_variants_which_go_before_them(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "plan.yaml").write_text(SMALL)
+    given = ["--training.lr", "0.5", "--model.levels=[{pool: image}]"]
+    plan = ablation.read_plan(tmp_path / "plan.yaml", given)
+    configs = [load_config(plan.base, plan.arguments(name)) for name in plan.variants]
+    assert [config.training.lr for config in configs] == [0.5, 0.5]
+    assert [config.model.levels[0].pool for config in configs] == [1, "image"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seed", "3"], "^--seed must not be given: seeds are those of .*plan.yaml"),
+        (["--run_dir=x"], "^--run_dir must not be given"),
+        (["--training.lrr", "1"], "^unknown key training.lrr"),
+        (["--training.lr", "1e-9"], "variant one_level: training.min_lr must be at most"),
+    ],
+)
+def test_a_wrong_key_of_the_command_line_is_one_line_and_trains_nothing(tmp_path, given, message):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "plan.yaml").write_text(SMALL.replace("{model.levels: [{pool: 1}]}", "{training.min_lr: 0.5}"))
+    with pytest.raises(ConfigError, match=message):
+        ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs"), *given])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def sixteen_bits(path):
 
 
 @pytest.mark.parametrize(
-    "spoil, says",
+    ("spoil", "says"),
     [(other_size, "20 x 16 pixels, the first image has 16 x 16"), (truncated, ""), (sixteen_bits, "more than 8 bits")],
 )
 def test_an_image_that_does_not_fit_in_is_named(tmp_path, spoil, says):
