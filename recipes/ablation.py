@@ -3,9 +3,10 @@
     python recipes/ablation.py FILE --output DIR [--jobs 2] [--KEY VALUE ...]
 
 FILE is YAML: ``base``, the path of a configuration, ``seeds``, a list, and ``variants``, configuration keys and values by
-the name of each variant, which go before those of the command line. Runs are run folders, DIR/NAME_SEED; --jobs of them
-train at once, each in a process with its share of the cores. The same command goes on with those that are not done; a failed
-one is named, and the others go on. A run that is done with another configuration is refused: give another DIR.
+the name of each variant. They override keys of the command line, which are for all variants. Runs are run folders,
+DIR/NAME_SEED; --jobs of them train at once, each in a process with its share of the cores. The same command goes on with
+those that are not done; a failed one is named, and the others go on. A run that is there with another configuration is
+refused: give another DIR. (One that is only to be longer goes on.)
 DIR/ablation.md has the tables: the linear probe after each run, and how the readings that need no labels rank the runs;
 DIR/ablation.png the curves of all runs.
 """
@@ -25,7 +26,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hjepa_engine.config import load_config, paths
-from hjepa_engine.config.overrides import overridden_keys
+from hjepa_engine.config.overrides import apply_overrides, overridden_keys
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.metrics.names import ONLINE_LINEAR
@@ -36,6 +37,16 @@ if TYPE_CHECKING:
 
 #: What is drawn.
 DRAWN = ("val/loss", "collapse/target_rank_share", "probe/knn", "probe/online_linear")
+
+
+#: Keys that a command line cannot have for all runs, and why.
+_NOT_GIVEN = {
+    "seed": "seeds are those of FILE",
+    "run_dir": "run folders lie in --output",
+    "checkpoint.checkpoint_dir": "each run has a folder of its own",
+    "checkpoint.resume": "the same command goes on with its runs",
+    "probe.enabled": "the tables are of the probe",
+}
 
 
 class Plan(NamedTuple):
@@ -88,9 +99,10 @@ def read_plan(path: Path, given: Sequence[str] = ()) -> Plan:
     kinds = {"base": str, "seeds": list, "variants": dict}
     if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
         raise ConfigError(f"{path} must have base (a path), seeds (a list), variants (a mapping) and nothing else")
+    apply_overrides({}, given)  # what is wrong with these alone is not a variant's
     for key in overridden_keys(given):
-        if key in ("seed", "run_dir"):
-            raise ConfigError(f"--{key} must not be given: seeds are those of {path}, run folders lie in --output")
+        if key in _NOT_GIVEN:
+            raise ConfigError(f"--{key} must not be given: {_NOT_GIVEN[key]}")
     plan = Plan(path.parent / data["base"], data["seeds"], data["variants"], list(given))
     if not plan.seeds or not all(type(seed) is int and seed >= 0 for seed in plan.seeds):
         raise ConfigError(f"{path}: seeds must be integers of at least 0, got {plan.seeds}")
@@ -98,7 +110,6 @@ def read_plan(path: Path, given: Sequence[str] = ()) -> Plan:
         raise ConfigError(f"{path}: seeds must be different ones, got {plan.seeds}")
     if not plan.base.is_file():
         raise ConfigError(f"{path}: base must be a configuration beside it, there is no {plan.base}")
-    load_config(plan.base, given)  # what is wrong with these is not a variant's
     for name, keys in plan.variants.items():
         if not re.fullmatch(r"[\w.+-]+", str(name)) or not isinstance(keys, dict):
             raise ConfigError(f"{path}: variants must map names of letters, digits, . + - _ to mappings, see {name!r}")
@@ -276,7 +287,8 @@ def main(argv: Sequence[str]) -> None:
     results = train(plan, known.output, known.jobs)
     if not results:
         raise RunError("no run came to its end")
-    text = "\n\n".join([table(results), *correlation_table(results)]) + "\n"
+    given_line = f"`{known.file.name}`{''.join(f' `{word}`' for word in given)}:"
+    text = "\n\n".join([given_line, table(results), *correlation_table(results)]) + "\n"
     (known.output / "ablation.md").write_text(text, encoding="utf-8")
     draw(results, known.output / "ablation.png")
     print(f"\n{text}\n{known.output / 'ablation.md'}")

@@ -113,8 +113,8 @@ class DataConfig:
     pin_memory: bool = setting(True, on_resume="allow")
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
     in_memory: bool = False
-    """Decode all image files when the run starts, and crop whole batches out of memory; they must have one size and 8 bits.
-    For small images (docs/data.md)."""
+    """Decode all image files once, at the first batch, and crop whole batches out of memory (docs/data.md). The images must
+    have one size and 8 bits, and none may be damaged."""
     on_device: bool = setting(False, on_resume="allow")
     """Keep a data set that lies in memory (digits, CIFAR, STL-10, or ``in_memory``) on the device of the run."""
     val_fraction: float = setting(0.2, gt=0, lt=1)
@@ -135,7 +135,7 @@ class DataConfig:
     rand_augment_magnitude: int = setting(9, ge=0, le=30)
     """Their magnitude in torchvision's 31 steps; at 0 some still change an image."""
     max_damaged: float = setting(0.001, ge=0, le=1, on_resume="allow")
-    """Share of a split's images that may be unreadable; more stop the run."""
+    """Share of a split's images that may be unreadable; more stop the run, and with ``in_memory`` one does."""
     allow_growth: bool = setting(False, on_resume="allow")
     """Let a run go on, at the start of an epoch, with data that has more images than before."""
     fake_size: int = setting(1024, ge=1)

@@ -28,7 +28,7 @@ class DecodedImages:
 
     Args:
         config: the data section.
-        split: its images are files; they are read once.
+        split: its images are files.
     """
 
     def __init__(self, config: DataConfig, split: DatasetSplit) -> None:
@@ -54,14 +54,16 @@ class DecodedImages:
         number, channels = len(self), self.config.channels
         labels, first = torch.empty(number, dtype=torch.int64), self._read(0, None)[0]
         size = (first.shape[1], first.shape[2])
-        needed, free = number * first.numel(), psutil.virtual_memory().available
-        if needed > free:
+        # Each process of this machine has its own; others need memory as well.
+        processes, free = idist.get_nproc_per_node(), psutil.virtual_memory().available
+        if (needed := processes * number * first.numel()) > 0.9 * free:
+            where = f" in {processes} processes" if processes > 1 else ""
             raise DataError(
-                f"data.in_memory: {number:,} images of {size[0]} x {size[1]} take {needed / 1e9:.1f} GB, "
-                f"{free / 1e9:.1f} GB of memory are free"
+                f"data.in_memory: {number:,} images of {size[0]} x {size[1]}{where} take {needed / 1e6:,.0f} MB, "
+                f"{free / 1e6:,.0f} MB of memory are free; use files with --data.in_memory false"
             )
         pixels = torch.empty(number, channels, *size, dtype=torch.uint8)
-        hidden = None if idist.get_rank() == 0 else True  # None: where nobody watches
+        hidden = None if idist.get_rank() == 0 else True  # None: hidden unless on a terminal
         for index in Bar(lambda: "", iterable=range(number), desc="decoding", unit=" images", delay=2, disable=hidden):
             pixels[index], labels[index] = self._read(index, size)
         return MemoryImages(pixels, labels)
@@ -76,10 +78,10 @@ class DecodedImages:
                 raise DamagedImageError(f"{own[0]} x {own[1]} pixels, the first image has {size[0]} x {size[1]}")
             pixels = to_pixels(image, config.channels, own, None, config.max_pixels)
             if pixels.dtype != torch.uint8:
-                raise DamagedImageError("more than 8 bits")
+                raise DamagedImageError("not of 8 bits")
         except DamagedImageError as error:
             raise DataError(
-                f"data.in_memory needs images of 8 bits and one size that can all be read; "
+                "data.in_memory needs images of one size and 8 bits that can all be read, else --data.in_memory false; "
                 f"{self.split.name_of(index)}: {error}"
             ) from error
         return pixels, label

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.augment import EvalTransform, TrainTransform
-from hjepa_engine.data.decoded import DecodedImages
 from hjepa_engine.data.memory import BatchedImages
 from hjepa_engine.data.reading import ImageReader, PixelBatch, as_is
 from hjepa_engine.data.sampler import EpochBatchSampler
@@ -51,8 +50,6 @@ class ImageLoader:
         device: torch.device = _CPU,
         keep_workers: bool = True,
     ) -> None:
-        if isinstance(split.images, DecodedImages):
-            split = replace(split, images=split.images.decoded)  # now, and not in the first step
         if config.on_device and isinstance(split.images, BatchedImages):
             split = replace(split, images=split.images.to(device))
         self.split, self.sampler, self.device = split, sampler, device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,7 @@ def extract(config: Config, encoder: nn.Module, output: Path, request: Request) 
         ConfigError: ``output`` holds other features, or the request does not fit the encoder.
         DataError: the data cannot be opened, a shard cannot be written, or another extraction is writing there.
     """
+    config = replace(config, data=replace(config.data, in_memory=False))  # each image is read once
     step = _step(config, encoder, request)
     exclude = own_folders(config) if config.run_dir else None
     splits = {name: open_split(config.data, name, config.seed, exclude) for name in request.splits}

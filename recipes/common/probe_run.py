@@ -30,9 +30,9 @@ _FREE = ("data.", "probe.", "device", "seed", "logging.progress_bar")
 _OWN = ("data.in_chans", "data.mean", "data.std")
 #: What another data set does not take over from the run's, where it is not given too.
 _RESET = {
-    "data.dataset": {"data.class_path": "null", "data.hub_name": "null"},
-    "data.class_path": {"data.init_args": "{}"},
-    "data.data_path": {"data.hub_name": "null"},
+    "data.dataset": {"data.class_path": "null", "data.hub_name": "null", "data.in_memory": "false"},
+    "data.class_path": {"data.init_args": "{}", "data.in_memory": "false"},
+    "data.data_path": {"data.hub_name": "null", "data.in_memory": "false"},
 }
 #: Keys that tell data sets apart.
 _IDENTITY = ("dataset", "data_path", "train_dir", "val_dir", "labels", "hub_name", "image_column", "label_column")

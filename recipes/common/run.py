@@ -182,7 +182,7 @@ class Run:
 
 def with_passed_data(config: Config) -> Config:
     """The configuration of a run whose data sets are passed: it names no others."""
-    return replace(config, data=replace(config.data, dataset="passed", class_path=None, init_args={}))
+    return replace(config, data=replace(config.data, dataset="passed", class_path=None, init_args={}, in_memory=False))
 
 
 def run_to_end(config: Config, build: Callable[[Config], Run], data: Datasets | None = None) -> None:

@@ -93,6 +93,7 @@ STORES = {
     "parquet": (parquet, FOLDER),
     "images": (images, FOLDER),
     "packed": (packed, {**FOLDER, "data__dataset": "packed"}),
+    "in_memory": (packed, {**FOLDER, "data__dataset": "packed", "data__in_memory": True}),
     "class_path": (own, {"data__class_path": "own_noise.noise"}),
 }
 
@@ -103,7 +104,7 @@ def offline(argv):
     pretrain.main(argv[1:])
 
 
-# Those left out are opened as saved, and converted as parquet.
+# Those left out are opened as saved, and converted as parquet; batches out of memory are resumed elsewhere, too.
 @pytest.mark.parametrize("store", mostly_slow(STORES, ("saved", "parquet", "packed", "class_path")))
 def test_a_run_over_any_store_that_is_killed_and_stopped_inside_epochs_ends_with_the_same_bits(server, tmp_path, store):
     make, values = STORES[store]

@@ -99,7 +99,7 @@ def test_correlation_in_the_course_of_a_run_by_hand():
     assert ablation.correlation_within(runs, "other") is None
 
 
-def test_keys_of_the_command_line_are_for_all_variants_which_go_before_them(tmp_path):
+def test_keys_of_the_command_line_are_for_all_variants_which_override_them(tmp_path):
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "plan.yaml").write_text(SMALL)
     given = ["--training.lr", "0.5", "--model.levels=[{pool: image}]"]
@@ -112,8 +112,10 @@ def test_keys_of_the_command_line_are_for_all_variants_which_go_before_them(tmp_
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--seed", "3"], "^--seed must not be given: seeds are those of .*plan.yaml"),
+        (["--seed", "3"], "^--seed must not be given: seeds are those of FILE"),
         (["--run_dir=x"], "^--run_dir must not be given"),
+        (["--checkpoint.checkpoint_dir", "x"], "^--checkpoint.checkpoint_dir must not be given"),
+        (["--probe.enabled", "false"], "^--probe.enabled must not be given: the tables are of the probe"),
         (["--training.lrr", "1"], "^unknown key training.lrr"),
         (["--training.lr", "1e-9"], "variant one_level: training.min_lr must be at most"),
     ],

@@ -110,10 +110,13 @@ def test_encoders_of_other_layouts_are_read_and_images_must_be_named(run, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
-def test_damaged_images_are_left_out_and_the_index_says_so(run, tmp_path):
+@pytest.mark.parametrize("kept", ["false", "true"])
+def test_damaged_images_are_left_out_and_the_index_says_so(run, tmp_path, kept):
+    """Also where a run keeps images in memory: one pass over them reads files."""
     images = image_folder(tmp_path / "cats")
     (images / "train" / "cat" / "1.png").write_bytes(b"broken")
     more = ["--data", str(images), "--shard_images=2", "--data.max_damaged=0.5", "--splits", "train"]
+    more += ["--data.in_memory", kept]
     extract.main(words_for(run, tmp_path / "out", *more))
     found, lines = read(tmp_path / "out", "train")
     assert [line["index"] for line in lines] == [0, 2, 3, 4, 5, 6, 7] and len(found["last"]) == 7

@@ -80,6 +80,15 @@ def test_what_belongs_to_the_run_is_refused(run, key, value):
     assert not list(run.glob("linear_probe*"))
 
 
+def test_other_images_are_not_kept_in_memory_unless_asked_for(tmp_path):
+    run = run_folder(tmp_path / "run", data__in_memory=True)
+    folder = image_folder(tmp_path / "cats")
+    Image.new("L", (30, 24)).save(folder / "train" / "dog" / "1.png")
+    assert set(probe_run(run, None, []).results) == set(probe_run(run, None, on_folder(folder)).results)
+    with pytest.raises(DataError, match=r"data\.in_memory needs images of one size .*dog/1\.png: 24 x 30 pixels"):
+        probe_run(run, None, [*on_folder(folder), "--data.in_memory=true"])
+
+
 def test_a_key_that_there_is_not_is_called_unknown(run):
     with pytest.raises(ConfigError, match="unknown key model"):
         probe_run(run, None, ["--model.dept=1"])
