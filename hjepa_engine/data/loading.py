@@ -172,7 +172,7 @@ def build_loader(
     seed: int,
     train: bool,
     device: torch.device = _CPU,
-    replicate: bool = False,
+    keep_workers: bool = True,
 ) -> ImageLoader:
     """Build a loader; its ``sampler`` sets where a pass starts.
 
@@ -182,14 +182,14 @@ def build_loader(
         seed: seed of the run.
         train: augment, shuffle and drop the last partial batch; if False, all samples in order.
         device: where augmentation runs and batches lie.
-        replicate: every rank reads all samples instead of its slice of each batch.
+        keep_workers: loader processes outlive a pass.
 
     Raises:
         ConfigError: the batch size is not a multiple of the number of processes.
         DataError: the split is smaller than one batch.
     """
     batch_size = config.batch_size
-    rank, world = (0, 1) if replicate else (idist.get_rank(), idist.get_world_size())
+    rank, world = idist.get_rank(), idist.get_world_size()
     if batch_size % world:
         raise ConfigError(f"data.batch_size must be a multiple of the number of processes ({world}), got {batch_size}")
     if (number := len(split.images)) < (batch_size if train else 1):
@@ -201,5 +201,4 @@ def build_loader(
     sampler = EpochBatchSampler(
         len(split.images), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world
     )
-    # Replicated data is read once.
-    return ImageLoader(config, split, sampler, seed, train, device, keep_workers=not replicate)
+    return ImageLoader(config, split, sampler, seed, train, device, keep_workers)

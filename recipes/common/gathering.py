@@ -15,6 +15,7 @@ from hjepa_engine.errors import DataError
 from hjepa_engine.evaluator import Evaluator, for_each_output
 from hjepa_engine.handlers import DamagedImages
 from hjepa_engine.types import Batch, Outputs, Step
+from hjepa_engine.utils.distributed import gather_samples
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ ProbeData = Mapping[SplitName, DatasetSplit]
 def gather_splits(
     config: Config, step: Step, encoder: nn.Module | None, device: torch.device, data: ProbeData
 ) -> list[dict[str, Tensor]]:
-    """:func:`gather_labeled` of each of :data:`SPLITS`, in memory up to ``probe.features_in_memory_gb``.
+    """:func:`gather_labeled` of each of :data:`SPLITS`, in memory up to ``probe.features_in_memory_gb``. Collective.
 
     Args:
         config: configuration of the run.
@@ -40,7 +41,7 @@ def gather_splits(
     evaluator, found = create_evaluator(step, modules, device), []
     for split, name in SPLITS.items():
         source = data[split]
-        loader = build_loader(config.data, source, config.seed, train=False, device=device, replicate=True)
+        loader = build_loader(config.data, source, config.seed, train=False, device=device, keep_workers=False)
         damaged = DamagedImages(config.data.max_damaged, len(source.images), name, "damaged")
         damaged.attach(evaluator)
         store = FeatureStore(len(source.images), 1e9 * config.probe.features_in_memory_gb)
@@ -50,11 +51,13 @@ def gather_splits(
 
 
 def gather_labeled(evaluator: Evaluator, data: Iterable[Batch], store: FeatureStore, split: str) -> dict[str, Tensor]:
-    """All outputs of a step over a split, (samples, ...), and ``labels``; images without a label are left out.
+    """All outputs of a step over a split, (samples, ...), and ``labels``; images without a label are left out. Collective.
+
+    Each rank computes its share of every batch, and all ranks get the rows of all, in the order of the images.
 
     Args:
         evaluator: runs a step whose outputs are (B, ...) each.
-        data: batches with ``labels``, (B,) or, of patches, (B, N).
+        data: batches with ``index`` (B,) and ``labels``, (B,) or, of patches, (B, N); as many on every rank.
         store: where the rows go.
         split: its name in messages.
 
@@ -65,14 +68,17 @@ def gather_labeled(evaluator: Evaluator, data: Iterable[Batch], store: FeatureSt
 
     def read(output: Outputs, batch: Batch) -> None:
         nonlocal total
-        if batch.get("is_filler"):
-            return
-        labels = batch["labels"].cpu()
+        number = 0 if batch.get("is_filler") else len(batch["labels"])
+        rows = {name: value.detach()[:number] for name, value in output.items()}
+        rows["labels"] = batch["labels"][:number]
+        rows["index"] = batch["index"][:number] if number else rows["labels"].new_zeros(0)
+        # Collectives of a GPU need its memory.
+        found = {name: gather_samples(value.to(evaluator.device)).cpu() for name, value in rows.items()}
+        labels = found["labels"]
         has_label = labels >= 0 if labels.ndim == 1 else (labels >= 0).all(dim=1)
         total += len(labels)
         if has_label.any():
-            rows = {name: value.cpu()[has_label] for name, value in output.items()}
-            store.add({**rows, "labels": labels[has_label]})
+            store.add({name: value[has_label] for name, value in found.items()})
 
     for_each_output(evaluator, data, read)
     if not store.count:
@@ -80,4 +86,9 @@ def gather_labeled(evaluator: Evaluator, data: Iterable[Batch], store: FeatureSt
     if store.count < total:
         left_out = total - store.count
         logger.warning("%d of %d %s images have no label: the probe leaves them out", left_out, total, split)
-    return store.tensors()
+    found = store.tensors()
+    index = found.pop("index")
+    if bool((index.diff() < 0).any()):  # ranks have left out damaged images, and were at different batches
+        order = index.argsort()
+        found = {name: value[order] for name, value in found.items()}
+    return found
