@@ -100,9 +100,8 @@ def read_plan(path: Path, given: Sequence[str] = ()) -> Plan:
     if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
         raise ConfigError(f"{path} must have base (a path), seeds (a list), variants (a mapping) and nothing else")
     apply_overrides({}, given)  # what is wrong with these alone is not a variant's
-    for key in overridden_keys(given):
-        if key in _NOT_GIVEN:
-            raise ConfigError(f"--{key} must not be given: {_NOT_GIVEN[key]}")
+    if refused := [key for key in overridden_keys(given) if key in _NOT_GIVEN]:
+        raise ConfigError(f"--{refused[0]} must not be given: {_NOT_GIVEN[refused[0]]}")
     plan = Plan(path.parent / data["base"], data["seeds"], data["variants"], list(given))
     if not plan.seeds or not all(type(seed) is int and seed >= 0 for seed in plan.seeds):
         raise ConfigError(f"{path}: seeds must be integers of at least 0, got {plan.seeds}")
@@ -287,7 +286,7 @@ def main(argv: Sequence[str]) -> None:
     results = train(plan, known.output, known.jobs)
     if not results:
         raise RunError("no run came to its end")
-    given_line = f"`{known.file.name}`{''.join(f' `{word}`' for word in given)}:"
+    given_line = " ".join(f"`{word}`" for word in (known.file.name, *given))
     text = "\n\n".join([given_line, table(results), *correlation_table(results)]) + "\n"
     (known.output / "ablation.md").write_text(text, encoding="utf-8")
     draw(results, known.output / "ablation.png")
