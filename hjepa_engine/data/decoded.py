@@ -51,8 +51,7 @@ class DecodedImages:
     @cached_property
     def decoded(self) -> MemoryImages:
         """All images, decoded."""
-        number, channels = len(self), self.config.channels
-        labels, first = torch.empty(number, dtype=torch.int64), self._read(0, None)[0]
+        number, first = len(self), self._read(0, None)[0]
         size = (first.shape[1], first.shape[2])
         # Each process of this machine has its own; others need memory as well.
         processes, free = idist.get_nproc_per_node(), psutil.virtual_memory().available
@@ -62,7 +61,7 @@ class DecodedImages:
                 f"data.in_memory: {number:,} images of {size[0]} x {size[1]}{where} take {needed / 1e6:,.0f} MB, "
                 f"{free / 1e6:,.0f} MB of memory are free; use files with --data.in_memory false"
             )
-        pixels = torch.empty(number, channels, *size, dtype=torch.uint8)
+        pixels, labels = first.new_empty(number, *first.shape), torch.empty(number, dtype=torch.int64)
         hidden = None if idist.get_rank() == 0 else True  # None: hidden unless on a terminal
         for index in Bar(lambda: "", iterable=range(number), desc="decoding", unit=" images", delay=2, disable=hidden):
             pixels[index], labels[index] = self._read(index, size)

@@ -156,10 +156,10 @@ def folder_rows(size: int, shape: tuple[int, int], number: int, seconds: float) 
             plain = ImageFolder(f"{folder}/folder/train", plain_transform(size))
             loaders: dict[str, Iterable[Any]] = {"plain": plain_loader(plain, workers)}
             ours = list[ImageLoader]()
-            for name, kept in (("folder", False), ("packed", False), ("in_memory", True)):
-                dataset, place = ("packed", "packed") if name == "packed" else ("imagefolder", "folder")
-                path = f"{folder}/{place}"
-                config = data_config(size, workers, dataset=dataset, data_path=path, in_memory=kept)
+            files = {"dataset": "imagefolder", "data_path": f"{folder}/folder"}
+            packed = {"dataset": "packed", "data_path": f"{folder}/packed"}
+            for name, changed in (("folder", files), ("packed", packed), ("memory", {**files, "in_memory": True})):
+                config = data_config(size, workers, **changed)
                 ours.append(build_loader(config, open_split(config, "train"), 0, train=True))
                 loaders[name] = ours[-1]
             what = f"{shape[0]} x {shape[1]} ({kilobytes:.0f} kB) to {size}"

@@ -148,9 +148,9 @@ def test_an_image_that_does_not_fit_in_is_named(tmp_path, spoil, says):
 def test_more_pixels_than_free_memory_are_refused(tmp_path, monkeypatch):
     root = folder_of(tmp_path, size=(400, 400), number=20)
     needed = 40 * 3 * 400 * 400
-    says = "data.in_memory: 40 images of 400 x 400 take 19 MB, 21 MB of memory are free; use files with --data.in_memory fal"
+    says = "40 images of 400 x 400 take 19 MB, 21 MB of memory are free; use files with --data.in_memory false"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(needed / 0.9) - 2))
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=f"^data.in_memory: {says}$"):
         batches_of(config_of(root))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(needed / 0.9) + 2))
     assert len(batches_of(config_of(root))[1]) == 10
