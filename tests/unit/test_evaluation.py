@@ -276,12 +276,12 @@ PROGRAM = """
 import resource, sys, torch
 from functools import partial
 from hjepa_engine import load_config
-from hjepa_engine.data import FeatureStore, mean_and_std
+from hjepa_engine.data import FeatureStore, features, mean_and_std
 from hjepa_engine.metrics import knn
 from hjepa_engine.recipes.evaluation.sweep import Samples, linear_heads, train_heads
 from hjepa_engine.recipes.evaluation.task import Setting, Settings
 
-knn._KNOWN = 2**21
+knn._KNOWN = features._CHUNK = 2**20  # small pieces, of which the allocator may keep several
 torch.set_num_threads(1)
 def private():
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
