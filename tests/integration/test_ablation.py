@@ -7,7 +7,8 @@ import pytest
 from hjepa_engine.config import load_config
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.recipes import ablation
-from hjepa_engine.recipes.ablation import Result
+from hjepa_engine.recipes.common import comparison
+from hjepa_engine.recipes.common.comparison import Result
 
 SMALL = """
 base: base.yaml
@@ -72,16 +73,19 @@ def result(variant, seed, trained, **readings):
 
 
 def test_the_table_has_means_and_sample_deviations_by_hand():
-    rows = ablation.table([result("a", 0, 0.5), result("a", 1, 0.7), result("b", 0, 0.4)]).splitlines()
-    assert rows[2] == "| a | 60.0 ± 14.1 | 50.0, 70.0 | 25.0 | 1.5 |"
-    assert rows[3] == "| b | 40.0 | 40.0 | 25.0 | 1.5 |"
+    done = [("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.4), ("b", 1, 0.75), ("c", 2, 0.3), ("c", 1, 0.7)]
+    rows = comparison.table([result(*one) for one in done]).splitlines()
+    assert rows[0] == "| variant | linear probe | each seed | from a, each seed | random encoder | minutes |"
+    assert rows[2] == "| a | 60.0 ± 14.1 | 50.0, 70.0 |  | 25.0 | 1.5 |"
+    assert rows[3] == "| b | 57.5 ± 24.7 | 40.0, 75.0 | -10.0, +5.0 | 25.0 | 1.5 |"
+    assert rows[4] == "| c | 50.0 ± 28.3 | 30.0, 70.0 | , +0.0 | 25.0 | 1.5 |"  # no seed 2 of a
 
 
 def test_rank_correlations_by_hand():
     values = [(0.1, 3.0, 9.0), (0.2, 2.0, 1.0), (0.3, 1.0, 10.0), (0.4, 0.5, 11.0)]
     runs = [result("a", seed, x, norm=norm, rank=rank) for seed, (x, norm, rank) in enumerate(values)]
     # Ranks of rank: 2 1 3 4, differences to 1 2 3 4: 1 1 0 0; 1 - 6 * 2 / (4 * 15) = 0.8.
-    found = ablation.rank_correlations([*runs, result("b", 0, 0.9)])
+    found = comparison.rank_correlations([*runs, result("b", 0, 0.9)])
     assert found == {"collapse/target_norm": pytest.approx(-1.0), "collapse/target_rank": pytest.approx(0.8)}
     assert list(found) == ["collapse/target_norm", "collapse/target_rank"]
 
@@ -94,9 +98,9 @@ def test_correlation_in_the_course_of_a_run_by_hand():
         Result("a", seed, {}, 1, {"probe/online_linear": probe, "rank": one})
         for seed, one in ((0, rising), (1, falling))
     ]
-    assert ablation.correlation_within(runs[:1], "rank") == pytest.approx(0.5)
-    assert ablation.correlation_within(runs, "rank") == pytest.approx((0.5 - 1.0) / 2)
-    assert ablation.correlation_within(runs, "other") is None
+    assert comparison.correlation_within(runs[:1], "rank") == pytest.approx(0.5)
+    assert comparison.correlation_within(runs, "rank") == pytest.approx((0.5 - 1.0) / 2)
+    assert comparison.correlation_within(runs, "other") is None
 
 
 def test_keys_of_the_command_line_are_for_all_variants_which_override_them(tmp_path):
@@ -109,10 +113,20 @@ def test_keys_of_the_command_line_are_for_all_variants_which_override_them(tmp_p
     assert [config.model.levels[0].pool for config in configs] == [1, "image"]
 
 
+def test_variants_and_seeds_of_the_command_line_are_chosen_in_their_order(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "plan.yaml").write_text(SMALL + "  3: {}\n  wrong: {model.level: 1}\n")  # 3 is a name in YAML, too
+    plan = ablation.read_plan(tmp_path / "plan.yaml", (), ["3", "one_level", "3"], [5, 4])
+    assert list(plan.variants) == ["3", "one_level"] and plan.seeds == [5, 4]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--seed", "3"], "^--seed must not be given: seeds are those of FILE"),
+        (["--variants", "one_level", "three"], "^--variants must be some of one_level, two_levels, got three"),
+        (["--seeds", "1", "1"], r"^--seeds must be different ones, got \[1, 1\]"),
+        (["--seeds", "-1"], r"^--seeds must be integers of at least 0, got \[-1\]"),
+        (["--seed", "3"], "^--seed must not be given: seeds are those of FILE, or of --seeds"),
         (["--run_dir=x"], "^--run_dir must not be given"),
         (["--checkpoint.checkpoint_dir", "x"], "^--checkpoint.checkpoint_dir must not be given"),
         (["--probe.enabled", "false"], "^--probe.enabled must not be given: the tables are of the probe"),
