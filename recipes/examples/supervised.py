@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hjepa_engine import Config
+from hjepa_engine.errors import DataError
 from hjepa_engine.models import ContextEncoder, encoder_arguments
 from hjepa_engine.types import Batch, Outputs
 
@@ -28,8 +29,15 @@ def supervised_step(modules: nn.ModuleDict, batch: Batch) -> Outputs:
 
     Returns:
         ``loss`` (), the cross-entropy in nats; ``accuracy`` (), from 0 to 1; ``target_tokens`` (B, N, D).
+
+    Raises:
+        DataError: an image has no label (-1), or one of a class beyond ``num_classes``.
     """
-    tokens = modules["encoder"](batch["images"])
+    tokens, labels = modules["encoder"](batch["images"]), batch["labels"]
     logits = modules["head"](tokens.mean(dim=1)).float()
-    accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
-    return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": accuracy, "target_tokens": tokens}
+    if wrong := [label for label in labels.tolist() if not 0 <= label < logits.shape[1]]:
+        raise DataError(
+            f"training with labels needs them from 0 to {logits.shape[1] - 1} (num_classes), got {wrong[0]}"
+        )
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    return {"loss": F.cross_entropy(logits, labels), "accuracy": accuracy, "target_tokens": tokens}

@@ -14,7 +14,7 @@ from torch import nn
 
 from hjepa_engine import load_config, load_encoder
 from hjepa_engine.build import build_model
-from hjepa_engine.errors import ConfigError, ExportError
+from hjepa_engine.errors import ConfigError, DataError, ExportError
 from hjepa_engine.models import two_views
 from hjepa_engine.recipes import linear_probe, pretrain
 from hjepa_engine.recipes.examples import mae, supervised
@@ -59,6 +59,14 @@ EXAMPLES = pytest.mark.parametrize(
 def metrics_in(run):
     lines = (run.folder.path / "metrics.jsonl").read_text().splitlines()
     return {name for line in lines for name in json.loads(line)}
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_training_with_labels_says_which_label_it_cannot_have(label):
+    modules = supervised.build_modules(load_config(None, options(NOISE)), num_classes=4)
+    batch = {"images": torch.zeros(2, 3, 24, 24), "labels": torch.tensor([0, label])}
+    with pytest.raises(DataError, match=rf"labels needs them from 0 to 3 \(num_classes\), got {label}"):
+        supervised.supervised_step(modules, batch)
 
 
 @EXAMPLES
