@@ -7,7 +7,7 @@ the name of each variant. They override keys of the command line, which are for 
 them, --seeds takes the place of the file's. Runs are run folders, DIR/NAME_SEED; --jobs of them train at once, each in a
 process with its share of the cores. The same command goes on with those that are not done; a failed one is named, and the
 others go on. A run that is there with another configuration is refused: give another DIR. (One that is only to be longer
-goes on.)
+goes on; where only keys of ``probe`` differ, the probe at its end is measured again.)
 DIR/ablation.md has the tables of what was asked for: the linear probe after each run, and how the readings that need no
 labels rank the runs; DIR/ablation.png the curves.
 """
@@ -23,21 +23,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hjepa_engine.config import load_config, paths
+from hjepa_engine.config import Config, load_config, paths
+from hjepa_engine.config.changes import plain_config
+from hjepa_engine.config.describe import format_value
 from hjepa_engine.config.overrides import apply_overrides, overridden_keys
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.recipes.common.comparison import Result, correlation_table, draw, read_result, table
 from hjepa_engine.run.cli import command_parser, run_command
+from hjepa_engine.run.folder import RunFolder
 
-#: Keys that a command line cannot have for all runs, and why.
-_NOT_GIVEN = {
-    "seed": "seeds are those of FILE, or of --seeds",
-    "run_dir": "run folders lie in --output",
+#: Keys that neither a variant nor a command line can have, and why.
+_NOT_GIVEN = {"seed": "seeds are those of FILE, or of --seeds", "run_dir": "run folders lie in --output"}
+#: Keys that have their default value in all runs, and why.
+_AS_IT_IS = {
     "checkpoint.checkpoint_dir": "each run has a folder of its own",
     "checkpoint.resume": "the same command goes on with its runs",
     "probe.enabled": "the tables are of the probe",
 }
+#: A run that was done with others of these is not measured again: its curves are of those.
+_READINGS = ("online_probe.", "collapse.")
 
 
 class Plan(NamedTuple):
@@ -77,8 +82,6 @@ def read_plan(
     if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
         raise ConfigError(f"{path} must have base (a path), seeds (a list), variants (a mapping) and nothing else")
     apply_overrides({}, given)  # what is wrong with these alone is not a variant's
-    if refused := [key for key in overridden_keys(given) if key in _NOT_GIVEN]:
-        raise ConfigError(f"--{refused[0]} must not be given: {_NOT_GIVEN[refused[0]]}")
     named = {str(name): keys for name, keys in data["variants"].items()}
     if unknown := [name for name in variants or () if name not in named]:
         raise ConfigError(f"--variants must be some of {', '.join(named)}, got {unknown[0]}")
@@ -95,10 +98,42 @@ def read_plan(
         if not re.fullmatch(r"[\w.+-]+", name) or not isinstance(keys, dict):
             raise ConfigError(f"{path}: variants must map names of letters, digits, . + - _ to mappings, see {name!r}")
         try:
-            load_config(plan.base, plan.arguments(name))
+            _check(plan, name)
         except ConfigError as error:
             raise ConfigError(f"{path}: variant {name}: {error}") from error
     return plan
+
+
+def _check(plan: Plan, variant: str) -> None:
+    arguments = plan.arguments(variant)
+    for key in overridden_keys(arguments):
+        if key in _NOT_GIVEN:
+            raise ConfigError(f"{key} must not be given: {_NOT_GIVEN[key]}")
+    config, usual = plain_config(load_config(plan.base, arguments)), plain_config(Config())
+    for key, why in _AS_IT_IS.items():
+        section, name = key.split(".")
+        if (value := config[section][name]) != (needed := usual[section][name]):
+            raise ConfigError(f"{key} must be {format_value(needed)}, got {format_value(value)}: {why}")
+
+
+def refuse_other_readings(plan: Plan, folder: Path) -> None:
+    """Refuse runs that are done and were measured otherwise on their way.
+
+    Args:
+        plan: what is asked for.
+        folder: of the runs.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for variant in plan.variants:
+        for seed in plan.seeds:
+            path = folder / name_of((variant, seed))
+            run = RunFolder(load_config(plan.base, [*plan.arguments(variant), f"--run_dir={path}"]))
+            if (run.status() or {}).get("state") == "done":
+                other = [change for change in run.changes() if change.key.startswith(_READINGS)]
+                if other:
+                    raise ConfigError(f"{path} was trained with other readings: {other[0]}; choose another --output")
 
 
 def overrides(keys: Mapping[str, Any]) -> list[str]:
@@ -172,11 +207,12 @@ def main(argv: Sequence[str]) -> None:
         known.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {known.output} cannot be made: {error.strerror}") from error
+    refuse_other_readings(plan, known.output)
     results = train(plan, known.output, known.jobs)
     if not results:
         raise RunError("no run came to its end")
     given_line = " ".join(f"`{word}`" for word in (known.file.name, *given))
-    text = "\n\n".join([given_line, table(results), *correlation_table(results)]) + "\n"
+    text = "\n\n".join([given_line, table(results, plan.seeds), *correlation_table(results)]) + "\n"
     (known.output / "ablation.md").write_text(text, encoding="utf-8")
     draw(results, known.output / "ablation.png")
     print(f"\n{text}\n{known.output / 'ablation.md'}")

@@ -23,8 +23,8 @@ from hjepa_engine.utils.bars import Bar
 class DecodedImages:
     """The images of a split, all of one size, as one uint8 tensor that is made when it is first needed.
 
-    See :class:`~hjepa_engine.data.memory.BatchedImages`. The methods that need pixels raise a ``DataError`` where an image
-    is damaged, of another size than the first or not of 8 bits, or where memory is too small.
+    See :class:`~hjepa_engine.data.memory.BatchedImages`. Whatever needs pixels raises a ``DataError`` where an image is
+    damaged, of another size than the first or not of 8 bits, or where memory is too small.
 
     Args:
         config: the data section.
@@ -38,19 +38,22 @@ class DecodedImages:
         return len(self.split.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.decoded[index]
+        return self.decode()[index]
 
     def to(self, device: torch.device) -> MemoryImages:
         """The decoded images in the memory of a device."""
-        return self.decoded.to(device)
+        return self.decode().to(device)
 
     def gather(self, keys: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
         """Pixels (B, C, H, W) and labels (B,) of samples by epoch and index, (B, 2); the same in every epoch."""
-        return self.decoded.gather(keys, seed)
+        return self.decode().gather(keys, seed)
+
+    def decode(self) -> MemoryImages:
+        """All images; they are read in the first call."""
+        return self._decoded
 
     @cached_property
-    def decoded(self) -> MemoryImages:
-        """All images, decoded."""
+    def _decoded(self) -> MemoryImages:
         number, first = len(self), self._read(0, None)[0]
         size = (first.shape[1], first.shape[2])
         # Each process of this machine has its own; others need memory as well.

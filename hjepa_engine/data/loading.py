@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hjepa_engine.config.schema import DataConfig
 from hjepa_engine.data.augment import EvalTransform, TrainTransform
+from hjepa_engine.data.decoded import DecodedImages
 from hjepa_engine.data.memory import BatchedImages
 from hjepa_engine.data.reading import ImageReader, PixelBatch, as_is
 from hjepa_engine.data.sampler import EpochBatchSampler
@@ -77,6 +78,15 @@ class ImageLoader:
         read: Iterable[PixelBatch] = self.processes or map(self.reader.__getitems__, self.sampler)
         batches = map(self._finish, read) if self.device.type == "cpu" else self._prefetch(read)
         return batches if self._augment is not None else _without_empty(batches)
+
+    def prepare(self) -> None:
+        """Read now what would be read at the first batch, for good.
+
+        Raises:
+            DataError: what ``data.in_memory`` cannot keep.
+        """
+        if isinstance(self.split.images, DecodedImages):
+            self.split.images.decode()
 
     def close(self) -> None:
         """End idle loader processes."""

@@ -28,6 +28,7 @@ class Result:
     probe: dict[str, float]
     """Accuracies from 0 to 1: ``trained``, ``random``, ``pixels``."""
     minutes: float
+    """What its iterations took together, without validation and probes."""
     curves: dict[str, Curve]
     """Steps and values of each metric, where they are finite."""
 
@@ -46,9 +47,19 @@ def read_result(folder: Path, variant: str, seed: int) -> Result | None:
     run = read_run(folder)
     if run.state != "done" or "trained" not in run.probe:
         return None
-    start, end = run.times or (0.0, 0.0)
     curves: dict[str, Curve] = {name: series.finite() for name, series in run.series.items()}
-    return Result(variant, seed, run.probe, (end - start) / 60, curves)
+    micro_batches = run.config.training.accumulation_steps if run.config else 1
+    minutes = micro_batches * minutes_of(*curves.get("train/iteration_ms", ((), ())))
+    return Result(variant, seed, run.probe, minutes, curves)
+
+
+def minutes_of(steps: Sequence[int], iteration_ms: Sequence[float]) -> float:
+    """Minutes of one iteration in each step, of means over log intervals that end at ``steps``. Pauses do not count.
+
+    >>> minutes_of([50, 100], [600.0, 1200.0])
+    1.5
+    """
+    return sum((end - start) * ms for start, end, ms in zip((0, *steps), steps, iteration_ms, strict=False)) / 60e3
 
 
 def needs_no_labels(name: str) -> bool:
@@ -60,23 +71,33 @@ def needs_no_labels(name: str) -> bool:
     return name.endswith("/loss") or bool(re.fullmatch(r"collapse/(context|target)_[a-z_]+", name))
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: the linear probe of each variant, and how it differs from the first one's with the same seed."""
+def table(results: Sequence[Result], seeds: Sequence[int]) -> str:
+    """Markdown: the linear probe of each variant, and how it differs from the first one's with the same seed.
+
+    Args:
+        results: of one or more runs.
+        seeds: those that were asked for; one without a result is a dash.
+    """
     variants = list(dict.fromkeys(result.variant for result in results))
     trained = {(result.variant, result.seed): 100 * result.probe["trained"] for result in results}
-    rows = [f"| variant | linear probe | each seed | from {variants[0]}, each seed | random encoder | minutes |"]
+    which = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    rows = [f"| variant | linear probe | {which} | from `{variants[0]}` | random encoder | minutes |"]
     rows += ["| --- | --- | --- | --- | --- | --- |"]
     for variant in variants:
         own = [result for result in results if result.variant == variant]
-        values = {result.seed: trained[variant, result.seed] for result in own}
-        spread = f" ± {stdev(values.values()):.1f}" if len(own) > 1 else ""
-        each = ", ".join(f"{value:.1f}" for value in values.values())
-        first = {seed: trained.get((variants[0], seed)) for seed in values} if variant != variants[0] else {}
-        changes = ", ".join("" if one is None else f"{values[seed] - one:+.1f}" for seed, one in first.items())
-        random = mean(100 * result.probe["random"] for result in own)
-        minutes = mean(result.minutes for result in own)
-        probed = f"{mean(values.values()):.1f}{spread}"
-        rows.append(f"| {variant} | {probed} | {each} | {changes} | {random:.1f} | {minutes:.1f} |")
+        values, first = ([trained.get((name, seed)) for seed in seeds] for name in (variant, variants[0]))
+        found = [value for value in values if value is not None]
+        spread = f" ± {stdev(found):.1f}" if len(found) > 1 else ""
+        each = ", ".join("-" if value is None else f"{value:.1f}" for value in values)
+        changes = ", ".join(
+            "-" if one is None or value is None else f"{value - one:+.1f}"
+            for value, one in zip(values, first, strict=True)
+        )
+        random, minutes = mean(100 * result.probe["random"] for result in own), mean(result.minutes for result in own)
+        rows.append(
+            f"| {variant} | {mean(found):.1f}{spread} | {each} | {'' if variant == variants[0] else changes} "
+            f"| {random:.1f} | {minutes:.1f} |"
+        )
     return "\n".join(rows)
 
 
@@ -92,9 +113,12 @@ def rank_correlations(results: Sequence[Result]) -> dict[str, float]:
 
 
 def correlation_within(results: Sequence[Result], name: str) -> float | None:
-    """The same in the course of a run, with the online linear probe: mean of the runs that have both readings, or None.
+    """Spearman's rank correlation of a reading with the online linear probe in the course of a run.
 
     Step 0 is left out: there is no checkpoint of it to choose.
+
+    Returns:
+        The mean over the runs that have both; None where none has.
     """
     found = []
     for result in results:

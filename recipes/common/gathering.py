@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: Splits that a probe reads, and their names in messages.
 SPLITS: dict[SplitName, str] = {"probe": "probe", "val": "validation"}
+#: Rows that are put in order at once.
+_ROWS = 1024
 #: The two splits, opened.
 ProbeData = Mapping[SplitName, DatasetSplit]
 
@@ -89,6 +91,8 @@ def gather_labeled(evaluator: Evaluator, data: Iterable[Batch], store: FeatureSt
     found = store.tensors()
     index = found.pop("index")
     if bool((index.diff() < 0).any()):  # ranks have left out damaged images, and were at different batches
-        order = index.argsort()
-        found = {name: value[order] for name, value in found.items()}
+        ordered = FeatureStore(store.count, store.max_bytes)  # which may lie in files, too
+        for part in index.argsort().split(_ROWS):
+            ordered.add({name: value[part] for name, value in found.items()})
+        found = ordered.tensors()
     return found

@@ -33,6 +33,7 @@ _RESET = {
     "data.dataset": {"data.class_path": "null", "data.hub_name": "null", "data.in_memory": "false"},
     "data.class_path": {"data.init_args": "{}", "data.in_memory": "false"},
     "data.data_path": {"data.hub_name": "null", "data.in_memory": "false"},
+    **{key: {"data.in_memory": "false"} for key in ("data.train_dir", "data.val_dir", "data.hub_name")},
 }
 #: Keys that tell data sets apart.
 _IDENTITY = ("dataset", "data_path", "train_dir", "val_dir", "labels", "hub_name", "image_column", "label_column")

@@ -121,7 +121,10 @@ class Run:
         A run that is asked to stop is saved and raises ``Preempted``.
         """
         try:
-            initialize = initial_weights(self.trainer.modules, self.folder)  # before anything is written
+            # What can be wrong with weights and data is found before anything is written.
+            initialize = initial_weights(self.trainer.modules, self.folder)
+            for loader in (self.data, self.val_data):
+                loader.prepare()
             rank_zero(self.folder.lock)
             folders = {"run_dir": self.folder.path, "checkpoint.checkpoint_dir": self.folder.checkpoint_path}
             refuse_local_folders(folders)

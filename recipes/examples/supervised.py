@@ -35,9 +35,9 @@ def supervised_step(modules: nn.ModuleDict, batch: Batch) -> Outputs:
     """
     tokens, labels = modules["encoder"](batch["images"]), batch["labels"]
     logits = modules["head"](tokens.mean(dim=1)).float()
+    # A GPU is waited for here, in every step: a baseline may be a little slower.
     if wrong := [label for label in labels.tolist() if not 0 <= label < logits.shape[1]]:
-        raise DataError(
-            f"training with labels needs them from 0 to {logits.shape[1] - 1} (num_classes), got {wrong[0]}"
-        )
+        last = logits.shape[1] - 1
+        raise DataError(f"labels must be from 0 to {last} (model.init_args has num_classes), got {wrong[0]}")
     accuracy = (logits.argmax(dim=1) == labels).float().mean()
     return {"loss": F.cross_entropy(logits, labels), "accuracy": accuracy, "target_tokens": tokens}

@@ -57,6 +57,29 @@ def test_a_run_of_another_configuration_is_not_taken_for_the_variants(tmp_path, 
     assert "one_level_0: exit code 2, see one_level_0.log" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_runs_that_were_measured_otherwise_are_refused_and_a_probe_is_repeated(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "plan.yaml").write_text(SMALL)
+    given = [
+        str(tmp_path / "plan.yaml"),
+        "--output",
+        str(tmp_path / "runs"),
+        "--variants",
+        "two_levels",
+        "--seeds",
+        "3",
+    ]
+    ablation.main(given)
+    with pytest.raises(
+        ConfigError, match=r"two_levels_3 was trained with other readings: collapse\.images was 16, is 8"
+    ):
+        ablation.main([*given, "--collapse.images", "8"])
+    first = (tmp_path / "runs" / "two_levels_3" / "probe_trained.jsonl").read_text()
+    ablation.main([*given, "--probe.epochs", "2"])
+    assert len((tmp_path / "runs" / "two_levels_3" / "probe_trained.jsonl").read_text()) > len(first)
+
+
 PLANS = sorted((Path(__file__).parents[2] / "recipes" / "ablations").glob("*.yaml"))
 
 
@@ -74,11 +97,12 @@ def result(variant, seed, trained, **readings):
 
 def test_the_table_has_means_and_sample_deviations_by_hand():
     done = [("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.4), ("b", 1, 0.75), ("c", 2, 0.3), ("c", 1, 0.7)]
-    rows = comparison.table([result(*one) for one in done]).splitlines()
-    assert rows[0] == "| variant | linear probe | each seed | from a, each seed | random encoder | minutes |"
-    assert rows[2] == "| a | 60.0 ± 14.1 | 50.0, 70.0 |  | 25.0 | 1.5 |"
-    assert rows[3] == "| b | 57.5 ± 24.7 | 40.0, 75.0 | -10.0, +5.0 | 25.0 | 1.5 |"
-    assert rows[4] == "| c | 50.0 ± 28.3 | 30.0, 70.0 | , +0.0 | 25.0 | 1.5 |"  # no seed 2 of a
+    rows = comparison.table([result(*one) for one in done], [0, 1, 2]).splitlines()
+    assert rows[0] == "| variant | linear probe | seeds 0, 1, 2 | from `a` | random encoder | minutes |"
+    assert rows[2] == "| a | 60.0 ± 14.1 | 50.0, 70.0, - |  | 25.0 | 1.5 |"
+    assert rows[3] == "| b | 57.5 ± 24.7 | 40.0, 75.0, - | -10.0, +5.0, - | 25.0 | 1.5 |"
+    assert rows[4] == "| c | 50.0 ± 28.3 | -, 70.0, 30.0 | -, +0.0, - | 25.0 | 1.5 |"
+    assert comparison.table([result("a", 4, 0.5)], [4]).splitlines()[2] == "| a | 50.0 | 50.0 |  | 25.0 | 1.5 |"
 
 
 def test_rank_correlations_by_hand():
@@ -126,17 +150,18 @@ def test_variants_and_seeds_of_the_command_line_are_chosen_in_their_order(tmp_pa
         (["--variants", "one_level", "three"], "^--variants must be some of one_level, two_levels, got three"),
         (["--seeds", "1", "1"], r"^--seeds must be different ones, got \[1, 1\]"),
         (["--seeds", "-1"], r"^--seeds must be integers of at least 0, got \[-1\]"),
-        (["--seed", "3"], "^--seed must not be given: seeds are those of FILE, or of --seeds"),
-        (["--run_dir=x"], "^--run_dir must not be given"),
-        (["--checkpoint.checkpoint_dir", "x"], "^--checkpoint.checkpoint_dir must not be given"),
-        (["--probe.enabled", "false"], "^--probe.enabled must not be given: the tables are of the probe"),
+        (["--seed", "3"], "variant one_level: seed must not be given: seeds are those of FILE, or of --seeds"),
+        (["--run_dir=x"], "run_dir must not be given: run folders lie in --output"),
+        (["--checkpoint.checkpoint_dir", "x"], "checkpoint.checkpoint_dir must be None, got 'x': each run has a"),
+        (["--checkpoint={resume: never}"], "checkpoint.resume must be 'auto', got 'never': the same command"),
+        (["--probe.enabled", "false"], "probe.enabled must be True, got False: the tables are of the probe"),
         (["--training.lrr", "1"], "^unknown key training.lrr"),
-        (["--training.lr", "1e-9"], "variant one_level: training.min_lr must be at most"),
+        (["--training.lr", "1e-5"], "variant one_level: training.min_lr must be at most .*1e-05"),
     ],
 )
 def test_a_wrong_key_of_the_command_line_is_one_line_and_trains_nothing(tmp_path, given, message):
     (tmp_path / "base.yaml").write_text(BASE)
-    (tmp_path / "plan.yaml").write_text(SMALL.replace("{model.levels: [{pool: 1}]}", "{training.min_lr: 0.5}"))
+    (tmp_path / "plan.yaml").write_text(SMALL.replace("{model.levels: [{pool: 1}]}", "{training.min_lr: 1.0e-4}"))
     with pytest.raises(ConfigError, match=message):
         ablation.main([str(tmp_path / "plan.yaml"), "--output", str(tmp_path / "runs"), *given])
     assert not (tmp_path / "runs").exists()
@@ -151,6 +176,8 @@ def test_a_wrong_key_of_the_command_line_is_one_line_and_trains_nothing(tmp_path
         (SMALL.replace("[0, 1]", "[]"), "seeds must be integers"),
         (SMALL.replace("one_level:", "../out:"), "variants must map names of letters"),
         (SMALL.replace("model.levels", "model.level"), "variant one_level: unknown key model.level"),
+        (SMALL.replace("model.levels: [{pool: 1}]", "probe: {enabled: false}"), "probe.enabled must be True"),
+        (SMALL.replace("model.levels: [{pool: 1}]", "seed: 4"), "variant one_level: seed must not be given"),
         (SMALL.replace("base.yaml", "none.yaml"), "none.yaml"),
     ],
 )

@@ -10,6 +10,7 @@ from hjepa_engine import load_config
 from hjepa_engine.data import open_split
 from hjepa_engine.errors import DataError
 from hjepa_engine.models import build_modules
+from hjepa_engine.recipes.common import gathering
 from hjepa_engine.recipes.common.gathering import gather_splits
 from hjepa_engine.recipes.common.probe import feature_step
 
@@ -41,15 +42,23 @@ def gathered(root, **more):
         return feature_step(modules, batch, features="mean")
 
     data = {"probe": open_split(config.data, "train"), "val": open_split(config.data, "val")}
-    return gather_splits(config, step, encoder, torch.device("cpu"), data), sum(seen)
+    found = gather_splits(config, step, encoder, torch.device("cpu"), data)
+    limit = config.probe.features_in_memory_gb
+    assert all((part["features"].untyped_storage().filename is not None) == (limit == 0) for part in found)
+    return found, sum(seen)
 
 
-@pytest.mark.parametrize("broken", [(), ("train/cat/1.png", "train/cat/0.png", "train/dog/3.png", "val/eel/1.png")])
-def test_two_processes_share_the_images_and_both_have_all_features_in_order(tmp_path, broken):
+BROKEN = ("train/cat/1.png", "train/cat/0.png", "train/dog/3.png", "val/eel/1.png")
+
+
+@pytest.mark.parametrize(("broken", "limit"), [((), 4), (BROKEN, 4), (BROKEN, 0)])
+def test_two_processes_share_the_images_and_both_have_all_features_in_order(tmp_path, monkeypatch, broken, limit):
+    monkeypatch.setattr(gathering, "_ROWS", 5)
+    more = {"data.max_damaged": 1, "probe.features_in_memory_gb": limit}
     root = folder_of(tmp_path / "images", broken)
-    (train, val), number = gathered(root, **{"data.max_damaged": 1})
+    (train, val), number = gathered(root, **more)
     assert len(train["labels"]) + len(val["labels"]) == number == 27 - len(broken)
-    shared = in_processes(2, tmp_path, lambda: gathered(root, **{"data.max_damaged": 1}))
+    shared = in_processes(2, tmp_path, lambda: gathered(root, **more))
     assert sum(count for _, count in shared) == number and min(count for _, count in shared) >= number // 3
     for splits, _ in shared:
         for found, alone in zip(splits, (train, val), strict=True):

@@ -65,7 +65,9 @@ def metrics_in(run):
 def test_training_with_labels_says_which_label_it_cannot_have(label):
     modules = supervised.build_modules(load_config(None, options(NOISE)), num_classes=4)
     batch = {"images": torch.zeros(2, 3, 24, 24), "labels": torch.tensor([0, label])}
-    with pytest.raises(DataError, match=rf"labels needs them from 0 to 3 \(num_classes\), got {label}"):
+    with pytest.raises(
+        DataError, match=rf"^labels must be from 0 to 3 \(model\.init_args has num_classes\), got {label}"
+    ):
         supervised.supervised_step(modules, batch)
 
 

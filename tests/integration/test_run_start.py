@@ -397,3 +397,22 @@ def test_weights_that_are_not_there_or_do_not_fit_are_exit_code_4(command, other
     ):
         _, line, code = command(model__init_from=other.folder.path, **changes)
         assert code == 4 and said in line
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_that_cannot_be_kept_in_memory_are_found_before_anything_is_written(command, tmp_path, split):
+    for number, part in ((20, "train"), (4, "val")):
+        (tmp_path / "images" / part / "cat").mkdir(parents=True)
+        for index in range(number):
+            Image.new("RGB", (24, 24), (9 * index, 0, 0)).save(tmp_path / "images" / part / "cat" / f"{index}.png")
+    Image.new("RGB", (24, 30)).save(tmp_path / "images" / split / "cat" / "1.png")
+    data = {
+        "data__dataset": "imagefolder",
+        "data__data_path": "images",
+        "data__batch_size": 4,
+        "collapse__enabled": False,
+    }
+    _, line, code = command(**data, data__in_memory=True, pictures__enabled=False)
+    assert code == 3 and f"images/{split}/cat/1.png: 30 x 24 pixels" in line and "else --data.in_memory false" in line
+    assert not (tmp_path / "run").exists()
+    assert command(**data, data__in_memory=False, pictures__enabled=False)[2] == 0

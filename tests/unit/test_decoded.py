@@ -10,7 +10,7 @@ from PIL import Image
 
 from hjepa_engine import load_config
 from hjepa_engine.config.schema import DataConfig
-from hjepa_engine.data import FixedImageSubset, build_loader, open_split
+from hjepa_engine.data import FixedImageSubset, ImageLoader, build_loader, open_split
 from hjepa_engine.errors import DataError
 from hjepa_engine.recipes.common.run import with_passed_data
 
@@ -57,12 +57,24 @@ def test_crops_and_flips_are_those_of_the_files_up_to_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_files_are_read_at_the_first_batch_and_never_again(tmp_path, on_device):
+@pytest.mark.parametrize("read", [list, ImageLoader.prepare])
+def test_files_are_read_once_and_for_a_device_when_the_loader_is_made(tmp_path, read, on_device):
     root = folder_of(tmp_path)
-    loader = build_loader(config := config_of(root, on_device=on_device), open_split(config, "train"), 0, train=True)
-    first = list(loader)
+    damaged = root / "train" / "cat" / "0.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"")
+    split = open_split(config := config_of(root, on_device=on_device), "train")
+    if on_device:
+        with pytest.raises(DataError, match=r"train/cat/0\.png"):
+            build_loader(config, split, 0, train=True)
+        damaged.write_bytes(whole)
+    loader = build_loader(config, split, 0, train=True)
+    damaged.write_bytes(whole)
+    read(loader)
     for path in root.glob("train/*/*.png"):
         path.unlink()
+    loader.sampler.set_position(0, 0)
+    first = list(loader)
     loader.sampler.set_position(0, 0)
     again = list(loader)
     assert len(first) == len(again) == 3

@@ -87,6 +87,8 @@ def test_other_images_are_not_kept_in_memory_unless_asked_for(tmp_path):
     assert set(probe_run(run, None, []).results) == set(probe_run(run, None, on_folder(folder)).results)
     with pytest.raises(DataError, match=r"data\.in_memory needs images of one size .*dog/1\.png: 24 x 30 pixels"):
         probe_run(run, None, [*on_folder(folder), "--data.in_memory=true"])
+    run = run_folder(tmp_path / "of_files", data__dataset="imagefolder", data__data_path=folder, data__in_memory=True)
+    assert probe_run(run, None, ["--data.train_dir=train", "--data.val_dir=val"]).results
 
 
 def test_a_key_that_there_is_not_is_called_unknown(run):
