@@ -113,7 +113,7 @@ class DataConfig:
     pin_memory: bool = setting(True, on_resume="allow")
     """Page-locked batches for faster copies to a GPU; without a GPU there are none."""
     in_memory: bool = False
-    """Decode all image files once, at the first batch, and crop whole batches out of memory (docs/data.md). The images must
+    """Decode all image files once, when a run starts, and crop whole batches out of memory (docs/data.md). The images must
     have one size and 8 bits, and none may be damaged."""
     on_device: bool = setting(False, on_resume="allow")
     """Keep a data set that lies in memory (digits, CIFAR, STL-10, or ``in_memory``) on the device of the run."""

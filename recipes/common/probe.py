@@ -49,7 +49,7 @@ def open_probe_data(config: Config) -> ProbeData:
 def read_features(
     config: Config, encoder: nn.Module | None, device: torch.device, data: ProbeData | None = None
 ) -> tuple[Labeled, Labeled, int]:
-    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes.
+    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes. Collective.
 
     Images without a label are left out.
 
@@ -88,6 +88,8 @@ def probe(
 ) -> float:
     """Train a linear head on frozen features; returns its validation accuracy after the last epoch, from 0 to 1.
 
+    Collective: processes share the images.
+
     Args:
         config: configuration of the run, with the settings in ``probe``.
         encoder: from images to tokens (B, N, D) or features (B, D); None: raw pixels.
@@ -115,7 +117,7 @@ def evaluate_encoders(
     data: ProbeData | None = None,
     log: str = "probe",
 ) -> dict[str, float]:
-    """Probe accuracy of each encoder, by name; see :func:`probe`."""
+    """Probe accuracy of each encoder, by name; see :func:`probe`. Collective."""
     data = data or open_probe_data(config)
     return {name: probe(config, encoder, name, folder, bar, data, log) for name, encoder in encoders.items()}
 
