@@ -49,9 +49,9 @@ def open_probe_data(config: Config) -> ProbeData:
 def read_features(
     config: Config, encoder: nn.Module | None, device: torch.device, data: ProbeData | None = None
 ) -> tuple[Labeled, Labeled, int]:
-    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes. Collective.
+    """Standardized features (samples, F) and labels of the probe and validation splits, and the number of classes.
 
-    Images without a label are left out.
+    Images without a label are left out. Collective: processes share the images.
 
     Args:
         config: configuration of the run, with the settings in ``probe``.
