@@ -198,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="those to train (all)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="in place of the file's")
     parser.add_argument("--jobs", type=int, default=1, help="runs that train at once (1)")
-    parser.usage = "%(prog)s FILE --output DIR [options] [--KEY VALUE ...]"
+    parser.usage = "%(prog)s [options] FILE --output DIR [--KEY VALUE ...]"
     known, given = parser.parse_known_args(argv)
     if known.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {known.jobs}")
