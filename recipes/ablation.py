@@ -20,18 +20,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hjepa_engine.config import Config, load_config, paths
-from hjepa_engine.config.changes import plain_config
+from hjepa_engine.config import load_config, paths
+from hjepa_engine.config.changes import config_changes
 from hjepa_engine.config.describe import format_value
 from hjepa_engine.config.overrides import apply_overrides, overridden_keys
 from hjepa_engine.config.parsing import dump_yaml, parse_yaml
 from hjepa_engine.errors import ConfigError, RunError
 from hjepa_engine.recipes.common.comparison import Result, correlation_table, draw, read_result, table
 from hjepa_engine.run.cli import command_parser, run_command
-from hjepa_engine.run.folder import RunFolder
 
 #: Keys that neither a variant nor a command line can have, and why.
 _NOT_GIVEN = {"seed": "seeds are those of FILE, or of --seeds", "run_dir": "run folders lie in --output"}
@@ -109,11 +109,9 @@ def _check(plan: Plan, variant: str) -> None:
     for key in overridden_keys(arguments):
         if key in _NOT_GIVEN:
             raise ConfigError(f"{key} must not be given: {_NOT_GIVEN[key]}")
-    config, usual = plain_config(load_config(plan.base, arguments)), plain_config(Config())
-    for key, why in _AS_IT_IS.items():
-        section, name = key.split(".")
-        if (value := config[section][name]) != (needed := usual[section][name]):
-            raise ConfigError(f"{key} must be {format_value(needed)}, got {format_value(value)}: {why}")
+    for key, usual, value in config_changes({}, load_config(plan.base, arguments)):
+        if key in _AS_IT_IS:
+            raise ConfigError(f"{key} must be {format_value(usual)}, got {format_value(value)}: {_AS_IT_IS[key]}")
 
 
 def refuse_other_readings(plan: Plan, folder: Path) -> None:
@@ -126,14 +124,17 @@ def refuse_other_readings(plan: Plan, folder: Path) -> None:
     Raises:
         ConfigError: there is one.
     """
+    from hjepa_engine.run.folder import RunFolder  # torch is imported here: --help does without
+
     for variant in plan.variants:
+        config = load_config(plan.base, plan.arguments(variant))
         for seed in plan.seeds:
             path = folder / name_of((variant, seed))
-            run = RunFolder(load_config(plan.base, [*plan.arguments(variant), f"--run_dir={path}"]))
-            if (run.status() or {}).get("state") == "done":
-                other = [change for change in run.changes() if change.key.startswith(_READINGS)]
-                if other:
-                    raise ConfigError(f"{path} was trained with other readings: {other[0]}; choose another --output")
+            run = RunFolder(replace(config, run_dir=str(path)))
+            if (run.status() or {}).get("state") != "done":
+                continue
+            if other := [change for change in run.changes() if change.key.startswith(_READINGS)]:
+                raise ConfigError(f"{path} was trained with other readings: {other[0]}; choose another --output")
 
 
 def overrides(keys: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,7 @@
 """recipes/ablation.py: real runs in processes of their own, and tables checked by hand."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,12 @@ pictures: {enabled: false}
 collapse: {images: 16}
 probe: {epochs: 1}
 """
+
+
+def test_help_is_there_before_torch_is():
+    program = "import sys, hjepa_engine.recipes.ablation; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" not in loaded
 
 
 @pytest.mark.slow
